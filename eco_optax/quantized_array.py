@@ -1,0 +1,352 @@
+"""QuantizedArray: low-bit codes and their scales, as one leaf of a parameter tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from eco_optax import rounding as rounding_lib
+from eco_optax import trees
+from eco_optax.formats import Format, grid_max, grid_top_step
+
+Rounding = Literal["nearest", "stochastic"]
+Where = Callable[[str, Any], bool]
+
+# Below this, arithmetic on CPU and TPU flushes to zero, and a scale of zero would divide by zero.
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["qvalue", "scale", "tensor_scale", "sink"],
+  meta_fields=["format", "odd"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+  """Codes and scales of one tensor: a frozen pytree whose value is `codes × scale`.
+
+  Leading axes (layers, experts) may be scanned, vmapped, sliced and sharded: every field keeps them.
+
+  Attributes:
+    qvalue: codes of `format.dtype` in the tensor's shape. 4-bit codes are packed two to a byte, in
+      uint8, along axis −2 (−1 of a vector), even positions in the low half.
+    scale: in `format.scale_dtype`, with the tensor's number of axes; 1 on the axes it is shared
+      over, or the number of blocks.
+    format: what the codes mean (static).
+    tensor_scale: float32, one more scale per matrix where `format.two_level`, else None.
+    sink: where the gradient of a layer that multiplies the codes directly is collected, see
+      `value_and_grad`; None outside of it.
+    odd: whether the last packed byte holds one code only (static).
+  """
+
+  qvalue: jax.Array
+  scale: jax.Array
+  format: Format
+  tensor_scale: jax.Array | None = None
+  sink: jax.Array | None = None
+  odd: bool = False
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the tensor that is stored, not of its packed codes."""
+    shape = list(self.qvalue.shape)
+    if self.format.bits == 4:
+      axis = _pack_axis(len(shape))
+      shape[axis] = 2 * shape[axis] - self.odd
+    return tuple(shape)
+
+  @property
+  def ndim(self) -> int:
+    """Number of axes."""
+    return self.qvalue.ndim
+
+  @property
+  def size(self) -> int:
+    """Number of weights."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the stored codes and scales."""
+    return sum(x.nbytes for x in (self.qvalue, self.scale, self.tensor_scale) if x is not None)
+
+  @property
+  def codes(self) -> jax.Array:
+    """The codes, unpacked: an array of `format.dtype` in the tensor's shape."""
+    if self.format.bits == 8:
+      return self.qvalue
+    axis = _pack_axis(self.ndim)
+    nibbles = jnp.stack([self.qvalue & np.uint8(15), self.qvalue >> np.uint8(4)], axis=axis)
+    shape = list(self.qvalue.shape)
+    shape[axis] *= 2
+    nibbles = jax.lax.slice_in_dim(
+      nibbles.reshape(shape), 0, self.shape[axis], axis=axis % self.ndim
+    )
+    return jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint4), self.format.dtype)
+
+  def float_scale(self) -> jax.Array:
+    """The float32 factor of the codes, still in the scale's own shape."""
+    scale = self.scale.astype(jnp.float32)
+    if self.tensor_scale is not None:
+      scale = jnp.where(jnp.isnan(scale), scale, scale * self.tensor_scale)
+    return scale
+
+  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    """The stored values, `codes × scale` computed in float32.
+
+    Args:
+      dtype: of the result.
+
+    Returns:
+      An array of the tensor's shape.
+
+    Example:
+      >>> import jax.numpy as jnp, eco_optax as eco
+      >>> eco.quantize(jnp.array([[0.5, -7.0], [1.0, 3.4]]), eco.INT4).dequantize()
+      Array([[ 0., -7.],
+             [ 1.,  3.]], dtype=float32)
+    """
+    shape = self.shape
+    codes = _grouped(self.codes, self.format).astype(jnp.float32)
+    scale = _spread(self.float_scale(), self.format)
+    # The select keeps compilers from fusing this product with a following sum into one operation
+    # that rounds once: the stored value must be the same number wherever it is read.
+    value = jnp.where(jnp.isnan(scale), scale, codes * scale)
+    return value.reshape(shape).astype(dtype)
+
+
+def is_quantized(leaf: Any) -> bool:
+  """Whether `leaf` is a QuantizedArray; the `is_leaf` of walks over parameters."""
+  return isinstance(leaf, QuantizedArray)
+
+
+def _pack_axis(ndim: int) -> int:
+  return -2 if ndim >= 2 else -1
+
+
+def _pack(codes: jax.Array, format: Format) -> tuple[jax.Array, bool]:
+  """Stores codes of a 4-bit format two to a byte; others as they are."""
+  if format.bits == 8:
+    return codes, False
+  axis = _pack_axis(codes.ndim) % codes.ndim
+  nibbles = jax.lax.bitcast_convert_type(codes, jnp.uint4).astype(jnp.uint8)
+  odd = codes.shape[axis] % 2 == 1
+  if odd:
+    nibbles = jnp.pad(nibbles, [(0, int(a == axis)) for a in range(codes.ndim)])
+  shape = nibbles.shape
+  pairs = nibbles.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
+  low = jax.lax.index_in_dim(pairs, 0, axis + 1, keepdims=False)
+  high = jax.lax.index_in_dim(pairs, 1, axis + 1, keepdims=False)
+  return low | (high << np.uint8(4)), odd
+
+
+def _grouped(x: jax.Array, format: Format) -> jax.Array:
+  """Splits each axis of a block format in (blocks, block); other formats stay as they are."""
+  if isinstance(format.granularity, str):
+    return x
+  block = format.granularity
+  lead = x.shape[: x.ndim - len(block)]
+  split = [(n // b, b) for n, b in zip(x.shape[x.ndim - len(block) :], block, strict=True)]
+  return x.reshape(*lead, *(n for pair in split for n in pair))
+
+
+def _spread(scale: jax.Array, format: Format) -> jax.Array:
+  """Gives a block format's scale the axes that make it broadcast against `_grouped` values."""
+  if isinstance(format.granularity, str):
+    return scale
+  return jnp.expand_dims(scale, tuple(range(-2 * len(format.granularity) + 1, 0, 2)))
+
+
+def _largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> jax.Array:
+  """max |x| in float32, NaN wherever there is one.
+
+  As integers, the bits of magnitudes are in order and NaN is above infinity. A floating-point
+  maximum would do, but XLA's drops NaN on CPU.
+  """
+  bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+  return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
+
+
+def _divide(x: jax.Array, divisor: jax.Array | np.float32) -> jax.Array:
+  """x / divisor, as IEEE division.
+
+  Compilers turn a division by a constant or by a broadcast value into a product with its
+  reciprocal, which is off by an ulp: then a stored tensor would not give its own scale again. A
+  divisor that depends on the element cannot be treated so.
+  """
+  return x / jnp.where(jnp.isnan(x), np.float32(1), divisor)
+
+
+def _largest_scale(format: Format) -> np.float32:
+  """The largest scale whose product with the largest code is still finite."""
+  limit, codes = np.finfo(np.float32).max, np.float32(format.max)
+  scale = np.float32(limit / codes)
+  if format.power_of_two:
+    return np.float32(2.0 ** np.floor(np.log2(scale)))
+  if format.scale_dtype.name == "bfloat16":
+    scale = (scale.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+  with np.errstate(over="ignore"):
+    while not np.isfinite(scale * codes):
+      scale = np.nextafter(scale, np.float32(0))
+  return scale
+
+
+def _scale(largest: jax.Array, format: Format, rounding: Rounding) -> jax.Array:
+  """float32 scales, exact in `format.scale_dtype`, of groups whose largest magnitude is given."""
+  top = np.float32(format.max)
+  if format.power_of_two:
+    # The smallest power of two at which rounding cannot pass the largest code: to nearest, half a
+    # step beyond it still comes back. With that limit a stored group finds its own scale again.
+    if rounding == "nearest":
+      top += np.float32(grid_top_step(format.dtype) / 2)
+    raw = jax.lax.bitcast_convert_type(_divide(largest, top), jnp.int32)
+    exponent = (raw >> 23) + (raw & 0x7FFFFF != 0).astype(jnp.int32)
+    scale = jax.lax.bitcast_convert_type(jnp.minimum(exponent, 254) << 23, jnp.float32)
+  else:
+    scale = _divide(largest, top)
+    scale = scale.astype(format.scale_dtype).astype(jnp.float32)
+  floor = _SMALLEST_NORMAL
+  if format.two_level:  # Among subnormal scales a stored block would not find its own scale again.
+    floor = np.float32(ml_dtypes.finfo(format.scale_dtype).smallest_normal)
+  scale = jnp.clip(scale, floor, None if format.two_level else _largest_scale(format))
+  # One NaN or infinity in a group shows as NaN in the whole group; integers have no other way.
+  return jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
+
+
+def quantize_array(
+  x: jax.Array,
+  format: Format,
+  rounding: Rounding = "nearest",
+  bits: jax.Array | None = None,
+) -> QuantizedArray:
+  """Quantizes one array that `format.check` accepts; `bits` as in `rounding.round_to_codes`."""
+  x = x.astype(jnp.float32)
+  tensor_scale = None
+  if format.two_level:
+    whole = _largest_magnitude(x, tuple(range(-min(2, x.ndim), 0)), keepdims=True)
+    largest_scale = np.float32(grid_max(format.scale_dtype))
+    tensor_scale = jnp.maximum(
+      _divide(_divide(whole, np.float32(format.max)), largest_scale), _SMALLEST_NORMAL
+    )
+    tensor_scale = jnp.where(jnp.isfinite(whole), tensor_scale, np.float32(np.nan))
+  grouped = _grouped(x, format)
+  if isinstance(format.granularity, str):
+    largest = _largest_magnitude(grouped, format.reduce_axes(x.ndim), keepdims=True)
+  else:
+    within = tuple(range(-2 * len(format.granularity) + 1, 0, 2))
+    largest = _largest_magnitude(grouped, within, keepdims=False)
+  if tensor_scale is not None:
+    largest = _divide(largest, tensor_scale)
+  scale = _scale(largest, format, rounding)
+  packed = QuantizedArray(x, scale.astype(format.scale_dtype), format, tensor_scale)
+  y = _divide(grouped, _spread(packed.float_scale(), format)).reshape(x.shape)
+  qvalue, odd = _pack(rounding_lib.round_to_codes(y, format.dtype, bits), format)
+  return dataclasses.replace(packed, qvalue=qvalue, odd=odd)
+
+
+def _seed_words(key: Any) -> jax.Array:
+  """A PRNG key, an old-style key or an integer as a uint32 scalar seed."""
+  if isinstance(key, (int, np.integer)):
+    return key
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return jax.random.bits(key, (), jnp.uint32)
+  if key.ndim == 0:
+    return key
+  return jax.random.bits(jax.random.wrap_key_data(key), (), jnp.uint32)
+
+
+def default_where(path: str, leaf: Any) -> bool:
+  """Every float leaf with at least two axes."""
+  del path
+  return leaf.ndim >= 2 and (is_quantized(leaf) or trees.is_float(leaf))
+
+
+def quantize(
+  tree: Any,
+  format: Format,
+  where: Where | None = None,
+  rounding: Rounding = "nearest",
+  key: Any = None,
+) -> Any:
+  """Replaces float leaves of a tree by QuantizedArray leaves.
+
+  .. math:: scale = max|group| / q_{max}, \\quad codes = round(x / scale)
+
+  Args:
+    tree: a pytree of arrays of any float dtype. A leaf that is packed already is quantized again
+      from its stored values: the same codes, if the format is the same.
+    format: of the codes, such as `eco.FP8`.
+    where: called with each leaf's `/`-joined path and the leaf; true where to quantize. None takes
+      every float leaf with at least two axes.
+    rounding: `"nearest"` or `"stochastic"`.
+    key: a PRNG key or an integer, for stochastic rounding.
+
+  Returns:
+    The tree with the chosen leaves as QuantizedArray; the others as they are.
+
+  Raises:
+    ValueError: naming the leaf, if a chosen leaf is not of floats or the format does not fit it; or
+      if stochastic rounding lacks a key.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
+    >>> packed = eco.quantize(params, eco.FP8)
+    >>> packed["kernel"].qvalue.dtype, packed["kernel"].scale.shape, packed["bias"].dtype
+    (dtype(float8_e4m3fn), (1, 2), dtype('float32'))
+  """
+  if not isinstance(format, Format):
+    raise ValueError(f"format must be an eco_optax.Format such as eco.FP8, got {format!r}")
+  if rounding not in ("nearest", "stochastic"):
+    raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+  if rounding == "stochastic" and key is None:
+    raise ValueError("stochastic rounding draws random bits: pass key=, a PRNG key or an integer")
+  seed = _seed_words(key) if key is not None else 0
+
+  def pack(path: str, leaf: Any) -> Any:
+    if not hasattr(leaf, "ndim"):
+      return leaf
+    if not (where or default_where)(path, leaf):
+      return leaf
+    if is_quantized(leaf):
+      leaf = leaf.dequantize()
+    if not trees.is_float(leaf):
+      raise ValueError(
+        f"{trees.leaf_name(path)} holds {leaf.dtype}, only floats can be quantized: leave it out"
+        " with where="
+      )
+    format.check(leaf.shape, path)
+    bits = None
+    if rounding == "stochastic":
+      bits = rounding_lib.counter_bits(rounding_lib.stream_key(seed, 0, path), leaf.shape)
+    return quantize_array(jnp.asarray(leaf), format, rounding, bits)
+
+  return trees.map_with_path(pack, tree, is_leaf=is_quantized)
+
+
+def dequantize(tree: Any, dtype: Any = jnp.float32) -> Any:
+  """The dense view of a tree: QuantizedArray leaves as arrays of `dtype`, other leaves untouched.
+
+  Args:
+    tree: a pytree with QuantizedArray leaves anywhere.
+    dtype: of the dequantized leaves.
+
+  Returns:
+    A tree with one array in place of each QuantizedArray.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> eco.dequantize({"w": eco.quantize(jnp.ones((2, 2)), eco.FP8)})["w"].dtype
+    dtype('float32')
+  """
+  return jax.tree.map(
+    lambda leaf: leaf.dequantize(dtype) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
+  )
