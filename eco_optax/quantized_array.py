@@ -114,13 +114,15 @@ class QuantizedArray:
       Array([[ 0., -7.],
              [ 1.,  3.]], dtype=float32)
     """
-    shape = self.shape
-    codes = _grouped(self.codes, self.format).astype(jnp.float32)
+    return self.apply_scale(self.codes.astype(jnp.float32)).astype(dtype)
+
+  def apply_scale(self, y: jax.Array) -> jax.Array:
+    """`y × scale` for float32 values of the tensor's shape."""
     scale = _spread(self.float_scale(), self.format)
     # The select keeps compilers from fusing this product with a following sum into one operation
     # that rounds once: the stored value must be the same number wherever it is read.
-    value = jnp.where(jnp.isnan(scale), scale, codes * scale)
-    return value.reshape(shape).astype(dtype)
+    value = jnp.where(jnp.isnan(scale), scale, _grouped(y, self.format) * scale)
+    return value.reshape(y.shape)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -166,7 +168,7 @@ def _spread(scale: jax.Array, format: Format) -> jax.Array:
 
 
 def _largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> jax.Array:
-  """max |x| in float32, NaN wherever there is one.
+  """Max |x| in float32, NaN wherever there is one.
 
   As integers, the bits of magnitudes are in order and NaN is above infinity. A floating-point
   maximum would do, but XLA's drops NaN on CPU.
@@ -176,7 +178,7 @@ def _largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> j
 
 
 def _divide(x: jax.Array, divisor: jax.Array | np.float32) -> jax.Array:
-  """x / divisor, as IEEE division.
+  """X / divisor, as IEEE division.
 
   Compilers turn a division by a constant or by a broadcast value into a product with its
   reciprocal, which is off by an ulp: then a stored tensor would not give its own scale again. A

@@ -1,0 +1,124 @@
+"""adamw and sgd: an optimizer without master weights in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from eco_optax.error_feedback import error_feedback_to_momentum
+from eco_optax.formats import Format
+from eco_optax.quantize_params import quantize_params
+from eco_optax.quantized_array import Rounding, Where
+
+
+def _without_master_weights(
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule,
+  max_norm: float | None,
+  keep_error: bool,
+  quantizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  # Clipped before the momentum, never after: the momentum also holds what is owed to the weights.
+  if max_norm is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+  return error_feedback_to_momentum(optimizer, quantizer, learning_rate, keep_error)
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  eps_root: float = 0.0,
+  mu_dtype: Any = None,
+  weight_decay: float = 1e-4,
+  mask: Any = None,
+  *,
+  nesterov: bool = False,
+  max_norm: float | None = None,
+  rounding: Rounding = "stochastic",
+  seed: int = 0,
+  format: Format | None = None,
+  where: Where | None = None,
+  keep_error: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """AdamW without master weights: `optax.adamw` with its hyperparameters, and ECO.
+
+  Args:
+    learning_rate: a number or a schedule; the rule follows it.
+    b1: as in `optax.adamw`.
+    b2: as in `optax.adamw`.
+    eps: as in `optax.adamw`.
+    eps_root: as in `optax.adamw`.
+    mu_dtype: as in `optax.adamw`.
+    weight_decay: as in `optax.adamw`.
+    mask: as in `optax.adamw`.
+    nesterov: as in `optax.adamw`.
+    max_norm: clips the gradients' global norm, if given.
+    rounding: as in `quantize_params`.
+    seed: as in `quantize_params`.
+    format: as in `quantize_params`.
+    where: as in `quantize_params`.
+    keep_error: as in `error_feedback_to_momentum`.
+
+  Returns:
+    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((4, 4))}, eco.FP8)
+    >>> tx = eco.adamw(1e-3, b1=0.9, b2=0.98, max_norm=1.0, rounding="stochastic", seed=0)
+    >>> state = tx.init(params)
+
+  References:
+    Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 3.
+  """
+  optimizer = optax.adamw(
+    learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
+  )
+  quantizer = quantize_params(format, where, rounding, seed)
+  return _without_master_weights(optimizer, learning_rate, max_norm, keep_error, quantizer)
+
+
+def sgd(
+  learning_rate: optax.ScalarOrSchedule,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  accumulator_dtype: Any = None,
+  *,
+  max_norm: float | None = None,
+  rounding: Rounding = "stochastic",
+  seed: int = 0,
+  format: Format | None = None,
+  where: Where | None = None,
+  keep_error: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """SGD with momentum, without master weights: `optax.sgd` and ECO.
+
+  Args:
+    learning_rate: a number or a schedule; the rule follows it.
+    momentum: decay rate of the momentum, in (0, 1).
+    nesterov: as in `optax.sgd`.
+    accumulator_dtype: as in `optax.sgd`.
+    max_norm: clips the gradients' global norm, if given.
+    rounding: as in `quantize_params`.
+    seed: as in `quantize_params`.
+    format: as in `quantize_params`.
+    where: as in `quantize_params`.
+    keep_error: as in `error_feedback_to_momentum`; then it equals master weights.
+
+  Returns:
+    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((4, 4))}, eco.INT4)
+    >>> state = eco.sgd(0.1, momentum=0.9).init(params)
+
+  References:
+    Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 2.
+  """
+  optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
+  quantizer = quantize_params(format, where, rounding, seed)
+  return _without_master_weights(optimizer, learning_rate, max_norm, keep_error, quantizer)

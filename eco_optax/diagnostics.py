@@ -1,0 +1,198 @@
+"""What a quantized run should watch: saturation, moved weights, error similarity, lost injection."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eco_optax import error_feedback
+from eco_optax.momentum import Leaves
+from eco_optax.quantize_params import PackedTransformation
+from eco_optax.quantized_array import is_quantized
+
+
+def _norm(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.zeros([], jnp.float32)))
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+  """The ratio, NaN where there is nothing to compare with."""
+  return numerator / jnp.where(denominator > 0, denominator, jnp.nan)
+
+
+def _packed(params: Any) -> list:
+  return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
+
+
+def saturation(params: Any) -> jax.Array:
+  """Share of the quantized weights that sit at their format's largest code.
+
+  One weight per scale always does under nearest rounding; much more means that scales are too small.
+
+  Args:
+    params: a tree with QuantizedArray leaves.
+
+  Returns:
+    float32 scalar in [0, 1].
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> from eco_optax import diagnostics
+    >>> diagnostics.saturation(eco.quantize({"w": jnp.eye(4)}, eco.FP8))
+    Array(0.25, dtype=float32)
+  """
+  leaves = _packed(params)
+  full = sum(jnp.sum(jnp.abs(leaf.codes.astype(jnp.float32)) >= leaf.format.max) for leaf in leaves)
+  return jnp.asarray(full, jnp.float32) / max(sum(leaf.size for leaf in leaves), 1)
+
+
+def fraction_moved(old_params: Any, new_params: Any) -> jax.Array:
+  """Share of the quantized weights whose stored value differs between two trees.
+
+  Args:
+    old_params: a tree with QuantizedArray leaves.
+    new_params: the same tree, later.
+
+  Returns:
+    float32 scalar in [0, 1].
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> from eco_optax import diagnostics
+    >>> params = eco.quantize({"w": jnp.eye(4)}, eco.FP8)
+    >>> diagnostics.fraction_moved(params, params)
+    Array(0., dtype=float32)
+  """
+  pairs = list(zip(_packed(old_params), _packed(new_params), strict=True))
+  moved = sum(jnp.sum(old.dequantize() != new.dequantize()) for old, new in pairs)
+  return jnp.asarray(moved, jnp.float32) / max(sum(old.size for old, _ in pairs), 1)
+
+
+def error_similarity(previous: Any, current: Any) -> tuple[jax.Array, jax.Array]:
+  """How alike two consecutive quantization errors are, on which the memory-free rule rests.
+
+  Args:
+    previous: a tree of float32 errors.
+    current: the errors one step later, in the same tree.
+
+  Returns:
+    float32 scalars ‖e_{t+1}‖ / ‖e_t‖ and cos(e_t, e_{t+1}); NaN where an error is zero.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from eco_optax import diagnostics
+    >>> diagnostics.error_similarity({"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([6.0, 8.0])})
+    (Array(2., dtype=float32), Array(1., dtype=float32))
+
+  References:
+    Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026 (similarity of errors).
+  """
+  before, after = jax.tree.leaves(previous), jax.tree.leaves(current)
+  product = sum(
+    (jnp.sum(a * b) for a, b in zip(before, after, strict=True)), jnp.zeros([], jnp.float32)
+  )
+  norms = _norm(before), _norm(after)
+  return _ratio(norms[1], norms[0]), _ratio(product, norms[0] * norms[1])
+
+
+def lost_injection(proposed: Any, injection: Any, stored: Any) -> jax.Array:
+  """Share of an injection that a momentum's own precision swallowed.
+
+  Args:
+    proposed: the momentum m̃ that the optimizer proposed, a float32 tree.
+    injection: what the rule adds to it, float32.
+    stored: the momentum as it is kept, in any dtype.
+
+  Returns:
+    float32 scalar ‖stored − m̃ − injection‖ / ‖injection‖; NaN where nothing is injected.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from eco_optax import diagnostics
+    >>> diagnostics.lost_injection(jnp.ones(1), jnp.ones(1), jnp.ones(1))
+    Array(1., dtype=float32)
+  """
+  lost = jax.tree.map(lambda m, i, s: s.astype(jnp.float32) - m - i, proposed, injection, stored)
+  return _ratio(_norm(jax.tree.leaves(lost)), _norm(jax.tree.leaves(injection)))
+
+
+class Metrics(NamedTuple):
+  """What `watch` measures at each step; float32 scalars over all quantized leaves."""
+
+  error_norm: jax.Array  # ‖e_{t+1}‖
+  error_norm_ratio: jax.Array  # ‖e_{t+1}‖ / ‖e_t‖
+  error_cosine: jax.Array  # cos(e_t, e_{t+1})
+  injection_to_momentum: jax.Array  # ‖injection‖ / ‖m̃‖
+  lost_injection: jax.Array  # ‖m − m̃ − injection‖ / ‖injection‖
+
+
+class WatchState(NamedTuple):
+  """State of `watch`."""
+
+  inner: error_feedback.ErrorFeedbackState
+  error: Leaves  # float32, by path.
+  metrics: Metrics
+
+
+def watch(
+  inner: optax.GradientTransformation,
+  quantizer: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule | None = None,
+  keep_error: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """`error_feedback_to_momentum` that also measures itself; the trajectory is the same.
+
+  It stores the last error to compare with, so it costs 4 bytes per quantized weight: for runs that
+  are looked at, not for the largest ones.
+
+  Args:
+    inner: as in `error_feedback_to_momentum`.
+    quantizer: as in `error_feedback_to_momentum`.
+    learning_rate: as in `error_feedback_to_momentum`.
+    keep_error: as in `error_feedback_to_momentum`.
+
+  Returns:
+    A `GradientTransformationExtraArgs` whose state has `.metrics`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((4, 4))}, eco.FP8)
+    >>> tx = eco.diagnostics.watch(optax.adamw(1e-3), eco.quantize_params())
+    >>> _, state = tx.update({"w": jnp.ones((4, 4))}, tx.init(params), params)
+    >>> state.metrics.error_norm.shape
+    ()
+  """
+
+  def observe(seen: error_feedback.Observation) -> error_feedback.Observation:
+    return seen
+
+  tx = error_feedback.build(inner, quantizer, learning_rate, keep_error, observe)
+
+  def init(params: Any) -> WatchState:
+    state = tx.init(params)
+    nan = jnp.full([], jnp.nan, jnp.float32)
+    paths = error_feedback.moved_paths(optax.with_extra_args_support(quantizer), params)
+    shapes = error_feedback.momentum_lib.flat(error_feedback.dequantize(params))
+    error = {path: jnp.zeros(shapes[path].shape, jnp.float32) for path in paths}
+    return WatchState(state, error, Metrics(*[nan] * len(Metrics._fields)))
+
+  def update(
+    updates: Any, state: WatchState, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, WatchState]:
+    updates, (new_state, seen) = tx.update(updates, state.inner, params, **extra_args)
+    norm_ratio, cosine = error_similarity(state.error, seen.error)
+    metrics = Metrics(
+      error_norm=_norm(jax.tree.leaves(seen.error)),
+      error_norm_ratio=norm_ratio,
+      error_cosine=cosine,
+      injection_to_momentum=_ratio(
+        _norm(jax.tree.leaves(seen.injection)), _norm(jax.tree.leaves(seen.momentum))
+      ),
+      lost_injection=lost_injection(seen.momentum, seen.injection, seen.stored),
+    )
+    return updates, WatchState(new_state, seen.error, metrics)
+
+  return PackedTransformation(init, update)

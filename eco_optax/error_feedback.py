@@ -1,0 +1,271 @@
+"""error_feedback_to_momentum: ECO, quantized training without master weights.
+
+The rule lives here, once. With J = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the element-wise derivatives
+of the step just taken, and J', P' those of the next, a master-weight run that holds θ̂ + e takes the
+same steps as one whose momentum differs from its own by P e / J. Hence
+
+    exact:         m ← m̃ − B P e_t / J + P' e_{t+1} / J'
+    memory-free:   m ← m̃ + (P'/J' − B P/J) e_{t+1}
+
+of which the paper's Algorithms 2 (SGDM) and 3 (Adam) are the case P = P' = 1, J' = J.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eco_optax import momentum as momentum_lib
+from eco_optax import rounding as rounding_lib
+from eco_optax import trees
+from eco_optax.momentum import Leaves, Momentum
+from eco_optax.quantize_params import (
+  PackedTransformation,
+  propose,
+  require_params,
+  stored_weight,
+)
+from eco_optax.quantized_array import dequantize, is_quantized
+
+# Below this |J| the update does not feel the momentum, so that nothing is worth injecting.
+_SMALLEST_DERIVATIVE = np.float32(1e-30)
+
+# Momenta below float32 are rounded stochastically, with random bits of their own stream.
+_INJECTION_SEED = 0x9E3779B97F4A7C15
+
+
+class ErrorFeedbackState(NamedTuple):
+  """State of `error_feedback_to_momentum`."""
+
+  count: jax.Array  # shape=(), dtype=jnp.int32.
+  inner: optax.OptState  # Of the stock optimizer, on float32 parameters.
+  quantizer: optax.OptState
+  error: (
+    Any  # None, or with keep_error float32 arrays like the params, MaskedNode if not quantized.
+  )
+
+
+class Observation(NamedTuple):
+  """What one step did to the quantized leaves, by path; for `diagnostics`."""
+
+  proposed: Leaves  # θ̃
+  error: Leaves  # θ̃ − θ̂'
+  momentum: Leaves  # m̃
+  injection: Leaves  # what the rule adds to m̃
+  stored: Leaves  # m as it is kept, in its own dtype
+
+
+def moved_paths(quantizer: optax.GradientTransformationExtraArgs, params: Any) -> tuple[str, ...]:
+  """Paths of the leaves that the quantizer moves: it hands back all others untouched."""
+  moved: list[str] = []
+
+  def trace(params: Any) -> None:
+    updates = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, jnp.float32 if is_quantized(leaf) else leaf.dtype),
+      params,
+      is_leaf=is_quantized,
+    )
+    new_updates, _ = quantizer.update(updates, quantizer.init(params), params)
+    trees.map_with_path(
+      lambda path, leaf, old, new: moved.append(path) if new is not old else None,
+      params,
+      updates,
+      new_updates,
+      is_leaf=is_quantized,
+    )
+
+  jax.eval_shape(trace, params)
+  return tuple(moved)
+
+
+def refuse_packed(path: str, leaf: Any) -> None:
+  """Raises `ValueError` for a packed leaf, which a quantizer of one's own cannot move."""
+  if is_quantized(leaf):
+    raise ValueError(
+      f"{trees.leaf_name(path)} is packed, which this quantizer cannot move: use"
+      " eco.quantize_params, or keep the leaf float"
+    )
+
+
+def _rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Array) -> jax.Array:
+  """η_{t+1} / η_t; infinite where the rate was zero."""
+  if learning_rate is None or not callable(learning_rate):
+    return jnp.ones([], jnp.float32)
+  now = jnp.asarray(learning_rate(count), jnp.float32)
+  return jnp.asarray(learning_rate(count + 1), jnp.float32) / now
+
+
+def _bias_ratio(decay: jax.Array, count: jax.Array) -> jax.Array:
+  """(1 − B^t) / (1 − B^{t+1}): how bias correction changes J from step t to the next."""
+  t = count.astype(jnp.float32)
+  return (1 - decay**t) / (1 - decay ** (t + 1))
+
+
+def build(
+  inner: optax.GradientTransformation,
+  quantizer: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule | None,
+  keep_error: bool,
+  observe: Callable[[Observation], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """`error_feedback_to_momentum` whose update may also hand out what it did (`diagnostics`)."""
+  inner = optax.with_extra_args_support(inner)
+  packed_quantizer = isinstance(quantizer, PackedTransformation)
+  quantizer = optax.with_extra_args_support(quantizer)
+  aware = learning_rate is not None
+  plans: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+  def plan(params: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The quantized leaves' paths, and those whose rate precedes their momentum; raises if unfit."""
+    leaves, treedef = jax.tree.flatten(params)
+    key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    if key not in plans:
+      if not packed_quantizer:
+        trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
+      paths = moved_paths(quantizer, params)
+      plans[key] = (paths, momentum_lib.probe(inner, dequantize(params), paths))
+    return plans[key]
+
+  def init(params: Any) -> ErrorFeedbackState:
+    quantizer_state = quantizer.init(params)
+    dense = dequantize(params)
+    error = None
+    if keep_error:
+      paths = plan(params)[0]
+      error = trees.map_with_path(
+        lambda path, leaf: (
+          jnp.zeros(leaf.shape, jnp.float32) if path in paths else optax.MaskedNode()
+        ),
+        dense,
+      )
+    elif jax.tree.leaves(params):
+      plan(params)
+    return ErrorFeedbackState(jnp.zeros([], jnp.int32), inner.init(dense), quantizer_state, error)
+
+  def update(
+    updates: Any, state: ErrorFeedbackState, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, ErrorFeedbackState]:
+    require_params(params)
+    paths, early = plan(params)
+    dense = dequantize(params)
+    weights = momentum_lib.flat(dense)
+    where = Momentum({path: leaf.shape for path, leaf in weights.items()}, paths)
+    step = momentum_lib.differentiate(
+      inner, where, updates, state.inner, dense, extra_args, by_weight=aware
+    )
+    quantized, quantizer_state = quantizer.update(
+      step.updates, state.quantizer, params, **extra_args
+    )
+
+    proposed, error = {}, {}
+
+    def measure(path: str, leaf: Any, update: Any, quantized: Any) -> None:
+      if path in paths:
+        proposed[path] = propose(weights[path], update)
+        error[path] = proposed[path] - stored_weight(path, leaf, quantized)
+
+    trees.map_with_path(measure, params, step.updates, quantized, is_leaf=is_quantized)
+    last_error = momentum_lib.flat(state.error) if keep_error else {}
+
+    count = momentum_lib.inner_count(state.inner)
+    rate_ratio = _rate_ratio(learning_rate, state.count if count is None else count)
+    bias_counts = where.counts(step.state) if aware else {}
+    injection, stored = {}, {}
+    for path in paths:
+      j, b = step.by_momentum[path], step.decay[path]
+      j_ratio = jnp.ones([], jnp.float32) if path in early else rate_ratio  # J' / J
+      if path in bias_counts:
+        j_ratio = j_ratio * _bias_ratio(b, bias_counts[path])
+      p = p_next = jnp.ones([], jnp.float32)
+      if step.by_weight is not None:
+        # A decay follows the learning rate too; where that was zero nothing is injected anyway.
+        p = 1 + step.by_weight[path]
+        p_next = 1 + step.by_weight[path] * jnp.where(jnp.isfinite(rate_ratio), rate_ratio, 1)
+      usable = (jnp.abs(j) > _SMALLEST_DERIVATIVE) & (j_ratio > 0) & jnp.isfinite(j_ratio)
+      safe_j, safe_ratio = jnp.where(usable, j, 1), jnp.where(usable, j_ratio, 1)
+      old = last_error.get(path, error[path])
+      added = (p_next / safe_ratio * error[path] - b * p * old) / safe_j
+      injection[path] = jnp.where(usable, added, 0)
+      dtype = where.get(step.state)[path].dtype
+      key = rounding_lib.stream_key(_INJECTION_SEED, state.count, path)
+      bits = rounding_lib.counter_bits(key, weights[path].shape)
+      stored[path] = rounding_lib.stochastic_cast(
+        step.momentum[path] + injection[path], dtype, bits
+      )
+
+    new_state = ErrorFeedbackState(
+      count=optax.safe_increment(state.count),
+      inner=where.put(step.state, stored),
+      quantizer=quantizer_state,
+      error=trees.map_with_path(lambda path, _: error[path], state.error) if keep_error else None,
+    )
+    if observe is None:
+      return quantized, new_state
+    seen = Observation(proposed, error, step.momentum, injection, stored)
+    return quantized, (new_state, observe(seen))
+
+  return PackedTransformation(init, update)
+
+
+def error_feedback_to_momentum(
+  inner: optax.GradientTransformation,
+  quantizer: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule | None = None,
+  keep_error: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""ECO: trains quantized parameters without master weights, with any stock optimizer.
+
+  The optimizer proposes θ̃ = θ̂ + u, the quantizer stores θ̂' = q(θ̃), and the error
+  e = θ̃ − θ̂' goes into the optimizer's own momentum, which pays it back in later steps:
+
+  .. math:: m \leftarrow \tilde m + (P'/J' - B\,P/J)\, e
+
+  where J = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ are found by differentiating the optimizer's own
+  `update`, so that no hyperparameter is told twice. Without `learning_rate` P = P' = 1 and J' = J: the
+  paper's rule, (1/η)(1 − 1/β) e for SGD with momentum. There is no buffer besides the optimizer's.
+
+  Args:
+    inner: a transformation whose update depends smoothly and element by element on its momentum:
+      `optax.adamw`, `optax.sgd` with momentum and many more, alone or inside `chain`, `masked`,
+      `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. It sees packed leaves as
+      float32.
+    quantizer: `quantize_params`, or for float parameters any transformation that moves a proposed
+      update (a rounding of your own, added noise). The error is the difference that it made.
+    learning_rate: the schedule of `inner`. It makes the rule schedule-aware: J' follows the next
+      step's learning rate and bias correction, and P the decoupled weight decay. The paper's rule
+      amplifies the residual in a warm-up and leaks it in a decay, which rounding to nearest feels.
+    keep_error: also keep the last error, 4 bytes per quantized weight, and apply the exact rule
+
+      .. math:: m \leftarrow \tilde m - B\,P\,e_t/J + P'\,e_{t+1}/J'
+
+      which for SGD with momentum equals master weights.
+
+  Returns:
+    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
+
+  Raises:
+    ValueError: at `init`, naming the leaf, if a quantized leaf has no momentum, or one that cannot
+      carry an error back: Lion (the sign has no derivative), Muon, LAMB and norms clipped after the
+      momentum (not element-wise), b1 = 0.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((4, 4))}, eco.FP8)
+    >>> tx = eco.error_feedback_to_momentum(optax.adamw(1e-3), eco.quantize_params(seed=0))
+    >>> state = tx.init(params)
+    >>> loss, grads = eco.value_and_grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+    >>> updates, state = tx.update(grads, state, params)
+    >>> params = eco.apply_updates(params, updates)
+    >>> params["w"].qvalue.dtype
+    dtype(float8_e4m3fn)
+
+  References:
+    Nikdan et al, `ECO: Quantized Training without Full-Precision Master Weights
+    <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithms 2 and 3.
+  """
+  return build(inner, quantizer, learning_rate, keep_error)

@@ -1,0 +1,120 @@
+"""matmul: multiplying by packed weights, with straight-through gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eco_optax.formats import Format
+from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array
+
+
+def _outer_scale(w: QuantizedArray) -> jax.Array | None:
+  """The scale that can be applied to the product, per output channel, if the format has one."""
+  if w.format.granularity == "tensor" or w.format.contraction_axis == -2:
+    scale = w.float_scale() if isinstance(w.format.granularity, str) else None
+    return None if scale is None else jnp.squeeze(scale, -2)
+  return None
+
+
+def _factor(x: jax.Array, format: Format | None) -> tuple[jax.Array, jax.Array | None]:
+  """`x` as (values to multiply, scale to apply outside); plain when there is no format."""
+  if format is None:
+    return x, None
+  packed = quantize_array(x, format)
+  if format.granularity == "channel" and format.contraction_axis == -1:
+    return packed.codes.astype(x.dtype), packed.float_scale()
+  return packed.dequantize(x.dtype), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(
+  activation_format: Format | None,
+  x: jax.Array,
+  w: jax.Array | QuantizedArray,
+  sink: jax.Array | None,
+) -> jax.Array:
+  del sink  # Only its gradient is of use.
+  values, x_scale = _factor(x, activation_format)
+  w_scale = _outer_scale(w) if is_quantized(w) else None
+  kernel = w.codes.astype(x.dtype) if w_scale is not None else _dense(w, x.dtype)
+  y = jnp.matmul(values, kernel, preferred_element_type=jnp.float32)
+  if x_scale is not None:
+    y = y * x_scale
+  if w_scale is not None:
+    y = y * jax.lax.broadcast_to_rank(w_scale, y.ndim)
+  return y.astype(x.dtype)
+
+
+def _dense(w: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
+  return w.dequantize(dtype) if is_quantized(w) else w.astype(dtype)
+
+
+def _forward(
+  activation_format: Format | None, x: jax.Array, w: Any, sink: jax.Array | None
+) -> tuple[jax.Array, Any]:
+  return _matmul(activation_format, x, w, sink), (x, w, sink)
+
+
+def _backward(activation_format: Format | None, residuals: Any, dy: jax.Array) -> tuple:
+  x, w, sink = residuals
+  values, x_scale = _factor(x, activation_format)  # Made again: cheaper than keeping them.
+  if x_scale is not None:
+    values = (values.astype(jnp.float32) * x_scale).astype(x.dtype)
+  kernel = _dense(w, x.dtype)
+  dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+  lead = tuple(range(x.ndim - 1))
+  dw = jax.lax.dot_general(values, dy, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+  if not is_quantized(w):
+    return dx, dw.astype(w.dtype), None
+  # Codes and scales have no gradient of their own: it leaves through the sink.
+  return dx, None, None if sink is None else dw.astype(sink.dtype)
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def matmul(
+  x: jax.Array, w: jax.Array | QuantizedArray, activation_format: Format | None = None
+) -> jax.Array:
+  """`x @ w` for a packed or float kernel, with activations quantized on the way in.
+
+  .. math:: y = (codes(x) · codes(w)) · scale_x · scale_w
+
+  Scales per token and per output channel are applied to the product, so that the codes themselves
+  are multiplied. The backward pass is straight-through: it multiplies the stored values of both
+  factors in x's dtype, as if rounding were the identity.
+
+  Args:
+    x: float activations of shape `(…, in)`.
+    w: a kernel of shape `(in, out)`, packed or float. Inside `value_and_grad(…, dense=False)` a
+      packed kernel collects its gradient.
+    activation_format: of the activations, such as `eco.FP8_TOKEN` (one scale per token); always
+      rounded to nearest. None leaves them as they are.
+
+  Returns:
+    Activations of shape `(…, out)` in x's dtype.
+
+  Raises:
+    ValueError: if the shapes do not match, or the format does not fit x.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> w = eco.quantize(jnp.eye(4), eco.FP8)
+    >>> eco.matmul(jnp.ones((2, 4)), w, eco.FP8_TOKEN).shape
+    (2, 4)
+
+  References:
+    Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, section 4 (FP8 forward pass).
+  """
+  if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
+    raise ValueError(f"matmul takes (…, in) and (in, out), got {x.shape} and {w.shape}")
+  if activation_format is not None:
+    activation_format.check(x.shape, "activations")
+  if is_quantized(w):
+    return _matmul(activation_format, x, dataclasses.replace(w, sink=None), w.sink)
+  return _matmul(activation_format, x, w, None)

@@ -1,0 +1,218 @@
+"""quantize_params: the transform that puts parameters on a low-bit grid after each step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eco_optax import rounding as rounding_lib
+from eco_optax import trees
+from eco_optax.formats import Format
+from eco_optax.quantized_array import (
+  QuantizedArray,
+  Rounding,
+  Where,
+  default_where,
+  dequantize,
+  is_quantized,
+  quantize_array,
+)
+
+
+class PackedTransformation(optax.GradientTransformationExtraArgs):
+  """A transformation that takes packed parameters as they are.
+
+  All others are stock transformations and must see float32 in place of a packed leaf.
+  """
+
+
+class QuantizeParamsState(NamedTuple):
+  """State of `quantize_params`."""
+
+  count: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
+
+
+def require_params(params: Any) -> None:
+  """Raises `ValueError` where a caller forgot the parameters."""
+  if params is None:
+    raise ValueError("params are missing: call tx.update(grads, state, params)")
+
+
+def propose(stored: jax.Array, update: jax.Array) -> jax.Array:
+  """The float32 weight that `update` proposes for a dense `stored` weight, θ̃ = θ̂ + u.
+
+  The select keeps compilers from fusing the update's last product with this sum, which would round
+  once instead of twice in some programs only: the proposal must be one number everywhere.
+  """
+  stored = stored.astype(jnp.float32)
+  return stored + jnp.where(jnp.isnan(stored), stored, update.astype(jnp.float32))
+
+
+def quantize_params(
+  format: Format | None = None,
+  where: Where | None = None,
+  rounding: Rounding = "stochastic",
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Replaces proposed parameters by their quantized values.
+
+  For a stored weight θ̂ and an update u proposed by the links before it:
+
+  .. math:: \\hat θ' = q(\\hat θ + u)
+
+  A packed leaf carries its own format: its entry of the updates becomes the new QuantizedArray, for
+  `eco.apply_updates` to put in place. Alone behind an optimizer, `eco.chain(optax.adamw(…),
+  eco.quantize_params())`, this is naive quantized training, which loses small updates;
+  `error_feedback_to_momentum` pays them back.
+
+  Args:
+    format: for emulation, when parameters are floats: the updates are changed so that
+      `optax.apply_updates` lands on the format's grid. Nothing is stored in low bits and the
+      trajectory is that of packed parameters. None leaves float leaves alone.
+    where: called with each leaf's `/`-joined path and the leaf; with `format`, the float leaves to
+      round (None: those with at least two axes); without, the leaves promised to be packed.
+    rounding: `"nearest"` or `"stochastic"`.
+    seed: of the stochastic rounding, which is a function of (seed, step, leaf path, element index).
+
+  Returns:
+    A `GradientTransformationExtraArgs`; it must be the last link of a chain.
+
+  Raises:
+    ValueError: at `init`, naming the leaf path, if nothing would be quantized, the format does not
+      fit a leaf, or a float leaf stands where `where` promises a packed one.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((2, 2))}, eco.FP8)
+    >>> tx = eco.chain(optax.sgd(0.5), eco.quantize_params(rounding="nearest"))
+    >>> updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
+    >>> eco.apply_updates(params, updates)["w"].dequantize()
+    Array([[0.5, 0.5],
+           [0.5, 0.5]], dtype=float32)
+
+  References:
+    Nikdan et al, `ECO: Quantized Training without Full-Precision Master Weights
+    <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 1.
+  """
+  if format is not None and not isinstance(format, Format):
+    raise ValueError(f"format must be an eco_optax.Format such as eco.FP8, got {format!r}")
+  if rounding not in ("nearest", "stochastic"):
+    raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+
+  def chosen(path: str, leaf: Any) -> Format | None:
+    """The format to round this leaf to, if any."""
+    if is_quantized(leaf):
+      return leaf.format
+    if format is not None and (where or default_where)(path, leaf):
+      return format
+    return None
+
+  def init(params: Any) -> QuantizeParamsState:
+    formats = []
+
+    def check(path: str, leaf: Any) -> None:
+      leaf_format = chosen(path, leaf)
+      formats.append(leaf_format)
+      if is_quantized(leaf):
+        return
+      if leaf_format is not None:
+        if not trees.is_float(leaf):
+          raise ValueError(
+            f"{trees.leaf_name(path)} holds {leaf.dtype}, only floats can be rounded to {format}:"
+            " leave it out with where="
+          )
+        format.check(leaf.shape, path)
+      elif where is not None and format is None and where(path, leaf):
+        raise ValueError(
+          f"{trees.leaf_name(path)} is {leaf.dtype}{list(leaf.shape)} where where= promises a packed"
+          " leaf: call eco.quantize(params, format, where) first, or pass format= to emulate"
+        )
+
+    trees.map_with_path(check, params, is_leaf=is_quantized)
+    if formats and not any(formats):
+      raise ValueError(
+        "no leaf of params is quantized: call params = eco.quantize(params, eco.FP8) first, or pass"
+        " format= (and a where= that selects some leaf) to emulate"
+      )
+    return QuantizeParamsState(count=jnp.zeros([], jnp.int32))
+
+  def update(
+    updates: Any, state: QuantizeParamsState, params: Any = None, **extra_args: Any
+  ) -> Any:
+    del extra_args
+    require_params(params)
+
+    def put_on_grid(path: str, leaf: Any, update: Any) -> Any:
+      leaf_format = chosen(path, leaf)
+      if leaf_format is None:
+        return update
+      stored = dequantize(leaf)
+      bits = None
+      if rounding == "stochastic":
+        key = rounding_lib.stream_key(seed, state.count, path)
+        bits = rounding_lib.counter_bits(key, leaf.shape)
+      packed = quantize_array(propose(stored, update), leaf_format, rounding, bits)
+      if is_quantized(leaf):
+        return packed
+      return packed.dequantize(leaf.dtype) - stored
+
+    updates = trees.map_with_path(put_on_grid, params, updates, is_leaf=is_quantized)
+    return updates, QuantizeParamsState(count=optax.safe_increment(state.count))
+
+  return PackedTransformation(init, update)
+
+
+def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`optax.chain` for packed parameters: stock links see packed leaves as float32.
+
+  Args:
+    *links: transformations, applied in order; of this package (`quantize_params` last) or stock.
+
+  Returns:
+    A `GradientTransformationExtraArgs` whose state is a tuple of the links' states.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((2, 2))}, eco.FP8)
+    >>> state = eco.chain(optax.adam(1e-3), eco.quantize_params()).init(params)
+    >>> state[0][0].mu["w"].dtype
+    dtype('float32')
+  """
+  runs = [optax.with_extra_args_support(link) for link in links]
+  packed = [isinstance(link, PackedTransformation) for link in links]
+
+  def init(params: Any) -> tuple:
+    dense = dequantize(params)
+    return tuple(run.init(params if own else dense) for run, own in zip(runs, packed, strict=True))
+
+  def update(
+    updates: Any, state: tuple, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, tuple]:
+    if len(state) != len(runs):
+      raise ValueError(f"the state is of {len(state)} links, the chain has {len(runs)}: init again")
+    dense = dequantize(params)
+    new_state = []
+    for run, own, link_state in zip(runs, packed, state, strict=True):
+      updates, link_state = run.update(updates, link_state, params if own else dense, **extra_args)
+      new_state.append(link_state)
+    return updates, tuple(new_state)
+
+  return PackedTransformation(init, update)
+
+
+def stored_weight(path: str, leaf: Any, update: Any) -> jax.Array:
+  """The float32 weight that is stored at `leaf` once its quantized `update` is applied.
+
+  An error must be measured against this, as it will be read back, and nothing else.
+  """
+  if isinstance(update, QuantizedArray):
+    return update.dequantize()
+  if is_quantized(leaf):
+    raise ValueError(
+      f"{trees.leaf_name(path)} is packed, but the quantizer gave it a float update: use"
+      " eco.quantize_params, or keep this leaf float"
+    )
+  return optax.apply_updates(leaf, update).astype(jnp.float32)

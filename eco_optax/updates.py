@@ -1,0 +1,101 @@
+"""Using packed parameters: applying their updates and differentiating with respect to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eco_optax import trees
+from eco_optax.quantized_array import dequantize, is_quantized
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+  """`optax.apply_updates` for packed parameters: packed leaves are replaced, float leaves added.
+
+  Args:
+    params: a tree with QuantizedArray and float leaves.
+    updates: the tree that a transformation of this package returned for them.
+
+  Returns:
+    The new parameters: every leaf keeps its shape and dtype.
+
+  Raises:
+    ValueError: naming the leaf, if a packed leaf's update is not packed, or the reverse.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> eco.apply_updates({"b": jnp.ones(2)}, {"b": jnp.ones(2)})
+    {'b': Array([2., 2.], dtype=float32)}
+  """
+
+  def apply(path: str, leaf: Any, update: Any) -> Any:
+    if is_quantized(leaf) and is_quantized(update):
+      return update
+    if is_quantized(leaf):
+      raise ValueError(
+        f"{trees.leaf_name(path)} is packed, but its update is not: end the optimizer with"
+        " eco.quantize_params, as in eco.chain(optax.adamw(…), eco.quantize_params())"
+      )
+    if is_quantized(update):
+      raise ValueError(
+        f"{trees.leaf_name(path)} is not packed, but its update is: apply the update to the"
+        " parameters that it was computed for"
+      )
+    return optax.apply_updates(leaf, update)
+
+  return trees.map_with_path(apply, params, updates, is_leaf=is_quantized)
+
+
+def value_and_grad(
+  fn: Callable[..., Any], dense: bool = True, has_aux: bool = False
+) -> Callable[..., Any]:
+  """`jax.value_and_grad` with respect to packed parameters, the first argument of `fn`.
+
+  Args:
+    fn: a scalar function of parameters and further arguments.
+    dense: whether `fn` gets float32 arrays in place of QuantizedArray leaves, so that any model
+      works. Otherwise it gets QuantizedArray leaves that collect gradients, for layers that multiply
+      the codes directly with `eco.matmul`; their gradient comes from there alone.
+    has_aux: whether `fn` returns `(value, aux)`.
+
+  Returns:
+    A function that returns `(value, gradients)`: float gradients in the tree of the dense view,
+    either way.
+
+  Example:
+    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> params = eco.quantize({"w": jnp.ones((2, 2))}, eco.FP8)
+    >>> value, grads = eco.value_and_grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+    >>> value, grads["w"]
+    (Array(4., dtype=float32), Array([[2., 2.],
+           [2., 2.]], dtype=float32))
+  """
+
+  def with_dense(params: Any, *args: Any, **kwargs: Any) -> Any:
+    return jax.value_and_grad(fn, has_aux=has_aux)(dequantize(params), *args, **kwargs)
+
+  def with_codes(params: Any, *args: Any, **kwargs: Any) -> Any:
+    # The sinks are zeros that nothing reads, so they cost no memory once compiled.
+    sinks = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, jnp.float32) if is_quantized(leaf) else leaf,
+      params,
+      is_leaf=is_quantized,
+    )
+
+    def fn_of_sinks(sinks: Any) -> Any:
+      leaves = jax.tree.map(
+        lambda leaf, sink: dataclasses.replace(leaf, sink=sink) if is_quantized(leaf) else sink,
+        params,
+        sinks,
+        is_leaf=is_quantized,
+      )
+      return fn(leaves, *args, **kwargs)
+
+    return jax.value_and_grad(fn_of_sinks, has_aux=has_aux)(sinks)
+
+  return with_dense if dense else with_codes

@@ -1,0 +1,30 @@
+"""Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import optax
+import pytest
+
+# Strict promotion holds our own code to explicit dtypes. Optax's own bias correction raises a Python
+# float to an int32 count, which strict promotion forbids, so that one function is let off.
+_bias_correction = optax.tree.bias_correction
+
+
+def _bias_correction_with_standard_promotion(moment, decay, count):
+  with jax.numpy_dtype_promotion("standard"):
+    return _bias_correction(moment, decay, count)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request, monkeypatch):
+  """Strict dtype promotion; `@pytest.mark.standard_promotion` where a stock optimizer needs less."""
+  monkeypatch.setattr(optax.tree, "bias_correction", _bias_correction_with_standard_promotion)
+  mode = "standard" if request.node.get_closest_marker("standard_promotion") else "strict"
+  with jax.numpy_dtype_promotion(mode):
+    yield
