@@ -1,4 +1,4 @@
-"""What a quantized run should watch: saturation, moved weights, error similarity, lost injection."""
+"""What a quantized run should watch: saturation, weights moved, similar errors, lost injection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _packed(params: Any) -> list:
 def saturation(params: Any) -> jax.Array:
   """Share of the quantized weights that sit at their format's largest code.
 
-  One weight per scale always does under nearest rounding; much more means that scales are too small.
+  One weight per scale does under nearest rounding; many more mean that scales are too small.
 
   Args:
     params: a tree with QuantizedArray leaves.

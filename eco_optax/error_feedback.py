@@ -42,7 +42,7 @@ _INJECTION_SEED = 0x9E3779B97F4A7C15
 class ErrorFeedbackState(NamedTuple):
   """State of `error_feedback_to_momentum`."""
 
-  count: jax.Array  # shape=(), dtype=jnp.int32.
+  step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken.
   inner: optax.OptState  # Of the stock optimizer, on float32 parameters.
   quantizer: optax.OptState
   error: (
@@ -112,7 +112,7 @@ def build(
   learning_rate: optax.ScalarOrSchedule | None,
   keep_error: bool,
   observe: Callable[[Observation], Any] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> PackedTransformation:
   """`error_feedback_to_momentum` whose update may also hand out what it did (`diagnostics`)."""
   inner = optax.with_extra_args_support(inner)
   packed_quantizer = isinstance(quantizer, PackedTransformation)
@@ -121,7 +121,7 @@ def build(
   plans: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 
   def plan(params: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The quantized leaves' paths, and those whose rate precedes their momentum; raises if unfit."""
+    """Paths of the quantized leaves, and of those whose rate precedes the momentum; may raise."""
     leaves, treedef = jax.tree.flatten(params)
     key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if key not in plans:
@@ -149,7 +149,7 @@ def build(
 
   def update(
     updates: Any, state: ErrorFeedbackState, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, ErrorFeedbackState]:
+  ) -> tuple[Any, Any]:
     require_params(params)
     paths, early = plan(params)
     dense = dequantize(params)
@@ -173,7 +173,7 @@ def build(
     last_error = momentum_lib.flat(state.error) if keep_error else {}
 
     count = momentum_lib.inner_count(state.inner)
-    rate_ratio = _rate_ratio(learning_rate, state.count if count is None else count)
+    rate_ratio = _rate_ratio(learning_rate, state.step if count is None else count)
     bias_counts = where.counts(step.state) if aware else {}
     injection, stored = {}, {}
     for path in paths:
@@ -192,14 +192,14 @@ def build(
       added = (p_next / safe_ratio * error[path] - b * p * old) / safe_j
       injection[path] = jnp.where(usable, added, 0)
       dtype = where.get(step.state)[path].dtype
-      key = rounding_lib.stream_key(_INJECTION_SEED, state.count, path)
+      key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
       bits = rounding_lib.counter_bits(key, weights[path].shape)
       stored[path] = rounding_lib.stochastic_cast(
         step.momentum[path] + injection[path], dtype, bits
       )
 
     new_state = ErrorFeedbackState(
-      count=optax.safe_increment(state.count),
+      step=optax.safe_increment(state.step),
       inner=where.put(step.state, stored),
       quantizer=quantizer_state,
       error=trees.map_with_path(lambda path, _: error[path], state.error) if keep_error else None,
@@ -226,8 +226,8 @@ def error_feedback_to_momentum(
   .. math:: m \leftarrow \tilde m + (P'/J' - B\,P/J)\, e
 
   where J = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ are found by differentiating the optimizer's own
-  `update`, so that no hyperparameter is told twice. Without `learning_rate` P = P' = 1 and J' = J: the
-  paper's rule, (1/η)(1 − 1/β) e for SGD with momentum. There is no buffer besides the optimizer's.
+  `update`, so that no hyperparameter is told twice. Without `learning_rate` P = P' = 1 and J' = J:
+  the paper's rule, (1/η)(1 − 1/β) e for SGD with momentum. It adds no buffer to the optimizer's.
 
   Args:
     inner: a transformation whose update depends smoothly and element by element on its momentum:

@@ -145,28 +145,28 @@ class Format:
     return axes if isinstance(axes, tuple) else (axes,)
 
   def check(self, shape: tuple[int, ...], path: str = "") -> None:
-    """Raises `ValueError`, naming the leaf at `path`, if an array of `shape` cannot be quantized."""
+    """Raises `ValueError`, naming the leaf at `path`, if an array of `shape` does not fit."""
     name = f"leaf {path!r}" if path else "the array"
     if not shape or math.prod(shape) == 0:
       raise ValueError(f"{name} of shape {shape} has nothing to quantize: leave it out with where=")
     if self.granularity == "channel":
       if len(shape) < -min(self.reduce_axes(len(shape))):
         raise ValueError(
-          f"{name} of shape {shape} has no axis {min(self.reduce_axes(len(shape)))} to share a scale"
-          f" over, as {self} asks: use granularity 'tensor' or leave it out with where="
+          f"{name} of shape {shape} has no axis {min(self.reduce_axes(len(shape)))} to share a"
+          f" scale over, as {self} asks: use granularity 'tensor' or leave it out with where="
         )
     elif isinstance(self.granularity, tuple):
       block = self.granularity
       tail = shape[-len(block) :]
       if len(shape) < len(block) or any(n % b for n, b in zip(tail, block, strict=True)):
         raise ValueError(
-          f"{name} of shape {shape} is not divided by blocks of {block}, as {self} asks: use another"
-          " block shape, granularity 'channel', or leave it out with where="
+          f"{name} of shape {shape} is not divided by blocks of {block}, as {self} asks: use"
+          " another block shape, granularity 'channel', or leave it out with where="
         )
 
 
 def grid(dtype: np.dtype) -> tuple[int, int | None]:
-  """`(mantissa bits, exponent of the smallest normal)` of a code dtype; `(0, None)` for integers."""
+  """`(mantissa bits, exponent of the smallest normal)` of a code dtype; integers: `(0, None)`."""
   return _FLOATS.get(np.dtype(dtype).name, (0, None))
 
 

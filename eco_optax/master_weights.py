@@ -29,7 +29,7 @@ _RESIDUAL_SEED = 0xD1B54A32D192ED03
 class MasterWeightsState(NamedTuple):
   """State of `master_weights`."""
 
-  count: jax.Array  # shape=(), dtype=jnp.int32.
+  step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken.
   inner: optax.OptState  # Of the stock optimizer, on the master weights.
   quantizer: optax.OptState
   residual: Any  # Like the params, in the residual's dtype; MaskedNode if not quantized.
@@ -68,8 +68,8 @@ def master_weights(
     inner: any stock optimizer; it sees the master weights.
     quantizer: `quantize_params`, or for float parameters any transformation that moves a proposed
       update.
-    residual: what r is stored in. `"float32"` is the full master weight of quantized training, 4 more
-      bytes per quantized weight. `"bfloat16"` takes 2. `"int8"` takes 1: a multiple of 1/128 of the
+    residual: what r is stored in. `"float32"` is the full master weight, 4 more bytes
+      per quantized weight. `"bfloat16"` takes 2. `"int8"` takes 1: a multiple of 1/128 of the
       spacing of the weight's own grid at its value, for packed leaves. Both are rounded
       stochastically.
 
@@ -77,8 +77,8 @@ def master_weights(
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
 
   Raises:
-    ValueError: for an unknown residual, or at `init`, naming the leaf, for an int8 residual of a leaf
-      that is not packed.
+    ValueError: for an unknown residual, or at `init`, naming the leaf, for an int8 residual of a
+      leaf that is not packed.
 
   Example:
     >>> import jax.numpy as jnp, optax, eco_optax as eco
@@ -154,14 +154,14 @@ def master_weights(
         return r
       error = proposed - stored_weight(path, leaf, new)
       bits = rounding_lib.counter_bits(
-        rounding_lib.stream_key(_RESIDUAL_SEED, state.count, path), error.shape
+        rounding_lib.stream_key(_RESIDUAL_SEED, state.step, path), error.shape
       )
       return _encode(new, error, residual, bits)
 
     new_residual = trees.map_with_path(
       keep, state.residual, params, quantized, proposed, is_leaf=is_leaf
     )
-    count = optax.safe_increment(state.count)
-    return quantized, MasterWeightsState(count, inner_state, quantizer_state, new_residual)
+    step = optax.safe_increment(state.step)
+    return quantized, MasterWeightsState(step, inner_state, quantizer_state, new_residual)
 
   return PackedTransformation(init, update)

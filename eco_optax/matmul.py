@@ -14,10 +14,11 @@ from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_arr
 
 
 def _outer_scale(w: QuantizedArray) -> jax.Array | None:
-  """The scale that can be applied to the product, per output channel, if the format has one."""
-  if w.format.granularity == "tensor" or w.format.contraction_axis == -2:
-    scale = w.float_scale() if isinstance(w.format.granularity, str) else None
-    return None if scale is None else jnp.squeeze(scale, -2)
+  """The product's scale, one per output channel, for formats whose scale is outside the sum."""
+  if w.format.granularity == "tensor" or (
+    w.format.granularity == "channel" and w.format.contraction_axis == -2
+  ):
+    return jnp.squeeze(w.float_scale(), -2)
   return None
 
 
@@ -40,8 +41,11 @@ def _matmul(
 ) -> jax.Array:
   del sink  # Only its gradient is of use.
   values, x_scale = _factor(x, activation_format)
-  w_scale = _outer_scale(w) if is_quantized(w) else None
-  kernel = w.codes.astype(x.dtype) if w_scale is not None else _dense(w, x.dtype)
+  w_scale = None
+  if is_quantized(w) and (w_scale := _outer_scale(w)) is not None:
+    kernel = w.codes.astype(x.dtype)
+  else:
+    kernel = _dense(w, x.dtype)
   y = jnp.matmul(values, kernel, preferred_element_type=jnp.float32)
   if x_scale is not None:
     y = y * x_scale
@@ -51,7 +55,7 @@ def _matmul(
 
 
 def _dense(w: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
-  return w.dequantize(dtype) if is_quantized(w) else w.astype(dtype)
+  return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
 
 def _forward(
@@ -115,6 +119,6 @@ def matmul(
     raise ValueError(f"matmul takes (…, in) and (in, out), got {x.shape} and {w.shape}")
   if activation_format is not None:
     activation_format.check(x.shape, "activations")
-  if is_quantized(w):
+  if isinstance(w, QuantizedArray):
     return _matmul(activation_format, x, dataclasses.replace(w, sink=None), w.sink)
   return _matmul(activation_format, x, w, None)

@@ -32,7 +32,7 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
 class QuantizeParamsState(NamedTuple):
   """State of `quantize_params`."""
 
-  count: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
+  step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
 
 
 def require_params(params: Any) -> None:
@@ -57,11 +57,11 @@ def quantize_params(
   rounding: Rounding = "stochastic",
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Replaces proposed parameters by their quantized values.
+  r"""Replaces proposed parameters by their quantized values.
 
   For a stored weight θ̂ and an update u proposed by the links before it:
 
-  .. math:: \\hat θ' = q(\\hat θ + u)
+  .. math:: \hat θ' = q(\hat θ + u)
 
   A packed leaf carries its own format: its entry of the updates becomes the new QuantizedArray, for
   `eco.apply_updates` to put in place. Alone behind an optimizer, `eco.chain(optax.adamw(…),
@@ -118,7 +118,7 @@ def quantize_params(
       formats.append(leaf_format)
       if is_quantized(leaf):
         return
-      if leaf_format is not None:
+      if format is not None and leaf_format is not None:
         if not trees.is_float(leaf):
           raise ValueError(
             f"{trees.leaf_name(path)} holds {leaf.dtype}, only floats can be rounded to {format}:"
@@ -127,8 +127,8 @@ def quantize_params(
         format.check(leaf.shape, path)
       elif where is not None and format is None and where(path, leaf):
         raise ValueError(
-          f"{trees.leaf_name(path)} is {leaf.dtype}{list(leaf.shape)} where where= promises a packed"
-          " leaf: call eco.quantize(params, format, where) first, or pass format= to emulate"
+          f"{trees.leaf_name(path)} is {leaf.dtype}{list(leaf.shape)} where where= promises a"
+          " packed leaf: call eco.quantize(params, format, where) first, or pass format= to emulate"
         )
 
     trees.map_with_path(check, params, is_leaf=is_quantized)
@@ -137,7 +137,7 @@ def quantize_params(
         "no leaf of params is quantized: call params = eco.quantize(params, eco.FP8) first, or pass"
         " format= (and a where= that selects some leaf) to emulate"
       )
-    return QuantizeParamsState(count=jnp.zeros([], jnp.int32))
+    return QuantizeParamsState(step=jnp.zeros([], jnp.int32))
 
   def update(
     updates: Any, state: QuantizeParamsState, params: Any = None, **extra_args: Any
@@ -152,7 +152,7 @@ def quantize_params(
       stored = dequantize(leaf)
       bits = None
       if rounding == "stochastic":
-        key = rounding_lib.stream_key(seed, state.count, path)
+        key = rounding_lib.stream_key(seed, state.step, path)
         bits = rounding_lib.counter_bits(key, leaf.shape)
       packed = quantize_array(propose(stored, update), leaf_format, rounding, bits)
       if is_quantized(leaf):
@@ -160,7 +160,7 @@ def quantize_params(
       return packed.dequantize(leaf.dtype) - stored
 
     updates = trees.map_with_path(put_on_grid, params, updates, is_leaf=is_quantized)
-    return updates, QuantizeParamsState(count=optax.safe_increment(state.count))
+    return updates, QuantizeParamsState(step=optax.safe_increment(state.step))
 
   return PackedTransformation(init, update)
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 class QuantizedArray:
   """Codes and scales of one tensor: a frozen pytree whose value is `codes × scale`.
 
-  Leading axes (layers, experts) may be scanned, vmapped, sliced and sharded: every field keeps them.
+  Leading axes (layers, experts) may be scanned, vmapped, sliced and sharded: all fields have them.
 
   Attributes:
     qvalue: codes of `format.dtype` in the tensor's shape. 4-bit codes are packed two to a byte, in
@@ -125,7 +125,7 @@ class QuantizedArray:
     return value.reshape(y.shape)
 
 
-def is_quantized(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:
   """Whether `leaf` is a QuantizedArray; the `is_leaf` of walks over parameters."""
   return isinstance(leaf, QuantizedArray)
 
@@ -254,10 +254,10 @@ def quantize_array(
   return dataclasses.replace(packed, qvalue=qvalue, odd=odd)
 
 
-def _seed_words(key: Any) -> jax.Array:
-  """A PRNG key, an old-style key or an integer as a uint32 scalar seed."""
+def _seed(key: Any) -> int | jax.Array:
+  """A PRNG key, an old-style key or an integer as a seed of `rounding.stream_key`."""
   if isinstance(key, (int, np.integer)):
-    return key
+    return int(key)
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     return jax.random.bits(key, (), jnp.uint32)
   if key.ndim == 0:
@@ -278,9 +278,9 @@ def quantize(
   rounding: Rounding = "nearest",
   key: Any = None,
 ) -> Any:
-  """Replaces float leaves of a tree by QuantizedArray leaves.
+  r"""Replaces float leaves of a tree by QuantizedArray leaves.
 
-  .. math:: scale = max|group| / q_{max}, \\quad codes = round(x / scale)
+  .. math:: scale = max|group| / q_{max}, \quad codes = round(x / scale)
 
   Args:
     tree: a pytree of arrays of any float dtype. A leaf that is packed already is quantized again
@@ -311,7 +311,7 @@ def quantize(
     raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
   if rounding == "stochastic" and key is None:
     raise ValueError("stochastic rounding draws random bits: pass key=, a PRNG key or an integer")
-  seed = _seed_words(key) if key is not None else 0
+  seed = _seed(key) if key is not None else 0
 
   def pack(path: str, leaf: Any) -> Any:
     if not hasattr(leaf, "ndim"):

@@ -144,12 +144,13 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
     uint32 array of shape (2,).
   """
   if isinstance(seed, (int, np.integer)):
-    low, high = _UINT32(int(seed) & 0xFFFFFFFF), _UINT32((int(seed) >> 32) & 0xFFFFFFFF)
+    words = np.array([int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF], np.uint32)
+    low, high = jnp.asarray(words[0]), jnp.asarray(words[1])
   else:
-    low, high = jnp.asarray(seed).astype(jnp.uint32), _UINT32(0)
+    low, high = jnp.asarray(seed).astype(jnp.uint32), jnp.zeros([], jnp.uint32)
   leaf = _UINT32(zlib.crc32(path.encode()))
-  step = jnp.asarray(step).astype(jnp.uint32)
-  first = _mix(_mix(_mix(jnp.asarray(low ^ leaf)) + high) + step)
+  count = jnp.asarray(step).astype(jnp.uint32)
+  first = _mix(_mix(_mix(low ^ leaf) + high) + count)
   second = _mix(first + _UINT32(0x9E3779B9))
   return jnp.stack([first, second])
 

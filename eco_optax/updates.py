@@ -59,8 +59,8 @@ def value_and_grad(
   Args:
     fn: a scalar function of parameters and further arguments.
     dense: whether `fn` gets float32 arrays in place of QuantizedArray leaves, so that any model
-      works. Otherwise it gets QuantizedArray leaves that collect gradients, for layers that multiply
-      the codes directly with `eco.matmul`; their gradient comes from there alone.
+      works. Otherwise it gets QuantizedArray leaves that collect gradients, for layers that
+      multiply the codes directly with `eco.matmul`; their gradient comes from there alone.
     has_aux: whether `fn` returns `(value, aux)`.
 
   Returns:

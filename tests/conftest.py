@@ -11,8 +11,8 @@ import jax
 import optax
 import pytest
 
-# Strict promotion holds our own code to explicit dtypes. Optax's own bias correction raises a Python
-# float to an int32 count, which strict promotion forbids, so that one function is let off.
+# Strict promotion holds our own code to explicit dtypes. Optax's own bias correction raises a
+# Python float to an int32 count, which strict promotion forbids, so that one function is let off.
 _bias_correction = optax.tree.bias_correction
 
 
@@ -23,7 +23,7 @@ def _bias_correction_with_standard_promotion(moment, decay, count):
 
 @pytest.fixture(autouse=True)
 def strict_promotion(request, monkeypatch):
-  """Strict dtype promotion; `@pytest.mark.standard_promotion` where a stock optimizer needs less."""
+  """Strict dtype promotion; `@pytest.mark.standard_promotion` where stock code needs less."""
   monkeypatch.setattr(optax.tree, "bias_correction", _bias_correction_with_standard_promotion)
   mode = "standard" if request.node.get_closest_marker("standard_promotion") else "strict"
   with jax.numpy_dtype_promotion(mode):

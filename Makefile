@@ -1,0 +1,36 @@
+# `make pretrain` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/stdlib_1m.py
+WORKDIR ?= runs/stdlib_1m
+BIN := $(VENV)/bin
+
+.PHONY: pretrain test test-floor lint clean
+
+pretrain: $(VENV)/.train
+	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# The oldest supported versions, on the tests of the library and the harness.
+test-floor: $(VENV)-floor/.dev
+	$(VENV)-floor/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.%: setup.cfg
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(VENV)-floor/.dev: setup.cfg tests/floor.txt
+	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint tests/floor.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-floor runs build dist *.egg-info
