@@ -276,6 +276,8 @@ def probe(
         for path, m in found.items()
       }
       _, _, (by_large, _), along_large = step(grads, where.put(before, large), weights)
+      seen = (by_momentum, decay, along, by_large, along_large, directions)
+      by_momentum, decay, along, by_large, along_large, directions = jax.device_get(seen)
     except TypeError as error:
       if "missing" in str(error):  # The optimizer needs extra arguments; nothing to probe it with.
         return ()
@@ -283,14 +285,14 @@ def probe(
 
   early = []
   for path in paths:
-    jacobian, b = np.asarray(by_momentum[path]), np.asarray(decay[path])
+    jacobian, b = by_momentum[path], decay[path]
     name = trees.leaf_name(path)
     # At large momenta a derivative may be a small difference of large terms.
     for diagonal, product, tolerance in (
       (jacobian, along[path], 1e-3),
-      (np.asarray(by_large[path]), along_large[path], 0.1),
+      (by_large[path], along_large[path], 0.1),
     ):
-      wanted = diagonal * np.asarray(directions[path], np.float32)
+      wanted = diagonal * directions[path].astype(np.float32)
       if np.max(np.abs(product - wanted)) > tolerance * np.max(np.abs(wanted)) + 1e-30:
         raise ValueError(
           f"{name}: the update is not element-wise in its momentum (a norm, a trust ratio or a"

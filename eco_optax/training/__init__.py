@@ -1,0 +1,1 @@
+"""The Flax harness: models, data and a loop that pretrain without master weights."""

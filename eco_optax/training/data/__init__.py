@@ -1,0 +1,1 @@
+"""Text for pretraining, as documents and as batches of tokens."""
