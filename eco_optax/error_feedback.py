@@ -26,7 +26,7 @@ from eco_optax import trees
 from eco_optax.momentum import Leaves, Momentum
 from eco_optax.quantize_params import (
   PackedTransformation,
-  propose,
+  add_update,
   require_params,
   stored_weight,
 )
@@ -53,7 +53,6 @@ class ErrorFeedbackState(NamedTuple):
 class Observation(NamedTuple):
   """What one step did to the quantized leaves, by path; for `diagnostics`."""
 
-  proposed: Leaves  # θ̃
   error: Leaves  # θ̃ − θ̂'
   momentum: Leaves  # m̃
   injection: Leaves  # what the rule adds to m̃
@@ -162,12 +161,14 @@ def build(
       step.updates, state.quantizer, params, **extra_args
     )
 
-    proposed, error = {}, {}
+    error = {}
 
     def measure(path: str, leaf: Any, update: Any, quantized: Any) -> None:
       if path in paths:
-        proposed[path] = propose(weights[path], update)
-        error[path] = proposed[path] - stored_weight(path, leaf, quantized)
+        # θ̃ − θ̂' in the order that keeps an update far below the weight's own precision.
+        error[path] = add_update(
+          weights[path].astype(jnp.float32) - stored_weight(path, leaf, quantized), update
+        )
 
     trees.map_with_path(measure, params, step.updates, quantized, is_leaf=is_quantized)
     last_error = momentum_lib.flat(state.error) if keep_error else {}
@@ -206,7 +207,7 @@ def build(
     )
     if observe is None:
       return quantized, new_state
-    seen = Observation(proposed, error, step.momentum, injection, stored)
+    seen = Observation(error, step.momentum, injection, stored)
     return quantized, (new_state, observe(seen))
 
   return PackedTransformation(init, update)

@@ -14,7 +14,7 @@ from eco_optax import trees
 from eco_optax.error_feedback import moved_paths, refuse_packed
 from eco_optax.quantize_params import (
   PackedTransformation,
-  propose,
+  add_update,
   require_params,
   stored_weight,
 )
@@ -125,7 +125,7 @@ def master_weights(
     stored = dequantize(params)
     keeps = lambda r: not isinstance(r, optax.MaskedNode)
     master = jax.tree.map(
-      lambda r, leaf, dense: propose(dense, _decode(leaf, r)) if keeps(r) else dense,
+      lambda r, leaf, dense: add_update(dense, _decode(leaf, r)) if keeps(r) else dense,
       state.residual,
       params,
       stored,
@@ -133,7 +133,7 @@ def master_weights(
     )
     updates, inner_state = inner.update(updates, state.inner, master, **extra_args)
     proposed = jax.tree.map(
-      lambda r, weight, u: propose(weight, u) if keeps(r) else None,
+      lambda r, weight, u: add_update(weight, u) if keeps(r) else None,
       state.residual,
       master,
       updates,

@@ -41,8 +41,8 @@ def require_params(params: Any) -> None:
     raise ValueError("params are missing: call tx.update(grads, state, params)")
 
 
-def propose(stored: jax.Array, update: jax.Array) -> jax.Array:
-  """The float32 weight that `update` proposes for a dense `stored` weight, θ̃ = θ̂ + u.
+def add_update(stored: jax.Array, update: jax.Array) -> jax.Array:
+  """`stored + update` in float32; for a dense stored weight the proposal θ̃ = θ̂ + u.
 
   The select keeps compilers from fusing the update's last product with this sum, which would round
   once instead of twice in some programs only: the proposal must be one number everywhere.
@@ -154,7 +154,7 @@ def quantize_params(
       if rounding == "stochastic":
         key = rounding_lib.stream_key(seed, state.step, path)
         bits = rounding_lib.counter_bits(key, leaf.shape)
-      packed = quantize_array(propose(stored, update), leaf_format, rounding, bits)
+      packed = quantize_array(add_update(stored, update), leaf_format, rounding, bits)
       if is_quantized(leaf):
         return packed
       return packed.dequantize(leaf.dtype) - stored

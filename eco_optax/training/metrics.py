@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import pathlib
@@ -90,7 +89,8 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
   from matplotlib import pyplot as plt
 
   figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
-  for (label, path), color in zip(runs.items(), itertools.cycle(plt.get_cmap("tab10").colors)):
+  for i, (label, path) in enumerate(runs.items()):
+    color = f"C{i}"
     rows = read_metrics(path)
     train = [(r["step"], r["loss"]) for r in rows if "loss" in r and math.isfinite(r["loss"])]
     held_out = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]

@@ -1,0 +1,80 @@
+"""Several runs of one config side by side: a table, its JSON and a figure."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import ml_collections
+
+from eco_optax.training import loop, metrics
+
+# Name of a run → what it changes in the config; the first is what the others are held against.
+METHODS: dict[str, dict[str, Any]] = {
+  "master weights + RTN": {"method": "mw_rtn"},
+  "master weights + SR": {"method": "mw_sr"},
+  "naive RTN": {"method": "naive_rtn"},
+  "naive SR": {"method": "naive_sr"},
+  "ECO + RTN, paper's rule": {"method": "eco_rtn", "schedule_aware": False},
+  "ECO + RTN, schedule-aware": {"method": "eco_rtn", "schedule_aware": True},
+  "ECO + SR, paper's rule": {"method": "eco_sr", "schedule_aware": False},
+  "ECO + SR, schedule-aware": {"method": "eco_sr", "schedule_aware": True},
+  "BF16, no quantization": {"method": "bf16_mw"},
+}
+
+
+def compare(
+  config: ml_collections.ConfigDict,
+  workdir: str | pathlib.Path,
+  results: str | pathlib.Path,
+  runs: dict[str, dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+  """Trains the runs that have no summary yet and writes what came out.
+
+  Args:
+    config: of all runs, before what each changes.
+    workdir: one folder per run is made in it; a run that is complete there is not run again.
+    results: folder for comparison.json, comparison.md and comparison.png.
+    runs: changes to the config by name; None takes `METHODS`.
+
+  Returns:
+    A summary per run, in the order of the runs.
+  """
+  runs = runs or METHODS
+  out = pathlib.Path(results)
+  out.mkdir(parents=True, exist_ok=True)
+  rows, curves = [], {}
+  for name, changes in runs.items():
+    own = ml_collections.ConfigDict(config.to_dict() | {"stop_on_nonfinite": False} | changes)
+    folder = pathlib.Path(workdir) / "".join(c if c.isalnum() else "_" for c in name)
+    done = folder / "summary.json"
+    if not done.exists() or json.loads(done.read_text())["config"] != own.to_dict():
+      shutil.rmtree(folder, ignore_errors=True)
+      loop.train(own, folder)
+    rows.append({"run": name} | json.loads(done.read_text()))
+    curves[name] = folder / "metrics.jsonl"
+    curve = metrics.read_metrics(curves[name])
+    rows[-1]["validation_curve"] = [
+      (row["step"], row["validation_loss"]) for row in curve if "validation_loss" in row
+    ]
+    (out / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (out / "comparison.md").write_text(table(rows))
+  metrics.plot_losses(curves, out / "comparison.png")
+  return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """The summaries as a Markdown table, with the gap to the first run."""
+  first = rows[0]["validation_loss"]
+  lines = [
+    f"| run | validation loss | against {rows[0]['run']} | bytes per parameter |",
+    "|---|---|---|---|",
+  ]
+  for row in rows:
+    loss, used = row["validation_loss"], row["bytes_per_parameter"]["total"]
+    step = row["diverged_at_step"]
+    shown = f"{loss:.4f} | {loss - first:+.4f}" if step is None else f"diverged at step {step} | "
+    lines.append(f"| {row['run']} | {shown} | {used:.2f} |")
+  return "\n".join(lines) + "\n"
