@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import flax
 import grain
 import jax
 import jax.numpy as jnp
@@ -77,20 +78,18 @@ def evaluate(loss: Any, params: Any, batches: Any, limit: int | None = None) -> 
   return sum(float(loss(params, jnp.asarray(batches[i]))) for i in range(count)) / count
 
 
-def describe_run(config: ml_collections.ConfigDict, manifest: dict[str, Any]) -> dict[str, Any]:
-  """What is needed to make a run again: config, command, versions, machine and data."""
-  versions = {module.__name__: module.__version__ for module in (jax, optax, grain, ml_dtypes)} | {
-    "python": platform.python_version()
+def describe_machine() -> dict[str, Any]:
+  """What is needed to make a figure again: command, versions and machine."""
+  versions = {
+    module.__name__: module.__version__ for module in (jax, optax, flax, grain, ml_dtypes)
+  } | {"python": platform.python_version()}
+  machine = {
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "cpu": _processor(),
   }
-  device = jax.devices()[0]
-  machine = {"device": device.device_kind, "devices": jax.device_count(), "cpu": _processor()}
-  return {
-    "config": config.to_dict(),
-    "command": " ".join(["python", *sys.argv]),
-    "versions": versions,
-    "machine": machine,
-    "corpus": manifest,
-  }
+  command = " ".join(["python", *sys.argv])
+  return {"command": command, "versions": versions, "machine": machine}
 
 
 def _processor() -> str:
@@ -200,7 +199,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     "tokens_per_second": throughput.tokens_per_second,
     "tokens": (step + 1) * config.batch_size * config.length,
     "seconds": time.perf_counter() - started,
-    **describe_run(config, text.manifest),
+    "config": config.to_dict(),
+    "corpus": text.manifest,
+    **describe_machine(),
   }
   (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
   metrics.plot_losses({config.method: folder / "metrics.jsonl"}, folder / "loss.png")

@@ -1,0 +1,110 @@
+"""What one optimizer step and its random bits cost, as ratios within one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import eco_optax as eco
+from eco_optax import rounding
+
+
+def paired_ratios(
+  functions: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, dict[str, float]]:
+  """Times functions in turn, so that a machine's drift meets them all alike.
+
+  Args:
+    functions: by name, each compiled and its arguments bound; the first is the unit of the ratios.
+    repeats: rounds; each calls every function once.
+
+  Returns:
+    By name, the median milliseconds, and the median over rounds of the ratio to the first.
+  """
+  for function in functions.values():
+    jax.block_until_ready(function())
+  times: dict[str, list[float]] = {name: [] for name in functions}
+  for _ in range(repeats):
+    for name, function in functions.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function())
+      times[name].append(time.perf_counter() - start)
+  first = next(iter(times.values()))
+  return {
+    name: {
+      "milliseconds": 1e3 * statistics.median(values),
+      "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+    }
+    for name, values in times.items()
+  }
+
+
+def random_bits(size: int, repeats: int) -> dict[str, dict[str, float]]:
+  """32 random bits for each of `size` elements: the counter hash beside JAX's generators."""
+  shape = (size // 4096, 4096)
+  counter = jax.jit(
+    lambda step: rounding.counter_bits(rounding.stream_key(0, step, "kernel"), shape)
+  )
+  threefry, rbg = (jax.jit(lambda key: jax.random.bits(key, shape, jnp.uint32)) for _ in range(2))
+  step = jnp.zeros([], jnp.int32)
+  keys = jax.random.key(0), jax.random.key(0, impl="rbg")
+  return paired_ratios(
+    {
+      "threefry": lambda: threefry(keys[0]),
+      "rbg": lambda: rbg(keys[1]),
+      "counter": lambda: counter(step),
+    },
+    repeats,
+  )
+
+
+def optimizer_step(size: int, repeats: int) -> dict[str, dict[str, float]]:
+  """One update of `size` parameters, donated: float32 AdamW beside each way to quantize."""
+  shape = (size // 4096, 4096)
+  dense = {"kernel": 0.02 * jax.random.normal(jax.random.key(0), shape)}
+  grads = {"kernel": 1e-3 * jax.random.normal(jax.random.key(1), shape)}
+  packed = eco.quantize(dense, eco.FP8)
+  adamw = optax.adamw(1e-3)
+
+  def runner(tx: optax.GradientTransformation, params: Any) -> Callable[[], Any]:
+    def step(params: Any, state: Any, grads: Any) -> Any:
+      updates, state = tx.update(grads, state, params)
+      return eco.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    # A copy of its own for each, because donation gives the buffers away.
+    carry = [jax.tree.map(jnp.copy, params), tx.init(params)]
+
+    def run() -> Any:
+      carry[:] = compiled(*carry, grads)
+      return carry
+
+    return run
+
+  def with_cast(params: Any) -> Callable[[], Any]:
+    run = runner(adamw, params)
+    cast = jax.jit(lambda p: eco.quantize(p, eco.FP8))
+    return lambda: cast(run()[0])
+
+  quantizers = {r: eco.quantize_params(rounding=r) for r in ("nearest", "stochastic")}  # type: ignore[arg-type]
+  return paired_ratios(
+    {
+      "float32 adamw": runner(adamw, dense),
+      "float32 adamw, then FP8 cast": with_cast(dense),
+      "naive, nearest": runner(eco.chain(adamw, quantizers["nearest"]), packed),
+      "ECO, nearest": runner(eco.error_feedback_to_momentum(adamw, quantizers["nearest"]), packed),
+      "ECO, stochastic": runner(
+        eco.error_feedback_to_momentum(adamw, quantizers["stochastic"]), packed
+      ),
+      "master weights, stochastic": runner(
+        eco.master_weights(adamw, quantizers["stochastic"]), packed
+      ),
+    },
+    repeats,
+  )

@@ -1,0 +1,33 @@
+"""Times random bits and optimizer steps: python scripts/benchmark.py."""
+
+import json
+import pathlib
+
+from absl import app, flags
+
+from eco_optax.training import benchmark, loop
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_SIZE = flags.DEFINE_integer("size", 2**25, "Elements per array; a multiple of 4096.")
+_REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds, of which the median counts.")
+_OUT = flags.DEFINE_string("out", str(_ROOT / "results" / "benchmark.json"), "Where figures go.")
+
+
+def main(_: list[str]) -> None:
+  """Measures, prints and writes."""
+  figures = {
+    "random_bits": benchmark.random_bits(_SIZE.value, _REPEATS.value),
+    "optimizer_step": benchmark.optimizer_step(_SIZE.value, _REPEATS.value),
+  }
+  for study, rows in figures.items():
+    print(f"{study}, {_SIZE.value:,} elements")
+    for name, row in rows.items():
+      print(f"  {name:<30} {row['milliseconds']:9.1f} ms  {row['ratio']:6.2f}×")
+  out = pathlib.Path(_OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  figures |= loop.describe_machine()
+  out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
