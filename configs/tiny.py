@@ -13,8 +13,6 @@ def get_config() -> config_dict.ConfigDict:
   spec.loader.exec_module(base)
   config = base.get_config()
   config.model = config_dict.ConfigDict({"layers": 2, "width": 32, "heads": 2, "mlp_width": 64})
-  config.batch_size = 8
-  config.length = 32
   config.steps = 60
   config.learning_rate = 1e-2
   config.log_every = 20

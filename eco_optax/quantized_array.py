@@ -201,8 +201,42 @@ def _largest_scale(format: Format) -> np.float32:
   return scale
 
 
-def _scale(largest: jax.Array, format: Format, rounding: Rounding) -> jax.Array:
-  """float32 scales, exact in `format.scale_dtype`, of groups whose largest magnitude is given."""
+def _smallest_block_scale(format: Format) -> np.float32:
+  return np.float32(ml_dtypes.finfo(format.scale_dtype).smallest_normal)
+
+
+def _round_scale(scale: jax.Array, format: Format, rounding: Rounding) -> jax.Array:
+  """Rounds float32 scales to `format.scale_dtype`: to nearest, or up under stochastic rounding.
+
+  A scale that is too small makes the largest weight saturate, which to nearest is its own code
+  again, but biases a stochastic rounding.
+  """
+  dtype = format.scale_dtype
+  nearest = scale.astype(dtype)
+  if rounding == "nearest" or dtype == np.float32:
+    return nearest
+  bits = jax.lax.bitcast_convert_type(nearest, jnp.dtype(f"uint{8 * dtype.itemsize}"))
+  up = jax.lax.bitcast_convert_type(bits + np.ones([], bits.dtype), dtype)
+  # A scale that was stored before comes back with a few float32 roundings and must stay.
+  is_small = nearest.astype(jnp.float32) * np.float32(1 + 2.0**-20) < scale
+  return jnp.where(is_small, up, nearest)
+
+
+def _scale(
+  largest: jax.Array, unit: jax.Array | None, format: Format, rounding: Rounding
+) -> jax.Array:
+  """Scales in `format.scale_dtype`, in units of the matrix's scale if that is given.
+
+  Args:
+    largest: each group's largest magnitude, float32.
+    unit: the `tensor_scale` of a two-level format.
+    format: of the codes.
+    rounding: of the codes.
+
+  Returns:
+    Scales of largest's shape; NaN where the group has a NaN or an infinity, which then shows in the
+    whole group: integers have no other way.
+  """
   top = np.float32(format.max)
   if format.power_of_two:
     # The smallest power of two at which rounding cannot pass the largest code: to nearest, half a
@@ -212,15 +246,14 @@ def _scale(largest: jax.Array, format: Format, rounding: Rounding) -> jax.Array:
     raw = jax.lax.bitcast_convert_type(_divide(largest, top), jnp.int32)
     exponent = (raw >> 23) + (raw & 0x7FFFFF != 0).astype(jnp.int32)
     scale = jax.lax.bitcast_convert_type(jnp.minimum(exponent, 254) << 23, jnp.float32)
+    scale = jnp.clip(scale, _SMALLEST_NORMAL, _largest_scale(format))
+  elif unit is not None:
+    # Among subnormal scales a stored block would not find its own scale again.
+    scale = jnp.maximum(_divide(largest, unit * top), _smallest_block_scale(format))
   else:
-    scale = _divide(largest, top)
-    scale = scale.astype(format.scale_dtype).astype(jnp.float32)
-  floor = _SMALLEST_NORMAL
-  if format.two_level:  # Among subnormal scales a stored block would not find its own scale again.
-    floor = np.float32(ml_dtypes.finfo(format.scale_dtype).smallest_normal)
-  scale = jnp.clip(scale, floor, None if format.two_level else _largest_scale(format))
-  # One NaN or infinity in a group shows as NaN in the whole group; integers have no other way.
-  return jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
+    scale = jnp.clip(_divide(largest, top), _SMALLEST_NORMAL, _largest_scale(format))
+  scale = jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
+  return _round_scale(scale, format, rounding)
 
 
 def quantize_array(
@@ -234,10 +267,10 @@ def quantize_array(
   tensor_scale = None
   if format.two_level:
     whole = _largest_magnitude(x, tuple(range(-min(2, x.ndim), 0)), keepdims=True)
-    largest_scale = np.float32(grid_max(format.scale_dtype))
-    tensor_scale = jnp.maximum(
-      _divide(_divide(whole, np.float32(format.max)), largest_scale), _SMALLEST_NORMAL
-    )
+    most = np.float32(format.max * grid_max(format.scale_dtype))
+    # The product of both scales must not be flushed to zero either.
+    floor = _SMALLEST_NORMAL / _smallest_block_scale(format)
+    tensor_scale = jnp.maximum(_divide(whole, most), floor)
     tensor_scale = jnp.where(jnp.isfinite(whole), tensor_scale, np.float32(np.nan))
   grouped = _grouped(x, format)
   if isinstance(format.granularity, str):
@@ -245,10 +278,8 @@ def quantize_array(
   else:
     within = tuple(range(-2 * len(format.granularity) + 1, 0, 2))
     largest = _largest_magnitude(grouped, within, keepdims=False)
-  if tensor_scale is not None:
-    largest = _divide(largest, tensor_scale)
-  scale = _scale(largest, format, rounding)
-  packed = QuantizedArray(x, scale.astype(format.scale_dtype), format, tensor_scale)
+  scale = _scale(largest, tensor_scale, format, rounding)
+  packed = QuantizedArray(x, scale, format, tensor_scale)
   y = _divide(grouped, _spread(packed.float_scale(), format)).reshape(x.shape)
   qvalue, odd = _pack(rounding_lib.round_to_codes(y, format.dtype, bits), format)
   return dataclasses.replace(packed, qvalue=qvalue, odd=odd)

@@ -1,0 +1,165 @@
+"""One run end to end, and one step of each method."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from matplotlib import image
+
+import eco_optax as eco
+from eco_optax.training import comparison, loop, methods, metrics
+from eco_optax.training.models import transformer
+
+# Optax's schedules compare an int32 count with Python floats.
+pytestmark = pytest.mark.standard_promotion
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def get_config(name="tiny", **changes):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.update(changes)
+  return config
+
+
+# Bytes per parameter of codes, moments and residual; scales are added by the test.
+STORAGE = {
+  "bf16_mw": (4, 8, 0),
+  "mw_rtn": (1, 8, 4),
+  "mw_sr": (1, 8, 4),
+  "naive_rtn": (1, 8, 0),
+  "naive_sr": (1, 8, 0),
+  "eco_rtn": (1, 8, 0),
+  "eco_sr": (1, 8, 0),
+}
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_one_step_of_each_method(method):
+  config = get_config(method=method)
+  tx = methods.optimizer(config)
+  params, opt_state = loop.init_state(config, tx)
+  before = jax.tree.map(jnp.copy, params)
+  step = loop.make_train_step(config, tx)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 129)), jnp.int32)
+  # At the second step the rate has left its first, smallest value.
+  for _ in range(2):
+    params, opt_state, result = step(params, opt_state, tokens)
+  assert step._cache_size() == 1
+  # Uniform over 256 bytes at the start, give or take what two steps learn.
+  assert abs(float(result["loss"]) - np.log(256)) < 0.2
+  assert np.isfinite(result["grad_norm"])
+
+  is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
+  leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]
+  kernels = [leaf for path, leaf in leaves if "'kernel'" in jax.tree_util.keystr(path)]
+  assert len(kernels) == 7
+  if method != "bf16_mw":
+    assert all(k.qvalue.dtype == jnp.float8_e4m3fn for k in kernels)
+    # No float32 copy of a kernel anywhere but in moments, and the residual of master weights.
+    assert not any(
+      leaf.ndim == 3 and leaf.dtype == jnp.float32 and leaf.shape[1] > 1
+      for leaf in jax.tree.leaves(params)
+    )
+  moved = [
+    np.any(np.asarray(a) != np.asarray(b))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)
+  ]
+  assert any(moved)
+
+  used = metrics.bytes_per_parameter(params, opt_state, transformer.is_block_kernel)
+  codes, moments, residual = STORAGE[method]
+  size = sum(k.size for k in kernels)
+  scales = sum(k.scale.nbytes for k in kernels) / size if method != "bf16_mw" else 0
+  assert used == pytest.approx((codes + scales, moments, residual))
+
+
+def test_eco_bytes_at_the_default_size():
+  config = get_config("stdlib_1m")
+  tx = methods.optimizer(config)
+  params, opt_state = loop.init_state(config, tx)
+  used = metrics.bytes_per_parameter(params, opt_state, transformer.is_block_kernel)
+  assert 9.0 < used.total < 9.05
+  assert transformer.count_params(loop.model_config(config)) == 1_049_728
+
+
+def test_runs_are_written_and_equal_each_other(tmp_path):
+  config = get_config()
+  first = loop.train(config, tmp_path / "a")
+  second = loop.train(config, tmp_path / "b")
+  # Guessing among the bytes that code is made of costs about 3.3 nats; uniform, 5.5.
+  assert first["validation_loss"] < 3.2
+  drop = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+  rows = [metrics.read_metrics(tmp_path / run / "metrics.jsonl") for run in "ab"]
+  assert drop(rows[0]) == drop(rows[1])
+  assert first["validation_loss"] == second["validation_loss"]
+  assert [row["step"] for row in rows[0]] == [20, 40, 40, 60, 60]
+  assert rows[0][-1]["validation_loss"] == first["validation_loss"]
+
+  saved = json.loads((tmp_path / "a" / "summary.json").read_text())
+  assert saved["config"]["method"] == "eco_sr"
+  assert saved["versions"]["jax"] == jax.__version__
+  picture = image.imread(tmp_path / "a" / "loss.png")
+  assert picture.std() > 0.01
+  table = loop.closing_table(saved)
+  assert f"{first['validation_loss']:.4f}" in table
+  assert "9.11 bytes per parameter" in table  # Rows of 32: 4 / 32 more for scales, 4 / 64 for some.
+
+
+def test_schedule_is_the_papers():
+  config = get_config("stdlib_1m")
+  rate = methods.schedule(config)
+  np.testing.assert_allclose([rate(0), rate(100), rate(1000)], [2e-5, 2e-3, 2e-4], rtol=1e-5)
+
+
+def test_clip_comes_before_the_momentum():
+  config = get_config(max_norm=1.0)
+  tx = methods.stock_optimizer(config)
+  params = {"w": jnp.zeros((2, 2))}
+  _, state = tx.update({"w": jnp.full((2, 2), 1e6)}, tx.init(params), params)
+  momentum = optax.tree.get(state, "mu")["w"]
+  np.testing.assert_allclose(momentum, 0.1 * 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"method": "eco"}, "unknown method 'eco': use one of bf16_mw"),
+    ({"format": "FP9"}, "unknown format 'FP9': use one of FP8"),
+    ({"activation_format": "FP9"}, "unknown activation_format 'FP9'"),
+    ({"method": "mw_rtn", "residual": "float8"}, "residual must be"),
+  ],
+)
+def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    loop.train(get_config(**changes), tmp_path)
+
+
+def test_a_run_that_diverges_says_where(tmp_path):
+  config = get_config(learning_rate=1e38, steps=40)
+  with pytest.raises(FloatingPointError, match=r"at step 20 with method 'eco_sr'"):
+    loop.train(config, tmp_path)
+  config.stop_on_nonfinite = False
+  summary = loop.train(config, tmp_path)
+  assert summary["diverged_at_step"] == 20
+
+
+def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
+  config = get_config(steps=20)
+  runs = {"a": {"method": "mw_rtn"}, "b": {"method": "eco_sr"}}
+  rows = comparison.compare(config, tmp_path / "runs", tmp_path / "results", runs)
+  monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a complete run was run again"))
+  again = comparison.compare(config, tmp_path / "runs", tmp_path / "results", runs)
+  assert rows == again
+  table = (tmp_path / "results" / "comparison.md").read_text()
+  gap = rows[1]["validation_loss"] - rows[0]["validation_loss"]
+  assert f"{gap:+.4f}" in table
+  assert json.loads((tmp_path / "results" / "comparison.json").read_text())[1]["run"] == "b"
