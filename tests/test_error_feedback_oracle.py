@@ -221,75 +221,59 @@ def test_two_hundred_steps_follow_the_oracle(recipe, method, format):
   assert np.mean(~together) <= 0.02
 
 
-def side_by_side(transforms, params, task, steps, keep=lambda params, state: params["w"].codes):
-  """Several runs of the same problem in one program, each on gradients of its own."""
-
-  def step(carry, t):
-    new, seen = [], []
-    for tx, (params, state) in zip(transforms, carry, strict=True):
-      grads = task.gradient(eco.dequantize(params), t % task.noise["w"].shape[0])
-      updates, state = tx.update(grads, state, params)
-      params = eco.apply_updates(params, updates)
-      new.append((params, state))
-      seen.append(keep(params, state))
-    return new, seen
-
-  @jax.jit
-  def loop(carry):
-    return jax.lax.scan(step, carry, jnp.arange(steps))[1]
-
-  starts = params if isinstance(params, list) else [params] * len(transforms)
-  seen = loop([(p, tx.init(p)) for tx, p in zip(transforms, starts, strict=True)])
-  return jax.tree.map(np.asarray, seen)
-
-
 sgd_with_decay = lambda rate: optax.chain(
   optax.trace(0.9), optax.add_decayed_weights(0.05), optax.scale_by_learning_rate(rate)
 )
 nesterov = lambda rate: optax.sgd(rate, 0.9, nesterov=True)
 EXACT = {
   "constant rate": (lambda rate: optax.sgd(rate, 0.9), PEAK, None),
-  "constant rate, aware": (lambda rate: optax.sgd(rate, 0.9), PEAK, PEAK),
-  "the paper's form": (
-    lambda rate: optax.chain(paper_momentum(0.9), optax.scale_by_learning_rate(rate)),
-    10 * PEAK,
-    None,
-  ),
   "nesterov": (nesterov, PEAK, None),
-  "decay": (sgd_with_decay, PEAK, PEAK),
-  "schedule": (lambda rate: optax.sgd(rate, 0.9), SCHEDULE, SCHEDULE),
   "schedule, decay": (sgd_with_decay, SCHEDULE, SCHEDULE),
 }
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("format", [eco.FP8, eco.INT4], ids=["FP8", "INT4"])
+@pytest.mark.parametrize("format", [FP8, INT4], ids=["FP8", "INT4"])
 @pytest.mark.parametrize("case", EXACT)
 def test_the_exact_rule_is_master_weights(case, format, rounding):
-  """SGDM, 1,000 steps: the same codes, drawn with the same bits.
+  """SGDM, 1,000 steps on the same gradients: the same codes, drawn with the same bits.
 
-  Two float32 computations of one number may fall on either side of a tie (or of a dither) now and
-  then; the master weight has not moved, so that such a code comes back by itself.
+  Two float32 computations of one number fall on either side of a tie now and then. The master
+  weight has not moved by that, so the codes agree again as soon as it leaves the tie.
   """
   make, rate, aware = EXACT[case]
+  format, dtype, _ = format
   quantizer = eco.quantize_params(rounding=rounding, seed=1)
-  transforms = [
-    eco.error_feedback_to_momentum(make(rate), quantizer, aware, keep_error=True),
-    eco.master_weights(make(rate), quantizer),
-    eco.error_feedback_to_momentum(make(rate), quantizer, aware),
-  ]
-  task = problem(1)
+  exact_tx = eco.error_feedback_to_momentum(make(rate), quantizer, aware, keep_error=True)
+  master_tx = eco.master_weights(make(rate), quantizer)
+  task = problem(1, {"w": (16, 8), "b": (8,)})
   params = eco.quantize(task.weights, format)
-  exact, master, memory_free = (
-    codes.astype(np.float32) for codes in side_by_side(transforms, params, task, 1000)
-  )
+
+  def step(carry, t):
+    (exact, exact_state), (master, master_state) = carry
+    grads = task.gradient(eco.dequantize(master), t % STEPS)
+    updates, exact_state = exact_tx.update(grads, exact_state, exact)
+    exact = eco.apply_updates(exact, updates)
+    updates, master_state = master_tx.update(grads, master_state, master)
+    master = eco.apply_updates(master, updates)
+    full = master["w"].dequantize() + master_state.residual["w"]
+    seen = [leaf["w"].codes.astype(jnp.float32) for leaf in (exact, master)]
+    return ((exact, exact_state), (master, master_state)), (*seen, full, master["w"].scale)
+
+  @jax.jit
+  def loop(carry):
+    return jax.lax.scan(step, carry, jnp.arange(1000))[1]
+
+  carry = ((params, exact_tx.init(params)), (params, master_tx.init(params)))
+  exact, master, full, scale = jax.tree.map(np.asarray, loop(carry))
   differ = exact != master
-  # Per weight and step, a tie within 1e-6 of the weight: its share of a step is 2e-5 for FP8, and
-  # dozens of steps pass before the gradient notices.
-  assert np.mean(differ) < 3e-4, np.mean(differ)
-  assert np.mean(differ[-1]) < 5e-3
-  assert np.mean(master != np.asarray(params["w"].codes.astype(jnp.float32))) > 0.3  # It trained.
-  assert np.mean(memory_free != master) > 0.01  # The comparison can tell.
+  if rounding == "nearest":
+    off = oracle.distance_to_tie(full.astype(np.float64) / scale, dtype) * scale
+    # What 1,000 steps add up to in float32, in units of the largest weight's rounding.
+    assert np.all(off[differ] < 128 * 2.0**-24 * np.abs(full).max())
+  # A dither within those roundings of its threshold: 1e-5 of the largest weight over a grid step.
+  assert np.mean(differ) < 1e-3
+  assert np.mean(np.any(master[1:] != master[:-1], axis=0)) > 0.5  # It trained.
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
@@ -314,9 +298,9 @@ def test_the_virtual_sequence_is_plain_gradient_descent(form, format, rounding):
   stored = np.concatenate([np.asarray(params["w"].dequantize())[None], trace.stored])
   virtual = stored.astype(np.float64) - rate * beta / (1 - beta) * m
   residue = virtual[1:] - (virtual[:-1] - rate * share * trace.grads["w"].astype(np.float64))
-  # A handful of float32 roundings of the weight and of what the momentum stands for.
-  size = np.abs(stored[1:]) + np.abs(stored[:-1]) + np.abs(virtual[1:] - stored[1:])
-  assert np.max(np.abs(residue) / size) < 8 * 2.0**-24
+  # A handful of float32 roundings of the largest weight and of what its momentum stands for.
+  size = np.max(np.abs(stored)) + np.max(np.abs(virtual - stored))
+  assert np.max(np.abs(residue)) < 4 * 2.0**-24 * size
   assert np.any(np.diff(stored, axis=0) != 0)
 
 
@@ -333,19 +317,23 @@ EMULATED = {
 }
 
 
+# Every method in the paper's formats, and the schedule-aware rule in the others.
+_OTHERS = [eco.MXFP8, eco.Format("int8", (8, 1)), eco.NVFP4]
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize(
-  "format",
-  [eco.FP8, eco.INT4, eco.MXFP8, eco.Format("int8", (8, 1)), eco.NVFP4],
-  ids=["FP8", "INT4", "MXFP8", "INT8 blocks", "NVFP4"],
+  ("method", "format"),
+  [(method, format) for method in EMULATED for format in (eco.FP8, eco.INT4)]
+  + [("aware, adamw, schedule", format) for format in _OTHERS],
+  ids=str,
 )
-@pytest.mark.parametrize("method", EMULATED)
 def test_packed_and_emulated_runs_have_the_same_codes(method, format, rounding):
   """Every step. Emulated weights are float32 that `optax.apply_updates` put on the grid."""
   make = EMULATED[method]
   packed_tx = make(eco.quantize_params(rounding=rounding, seed=3))
   emulated_tx = make(eco.quantize_params(format, rounding=rounding, seed=3))
-  task = problem(3, {"w": (32, 16), "b": (16,)}, 100)
+  task = problem(3, {"w": (32, 8), "b": (8,)}, 60)
   packed = eco.quantize(task.weights, format)
   emulated = eco.dequantize(packed)
 
@@ -360,10 +348,10 @@ def test_packed_and_emulated_runs_have_the_same_codes(method, format, rounding):
 
   @jax.jit
   def loop(carry):
-    return jax.lax.scan(step, carry, jnp.arange(100))[1]
+    return jax.lax.scan(step, carry, jnp.arange(60))[1]
 
   carry = ((packed, packed_tx.init(packed)), (emulated, emulated_tx.init(emulated)))
   a, b, dense, emulated = jax.tree.map(np.asarray, loop(carry))
   np.testing.assert_array_equal(a, b)
   # θ̂ + (q − θ̂) may miss q by a rounding of the move.
-  np.testing.assert_allclose(emulated, dense, rtol=0, atol=2.0**-22 * np.abs(dense).max())
+  np.testing.assert_allclose(emulated, dense, rtol=0, atol=2.0**-20 * np.abs(dense).max())
