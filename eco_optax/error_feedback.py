@@ -192,6 +192,8 @@ def build(
       old = last_error.get(path, error[path])
       added = (p_next / safe_ratio * error[path] - b * p * old) / safe_j
       injection[path] = jnp.where(usable, added, 0)
+      if keep_error:  # Without a step, what is owed stays owed.
+        error[path] = jnp.where(usable, error[path], old)
       dtype = where.get(step.state)[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
       bits = rounding_lib.counter_bits(key, weights[path].shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,6 @@ def differentiate(
   state: Any,
   params: Any,
   extra_args: dict[str, Any],
-  tangents: Leaves | None = None,
   by_weight: bool = False,
 ) -> Derivatives:
   """Runs one step of a stock optimizer and its derivatives along ones.
@@ -163,7 +162,6 @@ def differentiate(
     state: as for `inner.update`.
     params: the dense parameters.
     extra_args: as for `inner.update`.
-    tangents: other directions than ones, by path.
     by_weight: whether ∂u/∂θ̂ is wanted too.
 
   Returns:
@@ -181,7 +179,7 @@ def differentiate(
 
   ones = jax.tree.map(jnp.ones_like, momentum)
   (_, new_momentum), (by_momentum, decay), (updates, new_state) = jax.jvp(
-    lambda m: step(m, weights), (momentum,), (tangents or ones,), has_aux=True
+    lambda m: step(m, weights), (momentum,), (ones,), has_aux=True
   )
   weight_tangents = None
   if by_weight:
@@ -199,7 +197,7 @@ def differentiate(
   )
 
 
-_PROBE_STEPS = 64
+_PROBE_STEPS = 1024
 _REMEDY = (
   "Use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
   " momentum), eco_optax.master_weights, which touches no momentum, or leave the leaf float"
@@ -225,9 +223,9 @@ def probe(
   """
   if not paths:
     return ()
-  names = flat(params)
   # At most three per axis: enough that a norm, a sort or a matrix product shows.
-  shapes = {path: tuple(min(n, 3) for n in leaf.shape) for path, leaf in names.items()}
+  shapes = {path: tuple(min(n, 3) for n in leaf.shape) for path, leaf in flat(params).items()}
+  where = Momentum(shapes, paths)
   generator = np.random.default_rng(0)
 
   def draw(scale: float) -> Any:
@@ -239,9 +237,7 @@ def probe(
     )
 
   with jax.ensure_compile_time_eval():
-    weights = draw(1.0)
-    state = inner.init(weights)
-    where = Momentum(shapes, paths)
+    state = inner.init(draw(1.0))
     found = where.get(state)
     for path in paths:
       if path not in found:
@@ -249,75 +245,121 @@ def probe(
           f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
           f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
         )
-    directions = {
-      path: jnp.asarray(generator.uniform(0.5, 2.0, leaf.shape), leaf.dtype)
-      for path, leaf in found.items()
-    }
-
-    @jax.jit
-    def step(grads: Any, state: Any, weights: Any) -> tuple[Any, Any, Any, Any]:
-      ones = differentiate(inner, where, grads, state, weights, {})
-      along = differentiate(inner, where, grads, state, weights, {}, directions)
-      updates = {path: leaf for path, leaf in flat(ones.updates).items() if path in paths}
-      return ones.state, updates, (ones.by_momentum, ones.decay), along.by_momentum
-
-    try:
-      for _ in range(_PROBE_STEPS):
-        before, grads = state, draw(0.1)
-        state, updates, (by_momentum, decay), along = step(grads, before, weights)
-        # A learning rate of zero or gradient accumulation says nothing yet.
-        if all(np.any(np.asarray(u) != 0) for u in updates.values()):
-          break
-      else:
-        return ()
-      # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
-      large = {
-        path: jnp.asarray(1e4 * generator.standard_normal(m.shape), m.dtype)
-        for path, m in found.items()
-      }
-      _, _, (by_large, _), along_large = step(grads, where.put(before, large), weights)
-      seen = (by_momentum, decay, along, by_large, along_large, directions)
-      by_momentum, decay, along, by_large, along_large, directions = jax.device_get(seen)
-    except TypeError as error:
-      if "missing" in str(error):  # The optimizer needs extra arguments; nothing to probe it with.
-        return ()
-      raise
-
-  early = []
-  for path in paths:
-    jacobian, b = by_momentum[path], decay[path]
-    name = trees.leaf_name(path)
-    # A bfloat16 momentum has derivatives of 8 bits, and at large momenta a derivative may be a
-    # small difference of large terms; what is not element-wise is off by its own size.
-    for diagonal, product, tolerance in (
-      (jacobian, along[path], 0.02),
-      (by_large[path], along_large[path], 0.1),
-    ):
-      with np.errstate(all="ignore"):  # An absurd learning rate shows soon enough.
-        wanted = diagonal * directions[path].astype(np.float32)
-        gap, size = np.max(np.abs(product - wanted)), np.max(np.abs(wanted))
-      if gap > tolerance * size + 1e-30:
-        raise ValueError(
-          f"{name}: the update is not element-wise in its momentum (a norm, a trust ratio or a"
-          " matrix function follows it), so a quantization error cannot be paid back through it."
-          f" {_REMEDY}"
-        )
-    if not np.any(b):
+    reports = None
+    # A loss is what some optimizers want besides gradients; whatever else is needed is not known.
+    for extra_args in ({}, {"value": jnp.ones([])}):
+      try:
+        reports = _try_out(inner, where, draw, extra_args)
+        break
+      except (TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
       raise ValueError(
-        f"{name}: the momentum keeps nothing from step to step (its decay rate b1 is 0), so a"
-        f" quantization error put in it is lost: use b1 > 0. {_REMEDY}"
+        f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
+        f" parameters to see what its update does with momentum ({reason}). {_REMEDY}"
       )
-    if not np.any(jacobian):
-      raise ValueError(
-        f"{name}: the update does not depend smoothly on its momentum (its derivative is 0, as with"
-        f" the sign in Lion), so a quantization error cannot be paid back through it. {_REMEDY}"
-      )
-    if np.max(np.abs(b)) >= 1:
-      raise ValueError(
-        f"{name}: the momentum never decays (its decay rate is {np.max(b):g}), so nothing pays a"
-        f" quantization error back. {_REMEDY}"
-      )
-    # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
-    if any(np.allclose(np.abs(jacobian), np.abs(b) ** k, rtol=1e-5) for k in (1, 2)):
-      early.append(path)
-  return tuple(early)
+  if reports is None:
+    return ()
+  for report in reports:
+    for path in paths:
+      if message := _refusal(path, report):
+        raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
+  # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
+  usual = reports[0]
+  return tuple(
+    path
+    for path in paths
+    if any(
+      np.allclose(np.abs(usual.by_momentum[path]), np.abs(usual.decay[path]) ** k, rtol=1e-5)
+      for k in (1, 2)
+    )
+  )
+
+
+class _Report(NamedTuple):
+  """What one step of a miniature does with momentum; arrays by path."""
+
+  updates: Leaves
+  by_momentum: Leaves  # J
+  decay: Leaves  # B
+  one: Leaves  # A direction with a single nonzero element in each leaf.
+  along_one: Leaves  # The derivative of the update in that direction.
+  spreads: np.ndarray  # Whether the direction reaches other state than the momentum.
+  is_large: bool
+
+
+def _try_out(
+  inner: optax.GradientTransformationExtraArgs, where: Momentum, draw: Any, extra_args: Any
+) -> list[_Report] | None:
+  """Reports at usual and at large momenta; None if the optimizer never makes a step."""
+  weights = draw(1.0)
+  state = inner.init(weights)
+  one = {
+    path: jnp.zeros(m.size, m.dtype).at[m.size // 2].set(1).reshape(m.shape)
+    for path, m in where.get(state).items()
+  }
+
+  @jax.jit
+  def step(grads: Any, state: Any) -> tuple[Any, tuple[Any, ...]]:
+    diagonal = differentiate(inner, where, grads, state, weights, extra_args)
+    run = lambda m: inner.update(grads, where.put(state, m), weights, **extra_args)
+    _, (along_one, state_tangent) = jax.jvp(run, (where.get(state),), (one,))
+    pick = lambda tree: {path: leaf for path, leaf in flat(tree).items() if path in where.paths}
+    others = where.put(state_tangent, jax.tree.map(jnp.zeros_like, one))
+    spreads = [jnp.any(t != 0) for t in jax.tree.leaves(others) if t.dtype != jax.dtypes.float0]
+    report = (
+      pick(diagonal.updates),
+      diagonal.by_momentum,
+      diagonal.decay,
+      one,
+      pick(along_one),
+      jnp.any(jnp.asarray(spreads)),
+    )
+    return diagonal.state, report
+
+  moved = 0
+  for _ in range(_PROBE_STEPS):
+    before, grads = state, draw(0.1)
+    state, report = step(grads, before)
+    # A learning rate of zero or gradient accumulation says nothing yet, and some optimizers treat
+    # their first step specially.
+    moved += all(np.any(np.asarray(u) != 0) for u in report[0].values())
+    if moved == 3:
+      break
+  else:
+    return None
+  # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
+  noise = flat(draw(1e4))
+  large = {path: noise[path].astype(m.dtype) for path, m in where.get(before).items()}
+  _, at_large = step(grads, where.put(before, large))
+  return [_Report(*jax.device_get(report), False), _Report(*jax.device_get(at_large), True)]
+
+
+def _refusal(path: str, report: _Report) -> str | None:
+  """Why an error cannot be paid back through the momentum of a leaf, if it cannot."""
+  along = np.asarray(report.along_one[path], np.float32)
+  if np.any(along[np.asarray(report.one[path]) == 0] != 0):
+    return (
+      "the update is not element-wise in its momentum (a norm, a trust ratio or a matrix function"
+      " follows it), so a quantization error cannot be paid back through it"
+    )
+  if report.is_large:  # Where an update is clipped element by element, the rest says nothing.
+    return None
+  if not np.any(report.decay[path]):
+    return (
+      "the momentum keeps nothing from step to step (its decay rate b1 is 0), so a quantization"
+      " error put in it is lost: use b1 > 0"
+    )
+  if not np.any(report.by_momentum[path]):
+    return (
+      "the update does not depend smoothly on its momentum (its derivative is 0, as with the sign"
+      " in Lion), so a quantization error cannot be paid back through it"
+    )
+  if np.max(np.abs(report.decay[path])) >= 1:
+    return "the momentum never decays, so nothing pays a quantization error back"
+  if report.spreads:
+    return (
+      "the momentum feeds another statistic of the optimizer (as the variance in AdaBelief), which"
+      " a quantization error put in it would spoil"
+    )
+  return None

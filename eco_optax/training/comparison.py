@@ -74,7 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
   ]
   for row in rows:
     loss, used = row["validation_loss"], row["bytes_per_parameter"]["total"]
-    step = row["diverged_at_step"]
-    shown = f"{loss:.4f} | {loss - first:+.4f}" if step is None else f"diverged at step {step} | "
-    lines.append(f"| {row['run']} | {shown} | {used:.2f} |")
+    shown = f"diverged at step {row['diverged_at_step']}" if loss is None else f"{loss:.4f}"
+    gap = "" if loss is None or first is None else f"{loss - first:+.4f}"
+    lines.append(f"| {row['run']} | {shown} | {gap} | {used:.2f} |")
   return "\n".join(lines) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import platform
 import sys
@@ -101,10 +100,11 @@ def _processor() -> str:
 
 def closing_table(summary: dict[str, Any]) -> str:
   """The run's figures as text."""
-  used = summary["bytes_per_parameter"]
+  used, loss = summary["bytes_per_parameter"], summary["validation_loss"]
+  diverged = f"none, diverged at step {summary['diverged_at_step']}"
   rows = [
     ("method", summary["config"]["method"]),
-    ("validation loss", f"{summary['validation_loss']:.4f} nats per byte"),
+    ("validation loss", diverged if loss is None else f"{loss:.4f} nats per byte"),
     ("weights (codes and scales)", f"{used['weights']:.2f} bytes per parameter"),
     ("moments", f"{used['moments']:.2f}"),
     ("master weights", f"{used['residual']:.2f}" if used["residual"] else "none"),
@@ -117,6 +117,20 @@ def closing_table(summary: dict[str, Any]) -> str:
   return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
 
 
+def record_divergence(config: ml_collections.ConfigDict, step: int, what: str) -> int:
+  """The step, for the summary, or an error where the config wants the run to stop.
+
+  Raises:
+    FloatingPointError: naming the step, where `config.stop_on_nonfinite`.
+  """
+  if config.stop_on_nonfinite:
+    raise FloatingPointError(
+      f"{what} at step {step} with method {config.method!r}: lower config.learning_rate, or set"
+      " config.stop_on_nonfinite=False to record the run as diverged"
+    )
+  return step
+
+
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Pretrains a model and leaves its metrics, loss curve and summary in a folder.
 
@@ -125,7 +139,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     workdir: folder for metrics.jsonl, loss.png and summary.json; made if need be.
 
   Returns:
-    The summary: validation loss, bytes per parameter, tokens per second, and what made them.
+    The summary: validation loss (None for a run that diverged), bytes per parameter, tokens per
+    second, and what made them.
 
   Raises:
     ValueError: for an unknown method or format, before any step.
@@ -151,60 +166,65 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     flush=True,
   )
 
-  writer = metrics.MetricsWriter(folder / "metrics.jsonl")
+  log = folder / "metrics.jsonl"
+  log.unlink(missing_ok=True)  # Of an earlier run in this folder.
   throughput = metrics.Throughput(config.batch_size * config.length)
-  diverged, counted = None, 0
+  diverged, unread = None, []
   for step in range(config.steps):
     params, opt_state, result = train_step(params, opt_state, jnp.asarray(next(batches)))
-    last = step + 1 == config.steps
+    unread.append(result)
+    done, last = step + 1, step + 1 == config.steps
     if step == 0:
       jax.block_until_ready(result)  # The first step compiles, so the clock starts behind it.
-      throughput.resume()
-      continue
-    counted += 1
-    if last or (step + 1) % config.log_every == 0:
-      numbers = {name: float(value) for name, value in result.items()}
-      throughput.pause(counted)
-      counted = 0
+      throughput.resume(done)
+      if not last:
+        continue
+    evaluates = not last and done % config.evaluate_every == 0
+    if last or evaluates or done % config.log_every == 0:
+      rows = jax.device_get(unread)  # All at once, because reading each step would stall the next.
+      unread = []
+      throughput.pause(done)
       speed, rate = throughput.tokens_per_second, metrics.learning_rate_at(schedule, step)
-      writer.write(step + 1, **numbers, learning_rate=rate, tokens_per_second=speed)
-      left = (config.steps - step - 1) * config.batch_size * config.length / speed
+      metrics.append_metrics(log, done, **rows[-1], learning_rate=rate, tokens_per_second=speed)
+      left = (config.steps - done) * config.batch_size * config.length / max(speed, 1)
       print(
-        f"step {step + 1:>5}/{config.steps}  loss {numbers['loss']:.4f}  lr {rate:.2e}"
+        f"step {done:>5}/{config.steps}  loss {rows[-1]['loss']:.4f}  lr {rate:.2e}"
         f"  {speed:,.0f} tokens/s  {metrics.clock(left)} left",
         flush=True,
       )
-      if not metrics.is_finite(*numbers.values()):
-        diverged = step + 1
-        if config.stop_on_nonfinite:
-          raise FloatingPointError(
-            f"loss {numbers['loss']} and gradient norm {numbers['grad_norm']} at step {step + 1}"
-            f" with method {config.method!r}: lower config.learning_rate, or set"
-            " config.stop_on_nonfinite=False to record the run as diverged"
-          )
+      for bad, row in enumerate(rows, done - len(rows) + 1):
+        if not metrics.is_finite(*row.values()):
+          what = f"loss {row['loss']} and gradient norm {row['grad_norm']}"
+          diverged = record_divergence(config, bad, what)
+          break
+      if diverged:
         break
-      if not last and (step + 1) % config.evaluate_every == 0:
+      if evaluates:
         value = evaluate(loss, params, held_out, config.evaluate_batches)
-        writer.write(step + 1, validation_loss=value)
-      throughput.resume()
+        metrics.append_metrics(log, done, validation_loss=value)
+      throughput.resume(done)
 
-  validation = math.nan if diverged else evaluate(loss, params, held_out)
-  writer.write(step + 1, validation_loss=validation)
-  writer.close()
+  validation = None
+  if not diverged:
+    validation = evaluate(loss, params, held_out)
+    metrics.append_metrics(log, done, validation_loss=validation)
+    if not metrics.is_finite(validation):
+      diverged = record_divergence(config, done, f"validation loss {validation}")
+      validation = None
   used = metrics.bytes_per_parameter(params, opt_state, transformer.is_block_kernel)
   summary = {
     "validation_loss": validation,
     "diverged_at_step": diverged,
     "bytes_per_parameter": used._asdict() | {"total": used.total},
     "tokens_per_second": throughput.tokens_per_second,
-    "tokens": (step + 1) * config.batch_size * config.length,
+    "tokens": done * config.batch_size * config.length,
     "seconds": time.perf_counter() - started,
     "config": config.to_dict(),
     "corpus": text.manifest,
     **describe_machine(),
   }
-  (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-  metrics.plot_losses({config.method: folder / "metrics.jsonl"}, folder / "loss.png")
+  (folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+  metrics.plot_losses({config.method: log}, folder / "loss.png")
   logging.info("metrics, summary and loss curve are in %s", folder)
   print(closing_table(summary), flush=True)
   return summary

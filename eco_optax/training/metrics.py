@@ -9,30 +9,28 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 import eco_optax as eco
 
 
-class MetricsWriter:
-  """Appends one JSON object per line, flushed, so that a run that dies has its metrics."""
+def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
+  """Adds one JSON object as a line and closes the file, so that a run that dies has its metrics.
 
-  def __init__(self, path: pathlib.Path):
-    self._file = path.open("w")
-
-  def write(self, step: int, **values: float) -> None:
-    """One line; numbers only."""
-    row = {"step": step} | {key: float(value) for key, value in values.items()}
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
-
-  def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
+  Args:
+    path: of the metrics file.
+    step: that the values belong to.
+    **values: numbers; those that are not finite become null, because JSON has no NaN.
+  """
+  numbers = {name: float(value) for name, value in values.items()}
+  row = {"step": step} | {n: x if math.isfinite(x) else None for n, x in numbers.items()}
+  with path.open("a") as file:
+    file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-  """The rows of a metrics file."""
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a metrics file; None where a number was not finite."""
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -92,16 +90,14 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
   for i, (label, path) in enumerate(runs.items()):
     color = f"C{i}"
     rows = read_metrics(path)
-    train = [(r["step"], r["loss"]) for r in rows if "loss" in r and math.isfinite(r["loss"])]
-    held_out = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
-    if train and len(runs) == 1:
-      axes.plot(
-        *zip(*train, strict=True), color=color, alpha=0.35, lw=1, label=f"{label}, training"
-      )
-    if held_out:
-      axes.plot(
-        *zip(*held_out, strict=True), color=color, marker="o", ms=3, label=f"{label}, validation"
-      )
+    # Two columns even of no rows, so that a run that diverged at once still has its legend.
+    train, held_out = (
+      np.array([(r["step"], r[key]) for r in rows if r.get(key) is not None]).reshape(-1, 2).T
+      for key in ("loss", "validation_loss")
+    )
+    if len(runs) == 1:
+      axes.plot(*train, color=color, alpha=0.35, lw=1, label=f"{label}, training")
+    axes.plot(*held_out, color=color, marker="o", ms=3, label=f"{label}, validation")
   axes.set(xlabel="step", ylabel="loss (nats per byte)")
   low, high = axes.get_ylim()
   axes.set_ylim(low, min(high, low + 2.5))
@@ -123,23 +119,20 @@ class Throughput:
     self._tokens_per_step = tokens_per_step
     self._steps = 0
     self._seconds = 0.0
-    self._since: float | None = None
 
-  def resume(self) -> None:
-    """Starts the clock, before steps that count."""
-    self._since = time.perf_counter()
+  def resume(self, step: int) -> None:
+    """Starts the clock once `step` steps have ended."""
+    self._since_step, self._since = step, time.perf_counter()
 
-  def pause(self, steps: int) -> None:
-    """Stops the clock once `steps` more steps have ended."""
-    if self._since is not None:
-      self._seconds += time.perf_counter() - self._since
-      self._steps += steps
-    self._since = None
+  def pause(self, step: int) -> None:
+    """Stops the clock once `step` steps have ended."""
+    self._seconds += time.perf_counter() - self._since
+    self._steps += step - self._since_step
 
   @property
   def tokens_per_second(self) -> float:
     """Mean so far; 0 before any step counted."""
-    return self._tokens_per_step * self._steps / self._seconds if self._seconds else 0.0
+    return self._tokens_per_step * self._steps / self._seconds if self._steps else 0.0
 
 
 def is_finite(*values: Any) -> bool:
