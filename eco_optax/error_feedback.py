@@ -236,7 +236,7 @@ def error_feedback_to_momentum(
     inner: a transformation whose update depends smoothly and element by element on its momentum:
       `optax.adamw`, `optax.sgd` with momentum and many more, alone or inside `chain`, `masked`,
       `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. It sees packed leaves as
-      float32.
+      float32. One that requires extra arguments of your own is not checked at `init`.
     quantizer: `quantize_params`, or for float parameters any transformation that moves a proposed
       update (a rounding of your own, added noise). The error is the difference that it made.
     learning_rate: the schedule of `inner`. It makes the rule schedule-aware: J' follows the next

@@ -246,18 +246,20 @@ def probe(
           f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
         )
     reports = None
-    # A loss is what some optimizers want besides gradients; whatever else is needed is not known.
+    # A loss is what some optimizers want besides gradients.
     for extra_args in ({}, {"value": jnp.ones([])}):
       try:
         reports = _try_out(inner, where, draw, extra_args)
         break
       except (TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        failure = error
     else:
-      raise ValueError(
-        f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
-        f" parameters to see what its update does with momentum ({reason}). {_REMEDY}"
-      )
+      # An argument of the user's own cannot be made up: then the rule is taken on trust.
+      if not (isinstance(failure, TypeError) and "missing" in str(failure)):
+        raise ValueError(
+          f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
+          f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
+        ) from failure
   if reports is None:
     return ()
   for report in reports:
@@ -284,8 +286,8 @@ class _Report(NamedTuple):
   decay: Leaves  # B
   one: Leaves  # A direction with a single nonzero element in each leaf.
   along_one: Leaves  # The derivative of the update in that direction.
-  spreads: np.ndarray  # Whether the direction reaches other state than the momentum.
-  is_large: bool
+  spreads: jax.Array  # Whether the direction reaches other state than the momentum.
+  is_large: bool = False
 
 
 def _try_out(
@@ -300,14 +302,14 @@ def _try_out(
   }
 
   @jax.jit
-  def step(grads: Any, state: Any) -> tuple[Any, tuple[Any, ...]]:
+  def step(grads: Any, state: Any) -> tuple[Any, _Report]:
     diagonal = differentiate(inner, where, grads, state, weights, extra_args)
     run = lambda m: inner.update(grads, where.put(state, m), weights, **extra_args)
     _, (along_one, state_tangent) = jax.jvp(run, (where.get(state),), (one,))
     pick = lambda tree: {path: leaf for path, leaf in flat(tree).items() if path in where.paths}
     others = where.put(state_tangent, jax.tree.map(jnp.zeros_like, one))
     spreads = [jnp.any(t != 0) for t in jax.tree.leaves(others) if t.dtype != jax.dtypes.float0]
-    report = (
+    report = _Report(
       pick(diagonal.updates),
       diagonal.by_momentum,
       diagonal.decay,
@@ -323,7 +325,7 @@ def _try_out(
     state, report = step(grads, before)
     # A learning rate of zero or gradient accumulation says nothing yet, and some optimizers treat
     # their first step specially.
-    moved += all(np.any(np.asarray(u) != 0) for u in report[0].values())
+    moved += all(np.any(np.asarray(u) != 0) for u in report.updates.values())
     if moved == 3:
       break
   else:
@@ -332,7 +334,8 @@ def _try_out(
   noise = flat(draw(1e4))
   large = {path: noise[path].astype(m.dtype) for path, m in where.get(before).items()}
   _, at_large = step(grads, where.put(before, large))
-  return [_Report(*jax.device_get(report), False), _Report(*jax.device_get(at_large), True)]
+  report, at_large = jax.device_get((report, at_large))
+  return [report, at_large._replace(is_large=True)]
 
 
 def _refusal(path: str, report: _Report) -> str | None:

@@ -88,7 +88,13 @@ def test_formats_are_frozen():
 
 @pytest.mark.parametrize(
   ("dtype", "codes"),
-  [("float8_e4m3fn", 256), ("float8_e5m2", 256), ("float4_e2m1fn", 16), ("int8", 256), ("int4", 16)],
+  [
+    ("float8_e4m3fn", 256),
+    ("float8_e5m2", 256),
+    ("float4_e2m1fn", 16),
+    ("int8", 256),
+    ("int4", 16),
+  ],
 )
 def test_the_oracles_tables_are_every_finite_code(dtype, codes):
   """Guards the tables that the other tests trust: they are ml_dtypes' finite codes."""

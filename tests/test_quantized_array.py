@@ -1,4 +1,4 @@
-"""QuantizedArray: right values, stable under requantization, finite or visibly NaN, a good pytree."""
+"""QuantizedArray: right values, stable when requantized, finite or visibly NaN, a good pytree."""
 
 import dataclasses
 import functools
@@ -165,7 +165,9 @@ def test_stochastic_quantization_is_unbiased_in_value(name):
   format = FORMATS[name]
   x = normal((128, 128), 2)
   draws = 256
-  one = lambda key: eco.quantize(jnp.asarray(x), format, rounding="stochastic", key=key).dequantize()
+  one = lambda key: eco.quantize(
+    jnp.asarray(x), format, rounding="stochastic", key=key
+  ).dequantize()
 
   def add(key, sums):
     error = one(key) - jnp.asarray(x)

@@ -71,11 +71,13 @@ def test_nearest_is_the_cast_of_ml_dtypes(dtype, values):
 def test_nearest_is_the_search_in_the_table(dtype):
   generator = np.random.default_rng(0)
   top = oracle.TABLES[dtype][-1]
-  y = np.concatenate([
-    generator.uniform(-1.5 * top, 1.5 * top, 20_000),
-    generator.standard_normal(20_000) * 2.0 ** generator.integers(-20, 4, 20_000),
-    ties(dtype),
-  ]).astype(np.float32)
+  y = np.concatenate(
+    [
+      generator.uniform(-1.5 * top, 1.5 * top, 20_000),
+      generator.standard_normal(20_000) * 2.0 ** generator.integers(-20, 4, 20_000),
+      ties(dtype),
+    ]
+  ).astype(np.float32)
   np.testing.assert_array_equal(round_values(y, dtype), oracle.nearest(y, dtype))
 
 
@@ -100,12 +102,14 @@ def awkward_values(dtype):
   top, smallest = table[-1], table[1]
   powers = 2.0 ** np.arange(np.floor(np.log2(smallest)) - 3, np.floor(np.log2(top)) + 1)
   inside = generator.uniform(0, 1, (len(table) - 1, 2))
-  y = np.concatenate([
-    np.concatenate([powers * f for f in (1 - 2**-7, 1 + 2**-9, 1 + 2**-6, 1 + 2**-4.5)]),
-    smallest * np.array([2**-12, 0.01, 0.3, 0.5, 0.9, 1.1, 1.5]),
-    (table[:-1, None] + inside * np.diff(table)[:, None]).ravel(),
-    [top * (1 - 2**-12)],
-  ])
+  y = np.concatenate(
+    [
+      np.concatenate([powers * f for f in (1 - 2**-7, 1 + 2**-9, 1 + 2**-6, 1 + 2**-4.5)]),
+      smallest * np.array([2**-12, 0.01, 0.3, 0.5, 0.9, 1.1, 1.5]),
+      (table[:-1, None] + inside * np.diff(table)[:, None]).ravel(),
+      [top * (1 - 2**-12)],
+    ]
+  )
   y = y[y < top].astype(np.float32)
   return np.concatenate([y, -y])
 

@@ -13,6 +13,7 @@ from matplotlib import image
 
 import eco_optax as eco
 from eco_optax.training import comparison, loop, methods, metrics
+from eco_optax.training.data import corpus
 from eco_optax.training.models import transformer
 
 # Optax's schedules compare an int32 count with Python floats.
@@ -28,6 +29,14 @@ def get_config(name="tiny", **changes):
   config = module.get_config()
   config.update(changes)
   return config
+
+
+@pytest.fixture(autouse=True)
+def short_validation(monkeypatch):
+  # The whole split takes most of a tiny run's time; tests/training/test_data.py holds it whole.
+  text = corpus.standard_library()
+  text = text._replace(validation=[b"\0".join(text.validation)[:60_000]])
+  monkeypatch.setattr(corpus, "standard_library", lambda: text)
 
 
 # Bytes per parameter of codes, moments and residual; scales are added by the test.
@@ -92,7 +101,7 @@ def test_eco_bytes_at_the_default_size():
 
 
 def test_runs_are_written_and_equal_each_other(tmp_path):
-  config = get_config()
+  config = get_config(evaluate_every=25)
   first = loop.train(config, tmp_path / "a")
   second = loop.train(config, tmp_path / "b")
   # Guessing among the bytes that code is made of costs about 3.3 nats; uniform, 5.5.
@@ -101,7 +110,9 @@ def test_runs_are_written_and_equal_each_other(tmp_path):
   rows = [metrics.read_metrics(tmp_path / run / "metrics.jsonl") for run in "ab"]
   assert drop(rows[0]) == drop(rows[1])
   assert first["validation_loss"] == second["validation_loss"]
-  assert [row["step"] for row in rows[0]] == [20, 40, 40, 60, 60]
+  # An evaluation that is due between log lines is not left out.
+  assert [r["step"] for r in rows[0] if "loss" in r] == [20, 25, 40, 50, 60]
+  assert [r["step"] for r in rows[0] if "validation_loss" in r] == [25, 50, 60]
   assert rows[0][-1]["validation_loss"] == first["validation_loss"]
 
   saved = json.loads((tmp_path / "a" / "summary.json").read_text())
@@ -144,12 +155,23 @@ def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
 
 
 def test_a_run_that_diverges_says_where(tmp_path):
+  # One step at this rate leaves weights whose gradient is no number; steps 20 and 40 are logged.
   config = get_config(learning_rate=1e38, steps=40)
-  with pytest.raises(FloatingPointError, match=r"at step 20 with method 'eco_sr'"):
+  with pytest.raises(FloatingPointError, match=r"at step 2 with method 'eco_sr'"):
     loop.train(config, tmp_path)
   config.stop_on_nonfinite = False
   summary = loop.train(config, tmp_path)
-  assert summary["diverged_at_step"] == 20
+  assert summary["diverged_at_step"] == 2
+  assert "none, diverged at step 2" in loop.closing_table(summary)
+
+  # JSON has no NaN, and readers other than Python's refuse it.
+  refuse = lambda name: pytest.fail(f"{name} is not JSON")
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  for text in [(tmp_path / "summary.json").read_text(), *lines]:
+    json.loads(text, parse_constant=refuse)
+  assert [row["loss"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [None]
+  row = {"run": "a", **summary}
+  assert "| a | diverged at step 2 |  | 9.11 |" in comparison.table([row])
 
 
 def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
