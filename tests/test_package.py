@@ -1,5 +1,6 @@
 """The package as a user meets it: light to import, typed, with a README that runs."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -38,6 +39,15 @@ def test_readmes_commands_are_the_makefiles():
   assert "make test" in readme
   assert "make pretrain" in readme
   assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+def test_readmes_table_is_the_studys():
+  folder = ROOT / "results" / "stdlib_1m"
+  assert (folder / "comparison.md").read_text().strip() in (ROOT / "README.md").read_text()
+  rows = json.loads((folder / "comparison.json").read_text())
+  from eco_optax.training import comparison
+
+  assert comparison.table(rows) == (folder / "comparison.md").read_text()
 
 
 @pytest.fixture(scope="module")
