@@ -177,8 +177,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     if step == 0:
       jax.block_until_ready(result)  # The first step compiles, so the clock starts behind it.
       throughput.resume(done)
-      if not last:
-        continue
+      continue
     evaluates = not last and done % config.evaluate_every == 0
     if last or evaluates or done % config.log_every == 0:
       rows = jax.device_get(unread)  # All at once, because reading each step would stall the next.
@@ -186,7 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
       throughput.pause(done)
       speed, rate = throughput.tokens_per_second, metrics.learning_rate_at(schedule, step)
       metrics.append_metrics(log, done, **rows[-1], learning_rate=rate, tokens_per_second=speed)
-      left = (config.steps - done) * config.batch_size * config.length / max(speed, 1)
+      left = (config.steps - done) * config.batch_size * config.length / speed
       print(
         f"step {done:>5}/{config.steps}  loss {rows[-1]['loss']:.4f}  lr {rate:.2e}"
         f"  {speed:,.0f} tokens/s  {metrics.clock(left)} left",
