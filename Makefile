@@ -13,9 +13,9 @@ pretrain: $(VENV)/.train
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# The oldest supported versions, on the tests of the library and the harness.
+# The oldest supported versions, which warn that others have deprecated what they use.
 test-floor: $(VENV)-floor/.dev
-	$(VENV)-floor/bin/python -m pytest $(ARGS)
+	$(VENV)-floor/bin/python -m pytest -W default::DeprecationWarning $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
