@@ -27,7 +27,6 @@ _EXCEPTIONS = {
 _BIAS_CORRECTED = (
   "ScaleByAdamState",
   "ScaleByAmsgradState",
-  "ScaleByBeliefState",
   "ScaleByAdemamixState",
 )
 

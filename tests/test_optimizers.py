@@ -337,7 +337,19 @@ def test_others_that_cannot_be_paid_back_raise(name):
 def test_clipping_before_the_momentum_is_fine():
   params = eco.quantize(problem()[0], FORMAT)
   inner = optax.chain(optax.clip_by_global_norm(1e-3), optax.adam(RATE))
-  eco.error_feedback_to_momentum(inner, QUANTIZER).init(params)
+  tx = eco.error_feedback_to_momentum(inner, QUANTIZER)
+  grads = jax.tree.map(jnp.ones_like, eco.dequantize(params))
+  stock = optax.adam(RATE)
+  clipped, _ = optax.clip_by_global_norm(1e-3).update(grads, optax.EmptyState())
+  _, stock_state = stock.update(clipped, stock.init(grads), grads)
+  _, state = tx.update(grads, tx.init(params), params)
+  # The second moment is of the clipped gradients and holds nothing else.
+  second = lambda state: optax.tree.get(state, "nu")
+  jax.tree.map(
+    lambda ours, wanted: np.testing.assert_allclose(ours, wanted, rtol=1e-5),
+    second(state),
+    second(stock_state),
+  )
 
 
 @pytest.mark.parametrize("path", ["kernel", "mu"])

@@ -12,20 +12,11 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_formats import PRESETS
 
 import eco_optax as eco
 
 DTYPES = ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "int4"]
-PRESETS = {
-  "FP8": eco.FP8,
-  "FP8_E5M2": eco.FP8_E5M2,
-  "INT8": eco.INT8,
-  "INT4": eco.INT4,
-  "FP8_BLOCK128": eco.FP8_BLOCK128,
-  "MXFP8": eco.MXFP8,
-  "MXFP4": eco.MXFP4,
-  "NVFP4": eco.NVFP4,
-}
 # Every dtype with every granularity and every kind of scale, in a Latin square.
 _GRANULARITIES = ["tensor", "channel", (16, 1), (8, 16)]
 _SCALES = [("float32",), ("float32", True), ("bfloat16",), ("float8_e8m0fnu",)]
