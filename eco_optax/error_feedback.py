@@ -117,18 +117,18 @@ def build(
   packed_quantizer = isinstance(quantizer, PackedTransformation)
   quantizer = optax.with_extra_args_support(quantizer)
   aware = learning_rate is not None
-  plans: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+  probes: dict[Any, tuple[str, ...]] = {}
 
   def plan(params: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the quantized leaves, and of those whose rate precedes the momentum; may raise."""
-    leaves, treedef = jax.tree.flatten(params)
-    key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    if key not in plans:
-      if not packed_quantizer:
-        trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
-      paths = moved_paths(quantizer, params)
-      plans[key] = (paths, momentum_lib.probe(inner, dequantize(params), paths))
-    return plans[key]
+    if not packed_quantizer:
+      trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
+    paths = moved_paths(quantizer, params)
+    dense = jax.eval_shape(dequantize, params)
+    key = (paths, *((path, *spec) for path, spec in momentum_lib.miniature(dense).items()))
+    if key not in probes:
+      probes[key] = momentum_lib.probe(inner, dense, paths)
+    return paths, probes[key]
 
   def init(params: Any) -> ErrorFeedbackState:
     quantizer_state = quantizer.init(params)
@@ -196,7 +196,7 @@ def build(
         error[path] = jnp.where(usable, error[path], old)
       dtype = where.get(step.state)[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
-      bits = rounding_lib.counter_bits(key, weights[path].shape)
+      bits = rounding_lib.counter_bits(key, weights[path].shape, extra_args.get("layer"))
       stored[path] = rounding_lib.stochastic_cast(
         step.momentum[path] + injection[path], dtype, bits
       )

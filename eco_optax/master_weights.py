@@ -154,7 +154,9 @@ def master_weights(
         return r
       error = proposed - stored_weight(path, leaf, new)
       bits = rounding_lib.counter_bits(
-        rounding_lib.stream_key(_RESIDUAL_SEED, state.step, path), error.shape
+        rounding_lib.stream_key(_RESIDUAL_SEED, state.step, path),
+        error.shape,
+        extra_args.get("layer"),
       )
       return _encode(new, error, residual, bits)
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from eco_optax.formats import Format
 from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array
 
+_FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)}
+
 
 def _outer_scale(w: QuantizedArray) -> jax.Array | None:
   """The product's scale, one per output channel, for formats whose scale is outside the sum."""
@@ -28,8 +30,25 @@ def _factor(x: jax.Array, format: Format | None) -> tuple[jax.Array, jax.Array |
     return x, None
   packed = quantize_array(x, format)
   if format.granularity == "channel" and format.contraction_axis == -1:
-    return packed.codes.astype(x.dtype), packed.float_scale()
+    return packed.codes, packed.float_scale()
   return packed.dequantize(x.dtype), None
+
+
+def _dot(values: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+  """The product of activations and a kernel, codes or floats, in float32.
+
+  Two factors of float8 codes go to the compiler as they are, which takes float8 units where the
+  machine has them and widens the codes, exactly, where not; int8 codes have integer sums. All other
+  pairs are multiplied in `dtype`, that of the activations.
+  """
+  dims = (((values.ndim - 1,), (0,)), ((), ()))
+  kinds = {values.dtype, kernel.dtype}
+  if kinds == {jnp.dtype(jnp.int8)}:
+    product = jax.lax.dot_general(values, kernel, dims, preferred_element_type=jnp.int32)
+    return product.astype(jnp.float32)
+  if not kinds <= _FLOAT8:
+    values, kernel = values.astype(dtype), kernel.astype(dtype)
+  return jax.lax.dot_general(values, kernel, dims, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -42,11 +61,11 @@ def _matmul(
   del sink  # Only its gradient is of use.
   values, x_scale = _factor(x, activation_format)
   w_scale = None
-  if is_quantized(w) and (w_scale := _outer_scale(w)) is not None:
-    kernel = w.codes.astype(x.dtype)
+  if isinstance(w, QuantizedArray) and (w_scale := _outer_scale(w)) is not None:
+    kernel = w.codes
   else:
     kernel = _dense(w, x.dtype)
-  y = jnp.matmul(values, kernel, preferred_element_type=jnp.float32)
+  y = _dot(values, kernel, x.dtype)
   if x_scale is not None:
     y = y * x_scale
   if w_scale is not None:
@@ -68,7 +87,8 @@ def _backward(activation_format: Format | None, residuals: Any, dy: jax.Array) -
   x, w, sink = residuals
   values, x_scale = _factor(x, activation_format)  # Made again: cheaper than keeping them.
   if x_scale is not None:
-    values = (values.astype(jnp.float32) * x_scale).astype(x.dtype)
+    values = values.astype(jnp.float32) * x_scale
+  values = values.astype(x.dtype)
   kernel = _dense(w, x.dtype)
   dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
   lead = tuple(range(x.ndim - 1))
@@ -90,8 +110,9 @@ def matmul(
   .. math:: y = (codes(x) · codes(w)) · scale_x · scale_w
 
   Scales per token and per output channel are applied to the product, so that the codes themselves
-  are multiplied. The backward pass is straight-through: it multiplies the stored values of both
-  factors in x's dtype, as if rounding were the identity.
+  are multiplied: float8 by float8 where both factors are, with float32 sums. The backward pass is
+  straight-through: it multiplies the stored values of both factors in x's dtype, as if rounding
+  were the identity.
 
   Args:
     x: float activations of shape `(…, in)`.

@@ -203,6 +203,17 @@ _REMEDY = (
 )
 
 
+def miniature(params: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+  """Shape and dtype by path of the arrays that stand for `params` in `probe`.
+
+  At most three per axis: enough that a norm, a sort or a matrix product shows.
+  """
+  return {
+    path: (tuple(min(n, 3) for n in leaf.shape), getattr(leaf, "dtype", jnp.dtype("float32")))
+    for path, leaf in flat(params).items()
+  }
+
+
 def probe(
   inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -222,15 +233,14 @@ def probe(
   """
   if not paths:
     return ()
-  # At most three per axis: enough that a norm, a sort or a matrix product shows.
-  shapes = {path: tuple(min(n, 3) for n in leaf.shape) for path, leaf in flat(params).items()}
-  where = Momentum(shapes, paths)
+  shapes = miniature(params)
+  where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
   generator = np.random.default_rng(0)
 
   def draw(scale: float) -> Any:
     return trees.map_with_path(
-      lambda path, leaf: jnp.asarray(
-        scale * generator.standard_normal(shapes[path]), getattr(leaf, "dtype", jnp.float32)
+      lambda path, _: jnp.asarray(
+        scale * generator.standard_normal(shapes[path][0]), shapes[path][1]
       ),
       params,
     )

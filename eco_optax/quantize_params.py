@@ -142,7 +142,6 @@ def quantize_params(
   def update(
     updates: Any, state: QuantizeParamsState, params: Any = None, **extra_args: Any
   ) -> Any:
-    del extra_args
     require_params(params)
 
     def put_on_grid(path: str, leaf: Any, update: Any) -> Any:
@@ -153,7 +152,7 @@ def quantize_params(
       bits = None
       if rounding == "stochastic":
         key = rounding_lib.stream_key(seed, state.step, path)
-        bits = rounding_lib.counter_bits(key, leaf.shape)
+        bits = rounding_lib.counter_bits(key, leaf.shape, extra_args.get("layer"))
       packed = quantize_array(add_update(stored, update), leaf_format, rounding, bits)
       if is_quantized(leaf):
         return packed

@@ -5,6 +5,7 @@ Everything here is element-wise, so it fuses, shards and gives the same codes on
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import jax
@@ -155,7 +156,9 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
   return jnp.stack([first, second])
 
 
-def counter_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def counter_bits(
+  key: jax.Array, shape: tuple[int, ...], layer: jax.Array | None = None
+) -> jax.Array:
   """Random bits that depend on `key` and on each element's global index, and on nothing else.
 
   Under `jit` with sharded arrays the index stays the global one, so the bits are the same on any
@@ -165,6 +168,8 @@ def counter_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   Args:
     key: uint32 of shape (2,), see `stream_key`.
     shape: of the wanted array.
+    layer: index along the first axis of the stack that the wanted array is one layer of, if it is:
+      then the bits are those that the whole stack would give that layer.
 
   Returns:
     uint32 array of `shape`.
@@ -185,6 +190,10 @@ def counter_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
   lead = max(len(shape) - 2, 0)
   word = _mix(linear_index(range(lead, len(shape))) ^ key[0]) + key[1]
-  if lead:
+  if layer is not None:
+    matrices = math.prod(shape[:lead])
+    first = jnp.asarray(layer).astype(jnp.uint32) * _UINT32(matrices & 0xFFFFFFFF)
+    word = word + _mix(linear_index(range(lead)) + first + key[1])
+  elif lead:
     word = word + _mix(linear_index(range(lead)) + key[1])
   return _mix(word)

@@ -52,7 +52,10 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def value_and_grad(
-  fn: Callable[..., Any], dense: bool = True, has_aux: bool = False
+  fn: Callable[..., Any],
+  dense: bool = True,
+  has_aux: bool = False,
+  gradient_dtype: Any = jnp.float32,
 ) -> Callable[..., Any]:
   """`jax.value_and_grad` with respect to packed parameters, the first argument of `fn`.
 
@@ -62,6 +65,8 @@ def value_and_grad(
       works. Otherwise it gets QuantizedArray leaves that collect gradients, for layers that
       multiply the codes directly with `eco.matmul`; their gradient comes from there alone.
     has_aux: whether `fn` returns `(value, aux)`.
+    gradient_dtype: of packed leaves' gradients. `jnp.bfloat16` halves what lies between the
+      backward pass and the optimizer step.
 
   Returns:
     A function that returns `(value, gradients)`: float gradients in the tree of the dense view,
@@ -77,12 +82,15 @@ def value_and_grad(
   """
 
   def with_dense(params: Any, *args: Any, **kwargs: Any) -> Any:
-    return jax.value_and_grad(fn, has_aux=has_aux)(dequantize(params), *args, **kwargs)
+    # Differentiated at the dense view's own dtype, so that a gradient rounds once, at the end.
+    value, grads = jax.value_and_grad(fn, has_aux=has_aux)(dequantize(params), *args, **kwargs)
+    cast = lambda leaf, g: g.astype(gradient_dtype) if is_quantized(leaf) else g
+    return value, jax.tree.map(cast, params, grads, is_leaf=is_quantized)
 
   def with_codes(params: Any, *args: Any, **kwargs: Any) -> Any:
     # The sinks are zeros that nothing reads, so they cost no memory once compiled.
     sinks = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, jnp.float32) if is_quantized(leaf) else leaf,
+      lambda leaf: jnp.zeros(leaf.shape, gradient_dtype) if is_quantized(leaf) else leaf,
       params,
       is_leaf=is_quantized,
     )

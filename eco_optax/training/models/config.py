@@ -1,0 +1,98 @@
+"""TransformerConfig: what a model is, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import eco_optax as eco
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Sizes and choices of a decoder-only Transformer; the defaults are the scaling study's.
+
+  Raises:
+    ValueError: for numbers that do not fit each other, naming them.
+  """
+
+  layers: int
+  width: int
+  heads: int
+  vocabulary: int
+  kv_heads: int = 0  # 0: as many as heads.
+  head_width: int = 0  # 0: width / heads.
+  mlp_width: int = 0  # 0: 8/3 of the width, rounded up to a multiple of 256.
+  activation: str = "silu"  # Or gelu.
+  gated: bool = True  # Whether MLPs and experts have a gate.
+
+  tied_embedding: bool = False  # Whether the embedding is the head too.
+  scaled_embedding: bool = False  # Whether it is multiplied by √width.
+  norm_epsilon: float = 1e-5
+  norm_offset: bool = False  # Whether norms multiply by 1 + scale.
+  post_norms: bool = False  # Whether attention and MLP have a norm behind them too.
+  qk_norm: bool = False
+
+  rope_base: float = 1e4
+  rope_interleaved: bool = True  # Pairs (2i, 2i + 1), or else (i, i + K / 2).
+  window: int = 0  # Of layers with local attention, in tokens; 0: all layers are global.
+  global_every: int = 1  # With a window, every how many layers one is global.
+  local_rope_base: float = 1e4  # Of layers with local attention.
+
+  experts: int = 0  # Routed ones; 0: MLPs.
+  experts_per_token: int = 0
+  expert_width: int = 0
+  shared_experts: int = 0  # Each of expert_width.
+  dense_layers: int = 0  # First layers that have an MLP all the same.
+  capacity_factor: float | None = None  # Rows of an expert over their mean; None drops nothing.
+  normalize_expert_weights: bool = False  # Whether those of a token sum to 1.
+  balance_weight: float = 0.0  # Of the load-balancing loss.
+
+  quantized: str = "blocks"  # Whose linear layers are: blocks, or experts alone.
+  activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
+  dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
+  remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
+  loss_chunks: int = 1  # Parts of a sequence whose logits are made, and made again, one by one.
+
+  def __post_init__(self):
+    fill = lambda name, value: object.__setattr__(self, name, getattr(self, name) or value)
+    if not self.head_width and self.width % self.heads:
+      raise ValueError(f"width {self.width} does not make {self.heads} heads: set head_width")
+    fill("kv_heads", self.heads)
+    fill("head_width", self.width // self.heads)
+    fill("mlp_width", 256 * math.ceil(8 * self.width // 3 / 256))
+    if self.head_width % 2:
+      raise ValueError(f"head_width {self.head_width} is odd, rotary embedding turns pairs")
+    if self.heads % self.kv_heads:
+      raise ValueError(f"{self.kv_heads} kv_heads do not divide {self.heads} heads")
+    if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_width):
+      raise ValueError(
+        f"{self.experts} experts need experts_per_token between 1 and {self.experts}, got"
+        f" {self.experts_per_token}, and an expert_width, got {self.expert_width}"
+      )
+    if not 0 <= self.dense_layers <= self.layers:
+      raise ValueError(f"dense_layers {self.dense_layers} is not between 0 and {self.layers}")
+    for name, choices in (
+      ("activation", ("silu", "gelu")),
+      ("quantized", ("blocks", "experts")),
+      ("remat", ("none", "dots", "full")),
+    ):
+      if getattr(self, name) not in choices:
+        raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+
+  @property
+  def stacks(self) -> dict[str, tuple[int, ...]]:
+    """The numbers of the layers in each scanned stack, by its name in the parameters."""
+    layers = tuple(range(self.layers))
+    if not self.experts:
+      return {"blocks": layers}
+    names = {"dense_blocks": layers[: self.dense_layers], "blocks": layers[self.dense_layers :]}
+    return {name: numbers for name, numbers in names.items() if numbers}
+
+  def is_routed(self, stack: str) -> bool:
+    """Whether the layers of a stack have experts."""
+    return self.experts > 0 and stack == "blocks"
+
+  def is_global(self, layer: int) -> bool:
+    """Whether a layer attends to everything before it."""
+    return self.window == 0 or (layer + 1) % self.global_every == 0

@@ -1,0 +1,244 @@
+"""The parts that Transformers are made of, in Flax NNX; all on one token stream, causal.
+
+Letters in names: B batch, L length, D model width, H query heads, G key-value heads, K head width,
+E experts, T experts per token, C capacity of an expert, N any number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import eco_optax as eco
+from eco_optax.training import sharding
+from eco_optax.training.models.config import TransformerConfig
+
+INIT_SCALE = 0.02
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) × scale over the last axis, in float32; × (1 + scale) where the config says so."""
+
+  def __init__(self, config: TransformerConfig, width: int):
+    start = jnp.zeros if config.norm_offset else jnp.ones
+    self.scale = nnx.Param(start(width, jnp.float32))
+    self.epsilon, self.offset = config.norm_epsilon, float(config.norm_offset)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """The normalized x, in its own dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    scale = self.scale.get_value() + self.offset
+    return (y * jax.lax.broadcast_to_rank(scale, y.ndim)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+  """x @ kernel, packed or float, without bias; with `experts`, one kernel for each."""
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    *,
+    writes_residual: bool = False,
+    experts: tuple[int, ...] = (),
+  ):
+    # What is added to the residual stream starts small, because 2 × layers of it add up.
+    scale = INIT_SCALE / math.sqrt(2 * config.layers) if writes_residual else INIT_SCALE
+    self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs)))
+    self.activation_format = config.activation_format
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Shape (…, inputs) to (…, outputs); with experts, (B, E, C, inputs) to (B, E, C, outputs)."""
+    kernel = self.kernel.get_value()
+    format = self.activation_format if isinstance(kernel, eco.QuantizedArray) else None
+    matmul = lambda x, w: eco.matmul(x, w, format)
+    return matmul(x, kernel) if kernel.ndim == 2 else jax.vmap(matmul, (1, 0), 1)(x, kernel)
+
+
+def rotation(config: TransformerConfig, length: int, base: float) -> jax.Array:
+  """Angles of rotary position embedding: position × base^(−2i / K), float32 of shape (L, K / 2)."""
+  rates = base ** (-np.arange(0, config.head_width, 2) / config.head_width)
+  return jnp.arange(length, dtype=jnp.float32)[:, None] * rates.astype(np.float32)
+
+
+def rotate(x_BxLxHxK: jax.Array, angle_LxK2: jax.Array, interleaved: bool) -> jax.Array:
+  """Turns pairs of channels by the angles, in float32.
+
+  Args:
+    x_BxLxHxK: queries or keys.
+    angle_LxK2: radians for each position and pair.
+    interleaved: whether pairs are channels (2i, 2i + 1), or else (i, i + K / 2).
+
+  Returns:
+    An array like x.
+  """
+  B, L, H, K = x_BxLxHxK.shape
+  pair_axis = -1 if interleaved else -2
+  pairs = x_BxLxHxK.astype(jnp.float32)
+  pairs = pairs.reshape((B, L, H, K // 2, 2) if interleaved else (B, L, H, 2, K // 2))
+  first, second = (jax.lax.index_in_dim(pairs, i, pair_axis, keepdims=False) for i in (0, 1))
+  cos, sin = jnp.cos(angle_LxK2)[None, :, None], jnp.sin(angle_LxK2)[None, :, None]
+  turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=pair_axis)
+  return turned.reshape(x_BxLxHxK.shape).astype(x_BxLxHxK.dtype)
+
+
+class Attention(nnx.Module):
+  """Causal attention, multi-head or with shared keys and values, over everything or a window."""
+
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    D, K = config.width, config.head_width
+    self.config = config
+    self.query = Linear(config, D, config.heads * K, rngs)
+    self.key = Linear(config, D, config.kv_heads * K, rngs)
+    self.value = Linear(config, D, config.kv_heads * K, rngs)
+    self.out = Linear(config, config.heads * K, D, rngs, writes_residual=True)
+    if config.qk_norm:
+      self.query_norm, self.key_norm = RMSNorm(config, K), RMSNorm(config, K)
+
+  def __call__(
+    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, window: jax.Array | None
+  ) -> jax.Array:
+    """Each position attends to itself and those before it, `window` in all if that is given."""
+    B, L, _ = x_BxLxD.shape
+    split = lambda y: y.reshape(B, L, -1, self.config.head_width)
+    q_BxLxHxK, k_BxLxGxK = split(self.query(x_BxLxD)), split(self.key(x_BxLxD))
+    v_BxLxGxK = split(self.value(x_BxLxD))
+    if self.config.qk_norm:
+      q_BxLxHxK, k_BxLxGxK = self.query_norm(q_BxLxHxK), self.key_norm(k_BxLxGxK)
+    turn = lambda y: rotate(y, angle_LxK2, self.config.rope_interleaved)
+    mask = None
+    if window is not None:
+      position = jnp.arange(L)
+      mask = (position[:, None] - position[None, :] < window)[None, None]
+    y_BxLxHxK = jax.nn.dot_product_attention(
+      turn(q_BxLxHxK), turn(k_BxLxGxK), v_BxLxGxK, mask=mask, is_causal=True
+    )
+    return self.out(y_BxLxHxK.reshape(B, L, -1))
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}  # GELU in its tanh form.
+
+
+class MLP(nnx.Module):
+  """down(activation(gate(x)) × up(x)), or down(activation(up(x))) without a gate."""
+
+  def __init__(
+    self, config: TransformerConfig, hidden: int, rngs: nnx.Rngs, experts: tuple[int, ...] = ()
+  ):
+    D = config.width
+    self.activation, self.gated = config.activation, config.gated
+    if config.gated:
+      self.gate = Linear(config, D, hidden, rngs, experts=experts)
+    self.up = Linear(config, D, hidden, rngs, experts=experts)
+    self.down = Linear(config, hidden, D, rngs, experts=experts, writes_residual=True)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Each position by itself."""
+    act = _ACTIVATIONS[self.activation]
+    y = act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x))
+    return self.down(y)
+
+
+class RoutedExperts(nnx.Module):
+  """A weighted sum of the outputs of each token's best experts, plus shared experts.
+
+  A sequence's tokens go to buffers of `capacity` rows for each expert, in order of position. What
+  finds no row is dropped from the sum and counted; without a capacity factor every expert has a row
+  for every token, and nothing is ever dropped.
+  """
+
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    D, E = config.width, config.experts
+    self.config = config
+    self.router = nnx.Param(INIT_SCALE * jax.random.normal(rngs.params(), (D, E)))
+    self.experts = MLP(config, config.expert_width, rngs, experts=(E,))
+    if config.shared_experts:
+      self.shared = MLP(config, config.shared_experts * config.expert_width, rngs)
+
+  def capacity(self, length: int) -> int:
+    """Rows of each expert's buffer for one sequence."""
+    config = self.config
+    if config.capacity_factor is None:
+      return length
+    mean = length * config.experts_per_token / config.experts
+    return min(length, math.ceil(config.capacity_factor * mean))
+
+  def __call__(self, x_BxLxD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Outputs like x, and the balance loss and share of dropped assignments of this layer."""
+    config, (B, L, D) = self.config, x_BxLxD.shape
+    E, T, C = config.experts, config.experts_per_token, self.capacity(L)
+    logits_BxLxE = jnp.matmul(
+      x_BxLxD.astype(jnp.float32), self.router.get_value(), precision=jax.lax.Precision.HIGHEST
+    )
+    probability_BxLxE = jax.nn.softmax(logits_BxLxE, axis=-1)
+    weight_BxLxT, expert_BxLxT = jax.lax.top_k(probability_BxLxE, T)
+    if config.normalize_expert_weights:
+      weight_BxLxT = weight_BxLxT / jnp.sum(weight_BxLxT, axis=-1, keepdims=True)
+
+    expert_BxLT = expert_BxLxT.reshape(B, L * T)
+    chosen_BxLTxE = (expert_BxLT[..., None] == jnp.arange(E)).astype(jnp.int32)
+    # The row of an assignment is the number of those before it that chose the same expert.
+    row_BxLT = jnp.sum((jnp.cumsum(chosen_BxLTxE, axis=1) - 1) * chosen_BxLTxE, axis=-1)
+    kept_BxLT = row_BxLT < C
+    slot_BxLT = jnp.where(kept_BxLT, expert_BxLT * C + row_BxLT, E * C)  # Out of bounds: dropped.
+
+    token_LT = jnp.arange(L * T, dtype=jnp.int32) // T
+    scatter = lambda slot: jnp.full((E * C,), L, jnp.int32).at[slot].set(token_LT, mode="drop")
+    token_BxEC = jax.vmap(scatter)(slot_BxLT)  # L where a row stays empty.
+    gather = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
+    x_BxExCxD = gather(x_BxLxD, token_BxEC).reshape(B, E, C, D)
+    # Across an expert axis of the mesh, tokens go to their experts here and come back below.
+    x_BxExCxD = sharding.constrain(x_BxExCxD, "expert_batch", "expert", None, None)
+    y_BxExCxD = sharding.constrain(self.experts(x_BxExCxD), "expert_batch", "expert", None, None)
+    y_BxECxD = sharding.constrain(y_BxExCxD.reshape(B, E * C, D), "batch", None, None)
+    y_BxLxTxD = gather(y_BxECxD, slot_BxLT).reshape(B, L, T, D)
+    y_BxLxD = jnp.einsum(
+      "bltd,blt->bld", y_BxLxTxD.astype(jnp.float32), weight_BxLxT, precision="highest"
+    ).astype(x_BxLxD.dtype)
+    if config.shared_experts:
+      y_BxLxD = y_BxLxD + self.shared(x_BxLxD)
+
+    # 1 when every expert gets the same share of a sequence, more the less even they are.
+    share_BxE = jnp.mean(chosen_BxLTxE.astype(jnp.float32), axis=1)
+    balance = E * jnp.mean(jnp.sum(share_BxE * jnp.mean(probability_BxLxE, axis=1), axis=-1))
+    dropped = 1 - jnp.mean(kept_BxLT.astype(jnp.float32))
+    return y_BxLxD, {"balance_loss": balance, "dropped": dropped}
+
+
+class Block(nnx.Module):
+  """Attention and an MLP or experts, each behind a norm and beside a residual."""
+
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, routed: bool):
+    self.config, self.routed = config, routed
+    self.attention_norm = RMSNorm(config, config.width)
+    self.attention = Attention(config, rngs)
+    self.mlp_norm = RMSNorm(config, config.width)
+    if routed:
+      self.moe = RoutedExperts(config, rngs)
+    else:
+      self.mlp = MLP(config, config.mlp_width, rngs)
+    if config.post_norms:
+      self.attention_post_norm = RMSNorm(config, config.width)
+      self.mlp_post_norm = RMSNorm(config, config.width)
+
+  def __call__(
+    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, window: jax.Array | None
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """One layer, and the metrics of its routing if there is any."""
+    aux: dict[str, Any] = {}
+    y_BxLxD = self.attention(self.attention_norm(x_BxLxD), angle_LxK2, window)
+    x_BxLxD = x_BxLxD + (self.attention_post_norm(y_BxLxD) if self.config.post_norms else y_BxLxD)
+    h_BxLxD = self.mlp_norm(x_BxLxD)
+    if self.routed:
+      y_BxLxD, aux = self.moe(h_BxLxD)
+    else:
+      y_BxLxD = self.mlp(h_BxLxD)
+    return x_BxLxD + (self.mlp_post_norm(y_BxLxD) if self.config.post_norms else y_BxLxD), aux

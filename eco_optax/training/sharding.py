@@ -1,0 +1,195 @@
+"""Where arrays live on a mesh: one table from parameters to axes by name, one to mesh axes.
+
+Under `jax.set_mesh` the constraints below say what the compiler may not choose by itself; without a
+mesh they do nothing, and everything runs on one device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "expert")
+
+# The mesh axes that each logical axis is split over; what is not named here is not split.
+RULES: dict[str, tuple[str, ...]] = {
+  "batch": ("data", "fsdp", "expert"),
+  "expert_batch": ("data", "fsdp"),  # Of rows that have been sent to their experts.
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocabulary": ("tensor",),
+  "expert": ("expert",),
+}
+
+# Parameters by the end of their path (before the fields of a packed leaf), and their logical axes.
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"embedding", ("vocabulary", "embed")),
+  (r"head", ("embed", "vocabulary")),
+  (r"attention/(query|key|value)/kernel", ("embed", "heads")),
+  (r"attention/out/kernel", ("heads", "embed")),
+  (r"experts/(gate|up)/kernel", ("expert", "embed", "mlp")),
+  (r"experts/down/kernel", ("expert", "mlp", "embed")),
+  (r"(gate|up)/kernel", ("embed", "mlp")),
+  (r"down/kernel", ("mlp", "embed")),
+  (r"router", ("embed", None)),
+  (r"\w*norm/scale", (None,)),
+)
+_PATTERNS = tuple(
+  (re.compile(rf"(.*/)?{pattern}(/(qvalue|scale|tensor_scale|sink))?"), axes)
+  for pattern, axes in PARAMETERS
+)
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh with the axes data, fsdp, tensor and expert.
+
+  Args:
+    sizes: of the axes by name; one may be −1, which takes the devices that are left.
+    devices: in the order of the mesh; None takes all of them.
+
+  Returns:
+    The mesh, for `jax.set_mesh`.
+
+  Raises:
+    ValueError: for an unknown axis, or sizes whose product is not the number of devices.
+  """
+  if unknown := set(sizes) - set(AXES):
+    raise ValueError(f"unknown mesh axes {sorted(unknown)}: use {', '.join(AXES)}")
+  found = np.asarray(jax.devices() if devices is None else devices)
+  shape = [sizes.get(axis, 1) for axis in AXES]
+  if shape.count(-1) == 1:
+    shape[shape.index(-1)] = max(1, found.size // -math.prod(shape))
+  if any(n < 1 for n in shape) or math.prod(shape) != found.size:
+    given = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
+    raise ValueError(
+      f"a mesh of {given} does not take {found.size} devices: the product of its axes must be"
+      f" {found.size}, and one of them may be -1"
+    )
+  if devices is None and jax.process_count() == 1:
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(found.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _axes(path: str, ndim: int) -> tuple[str | None, ...]:
+  """Logical axes of the leaf at `path` of the parameters or of a tree that contains theirs."""
+  for pattern, axes in _PATTERNS:
+    if pattern.fullmatch(path):
+      return (None,) * (ndim - len(axes)) + axes[max(0, len(axes) - ndim) :]
+  return (None,) * ndim
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+  """Mesh axes of each axis, as far as they divide it."""
+  entries: list[Any] = []
+  for name, size in zip(axes, shape, strict=True):
+    mesh_axes = tuple(a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1)
+    parts = math.prod(mesh.shape[a] for a in mesh_axes)
+    entries.append(mesh_axes if mesh_axes and size % parts == 0 else None)
+  return PartitionSpec(*entries)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for each array of parameters, of an optimizer's state, or of both.
+
+  Moments, residuals, codes and scales are split as their parameter is, along its name.
+  """
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(mesh, _spec(_axes(name(path), len(x.shape)), x.shape, mesh)),
+    tree,
+  )
+
+
+def check_sharded(tree: Any, mesh: Mesh, limit_bytes: int) -> None:
+  """Raises if a large array would be kept whole on every device of a mesh that splits parameters.
+
+  Args:
+    tree: of arrays or shapes.
+    mesh: that they are to be placed on.
+    limit_bytes: above which an array counts as large.
+
+  Raises:
+    ValueError: naming the arrays and their sizes.
+  """
+  if mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["expert"] == 1:
+    return
+  whole = []
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings(tree, mesh)), strict=True):
+    size = math.prod(x.shape) * x.dtype.itemsize
+    if sharding.is_fully_replicated and size > limit_bytes:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      whole.append(f"{name} {x.dtype}{list(x.shape)} ({size / 2**20:,.0f} MiB)")
+  if whole:
+    raise ValueError(
+      f"{'; '.join(whole)} would be whole on every device: choose mesh sizes that divide its axes,"
+      " name it in sharding.PARAMETERS, or raise config.mesh.replicated_limit_mib"
+    )
+
+
+def _mesh() -> Any:
+  """The mesh in use while tracing, or None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or set(AXES) - set(mesh.axis_names) else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """`x` split along the mesh axes of its logical axes."""
+  mesh = _mesh()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, own: PartitionSpec) -> jax.Array:
+  """`x` whole; its gradient is summed into the parts that devices own, and never whole."""
+  del own
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gather.defvjp(
+  lambda x, whole, own: (_gather(x, whole, own), None),
+  lambda whole, own, _, grad: (jax.lax.with_sharding_constraint(grad, own),),
+)
+
+
+def gather(path: str, tree: Any) -> Any:
+  """Parameters as a device computes with them: whole along `fsdp`, split along the others.
+
+  Packed leaves are gathered as codes, which so cross the wire in their own dtype; without this the
+  compiler may widen them first.
+
+  Args:
+    path: of the tree in the parameters; it may be one layer of a stack.
+    tree: parameters.
+
+  Returns:
+    The same tree.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return tree
+
+  def whole(key_path: tuple, x: jax.Array) -> jax.Array:
+    name = "/".join([path, jax.tree_util.keystr(key_path, simple=True, separator="/")]).rstrip("/")
+    axes = _axes(name, x.ndim)
+    own = _spec(axes, x.shape, mesh)
+    if name.endswith("/sink"):  # Nothing reads it; its gradient is a kernel's.
+      return jax.lax.with_sharding_constraint(x, own)
+    return _gather(x, _spec([None if a == "embed" else a for a in axes], x.shape, mesh), own)
+
+  return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of a batch of sequences: the first axis split over all devices that do not share its work."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
