@@ -174,7 +174,9 @@ def watch(
   def init(params: Any) -> WatchState:
     state = tx.init(params)
     nan = jnp.full([], jnp.nan, jnp.float32)
-    paths = error_feedback.moved_paths(optax.with_extra_args_support(quantizer), params)
+    paths = error_feedback.moved_paths(
+      optax.with_extra_args_support(quantizer), quantizer.init(params), params
+    )
     shapes = error_feedback.momentum_lib.flat(error_feedback.dequantize(params))
     error = {path: jnp.zeros(shapes[path].shape, jnp.float32) for path in paths}
     return WatchState(state, error, Metrics(*[nan] * len(Metrics._fields)))

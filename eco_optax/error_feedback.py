@@ -27,6 +27,7 @@ from eco_optax.momentum import Leaves, Momentum
 from eco_optax.quantize_params import (
   PackedTransformation,
   add_update,
+  float_gradients,
   require_params,
   stored_weight,
 )
@@ -59,17 +60,19 @@ class Observation(NamedTuple):
   stored: Leaves  # m as it is kept, in its own dtype
 
 
-def moved_paths(quantizer: optax.GradientTransformationExtraArgs, params: Any) -> tuple[str, ...]:
+def moved_paths(
+  quantizer: optax.GradientTransformationExtraArgs, state: Any, params: Any
+) -> tuple[str, ...]:
   """Paths of the leaves that the quantizer moves: it hands back all others untouched."""
   moved: list[str] = []
 
-  def trace(params: Any) -> None:
+  def trace(state: Any, params: Any) -> None:
     updates = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, jnp.float32 if is_quantized(leaf) else leaf.dtype),
       params,
       is_leaf=is_quantized,
     )
-    new_updates, _ = quantizer.update(updates, quantizer.init(params), params)
+    new_updates, _ = quantizer.update(updates, state, params)
     trees.map_with_path(
       lambda path, leaf, old, new: moved.append(path) if new is not old else None,
       params,
@@ -78,7 +81,7 @@ def moved_paths(quantizer: optax.GradientTransformationExtraArgs, params: Any) -
       is_leaf=is_quantized,
     )
 
-  jax.eval_shape(trace, params)
+  jax.eval_shape(trace, state, params)
   return tuple(moved)
 
 
@@ -119,11 +122,11 @@ def build(
   aware = learning_rate is not None
   probes: dict[Any, tuple[str, ...]] = {}
 
-  def plan(params: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  def plan(state: Any, params: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the quantized leaves, and of those whose rate precedes the momentum; may raise."""
     if not packed_quantizer:
       trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
-    paths = moved_paths(quantizer, params)
+    paths = moved_paths(quantizer, state, params)
     dense = jax.eval_shape(dequantize, params)
     key = (paths, *((path, *spec) for path, spec in momentum_lib.miniature(dense).items()))
     if key not in probes:
@@ -135,7 +138,7 @@ def build(
     dense = dequantize(params)
     error = None
     if keep_error:
-      paths = plan(params)[0]
+      paths = plan(quantizer_state, params)[0]
       error = trees.map_with_path(
         lambda path, leaf: (
           jnp.zeros(leaf.shape, jnp.float32) if path in paths else optax.MaskedNode()
@@ -143,14 +146,15 @@ def build(
         dense,
       )
     elif jax.tree.leaves(params):
-      plan(params)
+      plan(quantizer_state, params)
     return ErrorFeedbackState(jnp.zeros([], jnp.int32), inner.init(dense), quantizer_state, error)
 
   def update(
     updates: Any, state: ErrorFeedbackState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     require_params(params)
-    paths, early = plan(params)
+    updates = float_gradients(updates, params)
+    paths, early = plan(state.quantizer, params)
     dense = dequantize(params)
     weights = momentum_lib.flat(dense)
     where = Momentum({path: leaf.shape for path, leaf in weights.items()}, paths)

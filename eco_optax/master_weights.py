@@ -15,6 +15,7 @@ from eco_optax.error_feedback import moved_paths, refuse_packed
 from eco_optax.quantize_params import (
   PackedTransformation,
   add_update,
+  float_gradients,
   require_params,
   stored_weight,
 )
@@ -100,7 +101,7 @@ def master_weights(
     if not packed_quantizer:
       trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
     quantizer_state = quantizer.init(params)
-    moved = moved_paths(quantizer, params)
+    moved = moved_paths(quantizer, quantizer_state, params)
 
     def start(path: str, leaf: Any) -> Any:
       if path not in moved:
@@ -121,6 +122,7 @@ def master_weights(
     updates: Any, state: MasterWeightsState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, MasterWeightsState]:
     require_params(params)
+    updates = float_gradients(updates, params)
     is_leaf = lambda x: is_quantized(x) or isinstance(x, optax.MaskedNode)
     stored = dequantize(params)
     keeps = lambda r: not isinstance(r, optax.MaskedNode)

@@ -51,6 +51,16 @@ def add_update(stored: jax.Array, update: jax.Array) -> jax.Array:
   return stored + jnp.where(jnp.isnan(stored), stored, update.astype(jnp.float32))
 
 
+def float_gradients(updates: Any, params: Any) -> Any:
+  """The updates with those of packed leaves in float32, as the dense view that they belong to."""
+  return jax.tree.map(
+    lambda leaf, update: update.astype(jnp.float32) if is_quantized(leaf) else update,
+    params,
+    updates,
+    is_leaf=is_quantized,
+  )
+
+
 def quantize_params(
   format: Format | None = None,
   where: Where | None = None,
@@ -192,7 +202,7 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
   ) -> tuple[Any, tuple]:
     if len(state) != len(runs):
       raise ValueError(f"the state is of {len(state)} links, the chain has {len(runs)}: init again")
-    dense = dequantize(params)
+    updates, dense = float_gradients(updates, params), dequantize(params)
     new_state = []
     for run, own, link_state in zip(runs, packed, state, strict=True):
       updates, link_state = run.update(updates, link_state, params if own else dense, **extra_args)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -11,11 +12,20 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", str(pathlib.Path(__file__).parents[1] / "configs" / "stdlib_1m.py")
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder for metrics and figures.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters and memory, and exit.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Join the processes of all hosts; the same command runs on each."
+)
 
 
 def main(_: list[str]) -> None:
   """Runs the config."""
-  loop.train(_CONFIG.value, _WORKDIR.value)
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()  # On TPU pods and Slurm it finds the others by itself.
+  if _DRY_RUN.value:
+    print(loop.dry_run(_CONFIG.value))
+  else:
+    loop.train(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == "__main__":

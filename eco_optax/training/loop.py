@@ -12,69 +12,30 @@ from typing import Any
 import flax
 import grain
 import jax
-import jax.numpy as jnp
 import ml_collections
 import ml_dtypes
 import optax
 from absl import logging
+from jax.sharding import Mesh
 
-import eco_optax as eco
-from eco_optax.training import methods, metrics
+from eco_optax.training import config as config_lib
+from eco_optax.training import hardware, memory, methods, metrics, sharding
+from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline
 from eco_optax.training.models import transformer
 
 
-def model_config(config: ml_collections.ConfigDict) -> transformer.TransformerConfig:
-  """The model of a run's config."""
-  return transformer.TransformerConfig(
-    **config.model,
-    vocabulary=pipeline.VOCABULARY,
-    dtype=methods.compute_dtype(config),
-    activation_format=methods.formats(config)[1],
+def evaluate(
+  loss: Any, params: Any, windows: Any, batch_size: int, mesh: Mesh, limit: int | None = None
+) -> float:
+  """Mean loss over the first `limit` batches of validation windows, or over all."""
+  count = pipeline.batch_count(windows, batch_size)
+  count = count if limit is None else min(limit, count)
+  split = sharding.batch_sharding(mesh)
+  return (
+    sum(float(loss(params, pipeline.batch(windows, i, batch_size, split))) for i in range(count))
+    / count
   )
-
-
-def loss_fn(model: transformer.TransformerConfig, params: Any, tokens_BxM: jax.Array) -> jax.Array:
-  """Mean cross-entropy, in nats per token, of windows of M = L + 1 tokens."""
-  logits_BxLxV = transformer.apply(model, params, tokens_BxM[:, :-1])
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, tokens_BxM[:, 1:]))
-
-
-def init_state(
-  config: ml_collections.ConfigDict, tx: optax.GradientTransformation
-) -> tuple[Any, Any]:
-  """Parameters, their block kernels packed if the method wants it, and the optimizer's state."""
-  weight_format, _ = methods.formats(config)
-
-  @jax.jit
-  def init() -> Any:
-    params = transformer.init(model_config(config), config.seed)
-    if weight_format is None:
-      return params
-    return eco.quantize(params, weight_format, transformer.is_block_kernel)
-
-  params = init()
-  return params, jax.jit(tx.init)(params)
-
-
-def make_train_step(config: ml_collections.ConfigDict, tx: optax.GradientTransformation) -> Any:
-  """A jitted (params, opt_state, tokens) → (params, opt_state, metrics); it donates its state."""
-  model = model_config(config)
-  loss_and_grad = eco.value_and_grad(lambda p, x: loss_fn(model, p, x), dense=False)
-
-  def step(params: Any, opt_state: Any, tokens_BxM: jax.Array) -> tuple[Any, Any, dict]:
-    loss, grads = loss_and_grad(params, tokens_BxM)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    params = eco.apply_updates(params, updates)
-    return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-
-  return jax.jit(step, donate_argnums=(0, 1))
-
-
-def evaluate(loss: Any, params: Any, batches: Any, limit: int | None = None) -> float:
-  """Mean loss over the first `limit` validation batches, or over all."""
-  count = len(batches) if limit is None else min(limit, len(batches))
-  return sum(float(loss(params, jnp.asarray(batches[i]))) for i in range(count)) / count
 
 
 def describe_machine() -> dict[str, Any]:
@@ -125,10 +86,78 @@ def record_divergence(config: ml_collections.ConfigDict, step: int, what: str) -
   """
   if config.stop_on_nonfinite:
     raise FloatingPointError(
-      f"{what} at step {step} with method {config.method!r}: lower config.learning_rate, or set"
-      " config.stop_on_nonfinite=False to record the run as diverged"
+      f"{what} at step {step} with method {config.method!r}: lower"
+      " config.optimizer.learning_rate, or set config.stop_on_nonfinite=False to record the run as"
+      " diverged"
     )
   return step
+
+
+def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
+  """The optimizer and the mesh of a config that has been found in order.
+
+  Raises:
+    ValueError: naming the keys that are out of order, before anything is computed.
+  """
+  config_lib.validate(config)
+  mesh = sharding.make_mesh(config.mesh.to_dict())
+  check_batch(config, mesh)
+  return methods.optimizer(config), mesh
+
+
+def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+  """Raises `ValueError` if the devices of a mesh cannot share a batch evenly."""
+  parts = mesh.size // mesh.shape["tensor"]
+  if (config.batch_size // config.accumulation) % parts:
+    raise ValueError(
+      f"config: batch_size {config.batch_size} / accumulation {config.accumulation} is not a"
+      f" multiple of the {parts} devices that the mesh splits sequences over"
+    )
+  if config.reduction_groups % parts:
+    raise ValueError(
+      f"config: reduction_groups {config.reduction_groups} is not a multiple of the {parts} devices"
+      " that the mesh splits sequences over"
+    )
+
+
+def dry_run(config: ml_collections.ConfigDict) -> str:
+  """What a run would be: its config, its parameters and their bytes; nothing is allocated."""
+  tx, mesh = prepare(config)
+  state = step_lib.abstract_state(config, tx, mesh)
+  model = config_lib.model(config)
+  axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  return "\n".join(
+    [
+      str(config).rstrip(),
+      "",
+      f"{transformer.count_params(model, embedding=True):,} parameters"
+      f" ({transformer.count_params(model):,} without embedding and head),"
+      f" {transformer.flops_per_token(model, config.length):,.0f} operations per token trained on,"
+      f" mesh {axes}",
+      "",
+      memory.parameter_table(state),
+      "",
+      "bytes per device",
+      memory.plan(state),
+    ]
+  )
+
+
+def progress_line(
+  step: int, config: ml_collections.ConfigDict, loss: float, rate: float, speed: float
+) -> str:
+  """What is shown of a running run: loss, speed, share of the chips' peak, and time left."""
+  chip = hardware.chip(jax.devices()[0].device_kind)
+  utilisation = ""
+  if chip:
+    per_token = transformer.flops_per_token(config_lib.model(config), config.length)
+    share = speed * per_token / (chip.flops * jax.device_count())
+    utilisation = f"  {share:.1%} of peak"
+  left = (config.steps - step) * config.batch_size * config.length / speed
+  return (
+    f"step {step:>5}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
+    f"{utilisation}  {metrics.clock(left)} left"
+  )
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -146,71 +175,77 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     ValueError: for an unknown method or format, before any step.
     FloatingPointError: naming the step, where a loss is not finite and `config.stop_on_nonfinite`.
   """
+  tx, mesh = prepare(config)
   folder = pathlib.Path(workdir)
+  is_main = jax.process_index() == 0  # Of several processes only one writes.
+  show = lambda text: print(text, flush=True) if is_main else None
   folder.mkdir(parents=True, exist_ok=True)
   started = time.perf_counter()
   text = corpus.standard_library()
-  batches = pipeline.train_batches(text.train, config.batch_size, config.length, config.seed)
-  held_out = pipeline.validation_batches(text.validation, config.batch_size, config.length)
+  windows = pipeline.train_windows(text.train, config.length, config.seed)
+  held_out = pipeline.validation_windows(text.validation, config.length)
+  pipeline.batch_count(held_out, config.batch_size)
 
   schedule = methods.schedule(config)
-  tx = methods.optimizer(config)
-  params, opt_state = init_state(config, tx)
-  train_step = make_train_step(config, tx)
-  model = model_config(config)
-  loss = jax.jit(lambda p, x: loss_fn(model, p, x))
-  print(
+  model = config_lib.model(config)
+  state = step_lib.init_state(config, tx, mesh)
+  train_step = step_lib.make_train_step(config, tx, mesh)
+  loss = step_lib.make_eval_step(config)
+  split = sharding.batch_sharding(mesh)
+  show(
     f"{config.method}: {transformer.count_params(model):,} non-embedding parameters,"
     f" {text.manifest['train_bytes'] / 1e6:.1f} MB of text from the Python standard library,"
-    f" {config.steps} steps of {config.batch_size} × {config.length} tokens",
-    flush=True,
+    f" {config.steps} steps of {config.batch_size} × {config.length} tokens"
+    f" on {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}"
   )
 
   log = folder / "metrics.jsonl"
-  log.unlink(missing_ok=True)  # Of an earlier run in this folder.
+  if is_main:
+    log.unlink(missing_ok=True)  # Of an earlier run in this folder.
+  record = lambda *args, **kwargs: metrics.append_metrics(log, *args, **kwargs) if is_main else None
   throughput = metrics.Throughput(config.batch_size * config.length)
   diverged, unread = None, []
-  for step in range(config.steps):
-    params, opt_state, result = train_step(params, opt_state, jnp.asarray(next(batches)))
-    unread.append(result)
-    done, last = step + 1, step + 1 == config.steps
-    if step == 0:
-      jax.block_until_ready(result)  # The first step compiles, so the clock starts behind it.
-      throughput.resume(done)
-      continue
-    evaluates = not last and done % config.evaluate_every == 0
-    if last or evaluates or done % config.log_every == 0:
-      rows = jax.device_get(unread)  # All at once, because reading each step would stall the next.
-      unread = []
-      throughput.pause(done)
-      speed, rate = throughput.tokens_per_second, metrics.learning_rate_at(schedule, step)
-      metrics.append_metrics(log, done, **rows[-1], learning_rate=rate, tokens_per_second=speed)
-      left = (config.steps - done) * config.batch_size * config.length / speed
-      print(
-        f"step {done:>5}/{config.steps}  loss {rows[-1]['loss']:.4f}  lr {rate:.2e}"
-        f"  {speed:,.0f} tokens/s  {metrics.clock(left)} left",
-        flush=True,
-      )
-      for bad, row in enumerate(rows, done - len(rows) + 1):
-        if not metrics.is_finite(*row.values()):
-          what = f"loss {row['loss']} and gradient norm {row['grad_norm']}"
-          diverged = record_divergence(config, bad, what)
+  with jax.set_mesh(mesh):
+    for step in range(config.steps):
+      batch = pipeline.batch(windows, step, config.batch_size, split)
+      state, result = train_step(state, batch)
+      unread.append(result)
+      done, last = step + 1, step + 1 == config.steps
+      if step == 0:
+        jax.block_until_ready(result)  # The first step compiles, so the clock starts behind it.
+        throughput.resume(done)
+        continue
+      evaluates = not last and done % config.evaluate_every == 0
+      if last or evaluates or done % config.log_every == 0:
+        # All at once, because reading each step would stall the next.
+        rows = jax.device_get(unread)
+        unread = []
+        throughput.pause(done)
+        speed, rate = throughput.tokens_per_second, metrics.learning_rate_at(schedule, step)
+        record(done, **rows[-1], learning_rate=rate, tokens_per_second=speed)
+        show(progress_line(done, config, rows[-1]["loss"], rate, speed))
+        for bad, row in enumerate(rows, done - len(rows) + 1):
+          if not metrics.is_finite(*row.values()):
+            what = f"loss {row['loss']} and gradient norm {row['grad_norm']}"
+            diverged = record_divergence(config, bad, what)
+            break
+        if diverged:
           break
-      if diverged:
-        break
-      if evaluates:
-        value = evaluate(loss, params, held_out, config.evaluate_batches)
-        metrics.append_metrics(log, done, validation_loss=value)
-      throughput.resume(done)
+        if evaluates:
+          value = evaluate(
+            loss, state.params, held_out, config.batch_size, mesh, config.evaluate_batches
+          )
+          record(done, validation_loss=value)
+        throughput.resume(done)
 
-  validation = None
-  if not diverged:
-    validation = evaluate(loss, params, held_out)
-    metrics.append_metrics(log, done, validation_loss=validation)
-    if not metrics.is_finite(validation):
-      diverged = record_divergence(config, done, f"validation loss {validation}")
-      validation = None
-  used = metrics.bytes_per_parameter(params, opt_state, transformer.is_block_kernel)
+    validation = None
+    if not diverged:
+      validation = evaluate(loss, state.params, held_out, config.batch_size, mesh)
+      record(done, validation_loss=validation)
+      if not metrics.is_finite(validation):
+        diverged = record_divergence(config, done, f"validation loss {validation}")
+        validation = None
+  used = memory.per_parameter(state, transformer.is_quantized(model))
   summary = {
     "validation_loss": validation,
     "diverged_at_step": diverged,
@@ -222,6 +257,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     "corpus": text.manifest,
     **describe_machine(),
   }
+  if not is_main:
+    return summary
   (folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
   metrics.plot_losses({config.method: log}, folder / "loss.png")
   logging.info("metrics, summary and loss curve are in %s", folder)

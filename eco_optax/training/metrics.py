@@ -1,4 +1,4 @@
-"""What a run leaves behind: a JSONL of metrics, a loss curve, and the bytes its arrays take."""
+"""What a run leaves behind: a JSONL of metrics and a loss curve."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import math
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 import optax
-
-import eco_optax as eco
 
 
 def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
@@ -32,46 +29,6 @@ def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a metrics file; None where a number was not finite."""
   return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-class Bytes(NamedTuple):
-  """Bytes per quantized parameter, counted from live arrays."""
-
-  weights: float  # Codes and scales.
-  moments: float
-  residual: float  # Of master weights that are kept beside the stored weights.
-
-  @property
-  def total(self) -> float:
-    """All of it."""
-    return sum(self)
-
-
-def bytes_per_parameter(params: Any, opt_state: Any, where: Any) -> Bytes:
-  """What the parameters chosen by `where` occupy, divided by their number.
-
-  Args:
-    params: the live parameters, packed or float.
-    opt_state: the live optimizer state.
-    where: called with path and leaf, as in `eco.quantize`.
-
-  Returns:
-    Bytes per parameter.
-  """
-  is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  chosen = {
-    name(path): leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]
-    if where(name(path), leaf)
-  }
-  count = sum(math.prod(leaf.shape) for leaf in chosen.values())
-  kept = {"moments": 0, "residual": 0}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
-    if any(name(path).endswith("/" + parameter) for parameter in chosen):
-      kept["residual" if "residual/" in name(path) else "moments"] += leaf.nbytes
-  weights = sum(leaf.nbytes for leaf in chosen.values())
-  return Bytes(weights / count, kept["moments"] / count, kept["residual"] / count)
 
 
 def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:

@@ -6,13 +6,15 @@ mesh they do nothing, and everything runs on one device.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -131,13 +133,73 @@ def check_sharded(tree: Any, mesh: Mesh, limit_bytes: int) -> None:
   if whole:
     raise ValueError(
       f"{'; '.join(whole)} would be whole on every device: choose mesh sizes that divide its axes,"
-      " name it in sharding.PARAMETERS, or raise config.mesh.replicated_limit_mib"
+      " name it in sharding.PARAMETERS, or raise config.replicated_limit_mib"
     )
+
+
+# Inside `group_by_group` a device is by itself, with whole parameters.
+_by_itself = contextvars.ContextVar("by_itself", default=False)
+
+
+def group_by_group(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """`fn(params, tokens)` for one group of a batch after another, groups split over devices.
+
+  Each group is computed by one device in a program that does not depend on how many devices there
+  are, and so are the numbers that come out.
+
+  Args:
+    fn: of params, which all groups share, and tokens of shape (B, M).
+
+  Returns:
+    A function of params and tokens of shape (G, B, M), whose outputs are stacked along a new axis.
+  """
+
+  def alone(params: Any, tokens_GxBxM: jax.Array) -> Any:
+    token = _by_itself.set(True)
+    try:
+      return jax.lax.map(lambda tokens: fn(params, tokens), tokens_GxBxM)
+    finally:
+      _by_itself.reset(token)
+
+  def over_groups(params: Any, tokens_GxBxM: jax.Array) -> Any:
+    if (mesh := _mesh()) is None:
+      return alone(params, tokens_GxBxM)
+    split = PartitionSpec(RULES["batch"])
+    return jax.shard_map(
+      alone, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
+    )(params, tokens_GxBxM)
+
+  return over_groups
+
+
+def sum_groups(tree: Any) -> Any:
+  """Sums over the first axis from its first element to its last, whatever devices they are on.
+
+  A sum over devices adds in an order of its own. Here every device gets all groups' values of the
+  part that it owns and adds them in their order. The sums are whole on every device, because a norm
+  of parts would again depend on what the parts are.
+  """
+
+  def ordered(path: tuple, x: jax.Array) -> jax.Array:
+    mesh = _mesh()
+    if mesh is not None:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      own = _spec(_axes(name, x.ndim - 1), x.shape[1:], mesh)
+      x = jax.lax.with_sharding_constraint(x, PartitionSpec(None, *own))
+    total = x[0].astype(jnp.float32)
+    for i in range(1, x.shape[0]):
+      total = total + x[i].astype(jnp.float32)
+    total = total.astype(x.dtype)
+    return total if mesh is None else jax.lax.with_sharding_constraint(total, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(ordered, tree)
 
 
 def _mesh() -> Any:
   """The mesh in use while tracing, or None."""
   mesh = jax.sharding.get_abstract_mesh()
+  if _by_itself.get():
+    return None
   return None if mesh.empty or set(AXES) - set(mesh.axis_names) else mesh
 
 
@@ -179,17 +241,32 @@ def gather(path: str, tree: Any) -> Any:
   if mesh is None:
     return tree
 
-  def whole(key_path: tuple, x: jax.Array) -> jax.Array:
+  def gather_leaf(key_path: tuple, x: jax.Array) -> jax.Array:
     name = "/".join([path, jax.tree_util.keystr(key_path, simple=True, separator="/")]).rstrip("/")
     axes = _axes(name, x.ndim)
     own = _spec(axes, x.shape, mesh)
+    whole = _spec([None if axis == "embed" else axis for axis in axes], x.shape, mesh)
     if name.endswith("/sink"):  # Nothing reads it; its gradient is a kernel's.
       return jax.lax.with_sharding_constraint(x, own)
-    return _gather(x, _spec([None if a == "embed" else a for a in axes], x.shape, mesh), own)
+    return _gather(x, whole, own)
 
-  return jax.tree_util.tree_map_with_path(whole, tree)
+  return jax.tree_util.tree_map_with_path(gather_leaf, tree)
+
+
+def scatter(grads: Any) -> Any:
+  """Gradients split as their parameters are, so that sums over devices end in parts."""
+  mesh = _mesh()
+  if mesh is None:
+    return grads
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return jax.tree_util.tree_map_with_path(
+    lambda path, g: jax.lax.with_sharding_constraint(
+      g, _spec(_axes(name(path), g.ndim), g.shape, mesh)
+    ),
+    grads,
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of a batch of sequences: the first axis split over all devices that do not share its work."""
-  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))

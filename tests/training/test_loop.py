@@ -12,7 +12,9 @@ import pytest
 from matplotlib import image
 
 import eco_optax as eco
-from eco_optax.training import comparison, loop, methods, metrics
+from eco_optax.training import comparison, loop, memory, methods, metrics, sharding
+from eco_optax.training import config as config_lib
+from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus
 from eco_optax.training.models import transformer
 
@@ -27,7 +29,9 @@ def get_config(name="tiny", **changes):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config()
-  config.update(changes)
+  config.mesh.fsdp = 1
+  config.mesh.data = 8  # The devices of tests/conftest.py.
+  config.update_from_flattened_dict(changes)
   return config
 
 
@@ -51,18 +55,21 @@ STORAGE = {
 }
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", config_lib.METHODS)
 def test_one_step_of_each_method(method):
   config = get_config(method=method)
-  tx = methods.optimizer(config)
-  params, opt_state = loop.init_state(config, tx)
-  before = jax.tree.map(jnp.copy, params)
-  step = loop.make_train_step(config, tx)
-  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 129)), jnp.int32)
+  tx, mesh = loop.prepare(config)
+  state = step_lib.init_state(config, tx, mesh)
+  before = jax.tree.map(jnp.copy, state.params)
+  step = step_lib.make_train_step(config, tx, mesh)
+  tokens = np.random.default_rng(0).integers(0, 256, (16, 129), dtype=np.int32)
+  tokens = jax.device_put(tokens, sharding.batch_sharding(mesh))
   # At the second step the rate has left its first, smallest value.
-  for _ in range(2):
-    params, opt_state, result = step(params, opt_state, tokens)
+  with jax.set_mesh(mesh):
+    for _ in range(2):
+      state, result = step(state, tokens)
   assert step._cache_size() == 1
+  params = state.params
   # Uniform over 256 bytes at the start, give or take what two steps learn.
   assert abs(float(result["loss"]) - np.log(256)) < 0.2
   assert np.isfinite(result["grad_norm"])
@@ -84,7 +91,7 @@ def test_one_step_of_each_method(method):
   ]
   assert any(moved)
 
-  used = metrics.bytes_per_parameter(params, opt_state, transformer.is_block_kernel)
+  used = memory.per_parameter(state, transformer.is_block_kernel)
   codes, moments, residual = STORAGE[method]
   size = sum(k.size for k in kernels)
   scales = sum(k.scale.nbytes for k in kernels) / size if method != "bf16_mw" else 0
@@ -93,11 +100,11 @@ def test_one_step_of_each_method(method):
 
 def test_eco_bytes_at_the_default_size():
   config = get_config("stdlib_1m")
-  tx = methods.optimizer(config)
-  params, opt_state = loop.init_state(config, tx)
-  used = metrics.bytes_per_parameter(params, opt_state, transformer.is_block_kernel)
+  tx, mesh = loop.prepare(config)
+  state = step_lib.abstract_state(config, tx, mesh)
+  used = memory.per_parameter(state, transformer.is_block_kernel)
   assert 9.0 < used.total < 9.05
-  assert transformer.count_params(loop.model_config(config)) == 1_049_728
+  assert transformer.count_params(config_lib.model(config)) == 1_049_728
 
 
 def test_runs_are_written_and_equal_each_other(tmp_path):
@@ -132,8 +139,8 @@ def test_schedule_is_the_papers():
 
 
 def test_clip_comes_before_the_momentum():
-  config = get_config(max_norm=1.0)
-  tx = methods.stock_optimizer(config)
+  config = get_config(method="bf16_mw")
+  tx = methods.optimizer(config)
   params = {"w": jnp.zeros((2, 2))}
   _, state = tx.update({"w": jnp.full((2, 2), 1e6)}, tx.init(params), params)
   momentum = optax.tree.get(state, "mu")["w"]
@@ -143,10 +150,12 @@ def test_clip_comes_before_the_momentum():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"method": "eco"}, "unknown method 'eco': use one of bf16_mw"),
-    ({"format": "FP9"}, "unknown format 'FP9': use one of FP8"),
-    ({"activation_format": "FP9"}, "unknown activation_format 'FP9'"),
-    ({"method": "mw_rtn", "residual": "float8"}, "residual must be"),
+    ({"method": "eco"}, "method must be one of bf16_mw, .*, got 'eco'"),
+    ({"format": "FP9"}, "format must be one of FP8, .*, got 'FP9'"),
+    ({"activation_format": "FP9"}, "activation_format must be one of none, FP8"),
+    ({"residual": "float8"}, "residual must be one of float32"),
+    ({"batch_size": 12}, "batch_size 12 / accumulation 1 is not a multiple of the 8 devices"),
+    ({"mesh.tensor": 3}, "a mesh of data=8, fsdp=1, tensor=3, expert=1 does not take 8 devices"),
   ],
 )
 def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
@@ -156,7 +165,7 @@ def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
 
 def test_a_run_that_diverges_says_where(tmp_path):
   # One step at this rate leaves weights whose gradient is no number; steps 20 and 40 are logged.
-  config = get_config(learning_rate=1e38, steps=40)
+  config = get_config(steps=40, **{"optimizer.learning_rate": 1e38})
   with pytest.raises(FloatingPointError, match=r"at step 2 with method 'eco_sr'"):
     loop.train(config, tmp_path)
   config.stop_on_nonfinite = False

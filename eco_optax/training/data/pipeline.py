@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 
 VOCABULARY = 256  # Bytes; 0 separates documents.
@@ -32,46 +33,61 @@ class Windows:
     return self._tokens[start : start + self._length + 1].astype(np.int32)
 
 
-def train_batches(
-  documents: Sequence[bytes], batch_size: int, length: int, seed: int
-) -> Iterator[np.ndarray]:
-  """Endless shuffled batches.
+def train_windows(documents: Sequence[bytes], length: int, seed: int) -> grain.MapDataset:
+  """The windows of the training split, shuffled anew each epoch, without end.
 
   Args:
     documents: of the training split.
-    batch_size: windows per batch.
     length: tokens per window that are trained on.
-    seed: of the shuffle, a new one each epoch.
+    seed: of the shuffle.
 
   Returns:
-    A Grain iterator of int32 arrays of shape (batch_size, length + 1); its state is a few bytes.
+    A sequence of int32 arrays of shape (length + 1,). Step `i` of a run with batches of B takes
+    items i·B … i·B + B − 1, so a step's number is all there is to know about the position.
   """
-  return iter(
-    grain.MapDataset.source(Windows(documents, length))
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .batch(batch_size, drop_remainder=True)
-    .to_iter_dataset()
-  )
+  return grain.MapDataset.source(Windows(documents, length)).seed(seed).shuffle().repeat()
 
 
-def validation_batches(
-  documents: Sequence[bytes], batch_size: int, length: int
-) -> grain.MapDataset:
-  """Batches that cover the validation split once, in order.
+def validation_windows(documents: Sequence[bytes], length: int) -> grain.MapDataset:
+  """The windows of the validation split, once and in order; int32 of shape (length + 1,)."""
+  return grain.MapDataset.source(Windows(documents, length))
 
-  Only the windows of a last batch that is not full are left out, so that all have one shape.
+
+def batch(
+  windows: grain.MapDataset, step: int, batch_size: int, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  """Batch number `step`, each process reading the rows of its own devices.
 
   Args:
-    documents: of the validation split.
-    batch_size: windows per batch.
-    length: tokens per window.
+    windows: of `train_windows` or `validation_windows`.
+    step: number of the batch, from 0.
+    batch_size: windows per batch, of all processes together.
+    sharding: of the batch.
 
   Returns:
-    A sequence of int32 arrays of shape (batch_size, length + 1).
+    int32 array of shape (batch_size, length + 1) on all devices of the sharding.
   """
-  windows = Windows(documents, length)
+  first = windows[step * batch_size]
+  rows = {0: first}
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    for row in range(*index[0].indices(batch_size)):
+      if row not in rows:
+        rows[row] = windows[step * batch_size + row]
+    return np.stack([rows[row] for row in range(*index[0].indices(batch_size))])[:, index[1]]
+
+  return jax.make_array_from_callback((batch_size, len(first)), sharding, read)
+
+
+def batch_count(windows: grain.MapDataset, batch_size: int) -> int:
+  """How many full batches there are; the windows of a last one that is not full are left out.
+
+  Raises:
+    ValueError: if there is not even one.
+  """
   if len(windows) < batch_size:
-    raise ValueError(f"{len(windows)} validation windows do not fill one batch of {batch_size}")
-  return grain.MapDataset.source(windows).batch(batch_size, drop_remainder=True)
+    raise ValueError(
+      f"{len(windows)} validation windows do not fill one batch of {batch_size}: use a smaller"
+      " config.batch_size or a shorter config.length"
+    )
+  return len(windows) // batch_size

@@ -81,13 +81,34 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
   return params
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(embedding_VxD: jax.Array, tokens_BxL: jax.Array, dtype: Any) -> jax.Array:
+  """The rows of `tokens`, in `dtype`; their gradients are summed in float32."""
+  return sharding.gather("embedding", embedding_VxD.astype(dtype))[tokens_BxL]
+
+
+def _lookup_forward(embedding_VxD: jax.Array, tokens_BxL: jax.Array, dtype: Any) -> tuple:
+  return _lookup(embedding_VxD, tokens_BxL, dtype), (embedding_VxD, tokens_BxL)
+
+
+def _lookup_backward(dtype: Any, residuals: tuple, grad_BxLxD: jax.Array) -> tuple:
+  del dtype
+  embedding_VxD, tokens_BxL = residuals
+  # A frequent token's gradient is a sum of thousands, in which bfloat16 would lose most.
+  zeros = jnp.zeros_like(embedding_VxD)
+  return zeros.at[tokens_BxL].add(grad_BxLxD.astype(zeros.dtype)), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 def hidden(
   config: TransformerConfig, params: Params, tokens_BxL: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The last layer's normalized output, shape (B, L, D), and the means of routing metrics."""
   dtype, (_, L) = jnp.dtype(config.dtype), tokens_BxL.shape
-  embedding_VxD = sharding.gather("embedding", params["embedding"].astype(dtype))
-  x_BxLxD = sharding.constrain(embedding_VxD[tokens_BxL], "batch", None, None)
+  x_BxLxD = _lookup(params["embedding"], tokens_BxL, dtype)
+  x_BxLxD = sharding.constrain(x_BxLxD, "batch", None, None)
   if config.scaled_embedding:
     x_BxLxD = x_BxLxD * jnp.asarray(math.sqrt(config.width), dtype)
   angle_LxK2 = parts.rotation(config, L, config.rope_base)
@@ -163,7 +184,7 @@ def loss(
   """
   x_BxLxD, aux = hidden(config, params, tokens_BxM[:, :-1])
   targets_BxL = tokens_BxM[:, 1:]
-  B, L, D = x_BxLxD.shape
+  B, L, _ = x_BxLxD.shape
   chunks = config.loss_chunks
   if L % chunks:
     raise ValueError(f"loss_chunks {chunks} does not divide a length of {L} tokens")
@@ -193,3 +214,26 @@ def count_params(config: TransformerConfig, embedding: bool = False) -> int:
   shapes = jax.eval_shape(lambda: init(config, 0))
   counts = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(shapes[name])) for name in shapes}
   return sum(n for name, n in counts.items() if embedding or name not in ("embedding", "head"))
+
+
+@functools.cache
+def flops_per_token(config: TransformerConfig, length: int) -> float:
+  """Operations of forward and backward pass per token that is trained on.
+
+  Six for each weight that a token meets (its own experts only, the head, not the embedding), and
+  12 × heads × head width × positions of the window for each layer, as in Chowdhery et al, `PaLM
+  <https://arxiv.org/abs/2204.02311>`_, 2022, appendix B. What is made again is not counted.
+  """
+  shapes = jax.eval_shape(lambda: init(config, 0))
+  total = float(config.vocabulary * config.width)
+  for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if is_block_kernel(name):
+      share = config.experts_per_token / config.experts if is_expert_kernel(name) else 1
+      total += math.prod(leaf.shape) * share
+    elif name.endswith("/router"):
+      total += math.prod(leaf.shape)
+  spans = [
+    length if config.is_global(i) else min(length, config.window) for i in range(config.layers)
+  ]
+  return 6 * total + 12 * config.heads * config.head_width * sum(spans)

@@ -1,0 +1,261 @@
+"""Compiling a run's step ahead of time for TPUs that are not there, and reading what came out."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from eco_optax.training import config as config_lib
+from eco_optax.training import hardware, loop, memory, methods, metrics, sharding
+from eco_optax.training import step as step_lib
+from eco_optax.training.models import transformer
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16}  # Of dtypes whose name does not end in their bits.
+
+
+def topology_devices(topology: str) -> list[Any]:
+  """The devices of a TPU topology such as `v5e:4x4`; no TPU need be there.
+
+  Raises:
+    ImportError: if `libtpu`, which has the compiler, is not installed.
+    ValueError: naming the topology, if there is no such one.
+  """
+  from jax.experimental import topologies
+
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise ImportError(
+      "compiling for a TPU takes libtpu: pip install 'eco_optax[tpu]', which works on any Linux"
+    ) from error
+  options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+  try:
+    return list(
+      topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    )
+  except Exception as error:
+    raise ValueError(
+      f"no TPU topology {topology!r}: use v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1 or"
+      f" another size ({error})"
+    ) from error
+
+
+def _shapes(text: str) -> Iterator[tuple[str, int]]:
+  """Dtype and bytes of each array in a piece of HLO."""
+  for dtype, dims in re.findall(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]", text):
+    bits = _BITS.get(dtype) or int(re.match(r"[a-z](\d+)", dtype)[1])  # type: ignore[index]
+    yield dtype, math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """Instructions of each computation of a compiled module by its name; the entry's is ENTRY."""
+  found: dict[str, list[str]] = {}
+  name = None
+  for line in text.splitlines():
+    if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+      name = "ENTRY" if match[1] else match[2]
+      found[name] = []
+    elif name is not None and " = " in line:
+      found[name].append(line)
+  return found
+
+
+def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
+  """What devices send each other in one run of a compiled module.
+
+  Args:
+    text: the module's HLO.
+
+  Returns:
+    By operation and dtype, how often it runs and the bytes of its larger side (what is gathered, or
+    what is summed) on one device, loops multiplied by their trip counts.
+  """
+  computations = _computations(text)
+  found: dict[str, dict[str, dict[str, int]]] = {}
+  seen: set[tuple[str, int]] = set()
+
+  def trip_count(condition: str) -> int:
+    """The constant that a loop's counter is compared with."""
+    bounds = [1]
+    for line in computations[condition]:
+      bounds += [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+    return max(bounds)
+
+  def visit(name: str, times: int) -> None:
+    lines = computations.get(name, ())
+    for line in lines:
+      right = line.split(" = ", 1)[1]
+      match = re.search(r"(?:^|\s)([a-z][a-z\-]*)\(", right)
+      operation = match[1] if match else ""
+      kind = operation.removesuffix("-start")
+      # The stages of one overlapped operation are fusions that each hold it, on one channel.
+      channel = re.search(r"channel_id=(\d+)", line)
+      first = channel is None or (kind, int(channel[1])) not in seen
+      if kind in _COLLECTIVES and first:
+        if channel:
+          seen.add((kind, int(channel[1])))
+        result, arguments = right.split(operation + "(", 1)
+        sides = [list(_shapes(result)), list(_shapes(" ".join(_operands(lines, arguments))))]
+        larger = max(sides, key=lambda side: sum(size for _, size in side))
+        # TPUs scatter sums by a fusion of this name.
+        shown = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+        for dtype in {dtype for dtype, _ in larger}:
+          entry = found.setdefault(shown, {}).setdefault(dtype, {"count": 0, "bytes": 0})
+          entry["count"] += times
+          entry["bytes"] += times * sum(size for other, size in larger if other == dtype)
+      inner = times
+      if operation == "while":
+        inner *= trip_count(re.search(r"condition=%([\w.\-]+)", line)[1])  # type: ignore[index]
+      for group in re.findall(r"(?:body|calls|called_computations)=(\{[^}]*\}|%[\w.\-]+)", line):
+        for reference in re.findall(r"%([\w.\-]+)", group):
+          visit(reference, inner)
+
+  visit("ENTRY", 1)
+  return {kind: dict(sorted(found[kind].items())) for kind in sorted(found)}
+
+
+def _operands(lines: list[str], arguments: str) -> Iterator[str]:
+  """The shapes of an instruction's operands, as text."""
+  depth, end = 1, 0
+  for end, letter in enumerate(arguments):  # noqa: B007
+    depth += (letter == "(") - (letter == ")")
+    if depth == 0:
+      break
+  names = re.findall(r"%([\w.\-]+)", arguments[:end])
+  for line in lines:
+    match = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line)
+    if match and match[1] in names:
+      yield (
+        match[2].split("(", 1)[0] if not match[2].startswith("(") else match[2].split(") ", 1)[0]
+      )
+
+
+class _Heartbeat:
+  """Shows, every few seconds, that something long is still going on."""
+
+  def __init__(self, what: str, show: Callable[[str], None], seconds: float = 10.0):
+    self._stop = threading.Event()
+    started = time.perf_counter()
+
+    def beat() -> None:
+      while not self._stop.wait(seconds):
+        show(f"{what} … {metrics.clock(time.perf_counter() - started)}")
+
+    self._thread = threading.Thread(target=beat, daemon=True)
+
+  def __enter__(self) -> None:
+    self._thread.start()
+
+  def __exit__(self, *_: Any) -> None:
+    self._stop.set()
+    self._thread.join()
+
+
+def compile_step(
+  config: ml_collections.ConfigDict,
+  devices: list[Any],
+  show: Callable[[str], None] = lambda text: None,
+) -> tuple[Any, dict[str, Any]]:
+  """Compiles one training step of a config for devices that need not exist.
+
+  Args:
+    config: of the run.
+    devices: of a topology, see `topology_devices`, or of this machine.
+    show: called with lines of progress.
+
+  Returns:
+    The compiled step, and a report: bytes per device by kind, collectives by dtype, operations, and
+    whether it fits the chip.
+  """
+  config_lib.validate(config)
+  mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+  loop.check_batch(config, mesh)
+  tx = methods.optimizer(config)
+  show("tracing")
+  started = time.perf_counter()
+  state = step_lib.abstract_state(config, tx, mesh)
+  train_step = step_lib.make_train_step(config, tx, mesh)
+  with jax.set_mesh(mesh):
+    lowered = train_step.lower(state, step_lib.abstract_batch(config, mesh))
+  traced = time.perf_counter()
+  show(f"compiling for {len(devices)} × {devices[0].device_kind}")
+  with _Heartbeat("compiling", show):
+    compiled = lowered.compile()
+  finished = time.perf_counter()
+
+  used = compiled.memory_analysis()
+  peak = (
+    used.argument_size_in_bytes
+    + used.output_size_in_bytes
+    + used.temp_size_in_bytes
+    - used.alias_size_in_bytes
+  )
+  model = config_lib.model(config)
+  chip = hardware.chip(devices[0].device_kind)
+  where = transformer.is_quantized(model)
+  tokens = config.batch_size * config.length
+  cost = compiled.cost_analysis() or {}
+  static = memory.per_parameter(state, where)
+  report = {
+    "method": config.method,
+    "parameters": transformer.count_params(model, embedding=True),
+    "quantized_parameters": sum(memory.quantized(state.params).values()),
+    "devices": len(devices),
+    "chip": chip.name if chip else devices[0].device_kind,
+    "mesh": dict(mesh.shape),
+    "bytes_per_quantized_parameter": static._asdict() | {"total": static.total},
+    "bytes_per_device": {
+      **memory.per_device(state),
+      "state": sum(memory.per_device(state).values()),
+      "arguments": used.argument_size_in_bytes,
+      "outputs": used.output_size_in_bytes,
+      "updated in place": used.alias_size_in_bytes,
+      "temporaries": used.temp_size_in_bytes,
+      "peak": peak,
+    },
+    "fits": None if chip is None else peak <= chip.bytes,
+    "chip_bytes": None if chip is None else chip.bytes,
+    "collectives_per_device": collectives(compiled.as_text()),
+    "model_flops_per_step": transformer.flops_per_token(model, config.length) * tokens,
+    # The compiler counts the body of a loop once.
+    "compiler_flops_per_device": cost.get("flops"),
+    "seconds": {"trace": traced - started, "compile": finished - traced},
+  }
+  return compiled, report
+
+
+def report_text(report: dict[str, Any]) -> str:
+  """A report as a person reads it."""
+  mib = lambda n: f"{n / 2**20:,.1f} MiB"
+  axes = " × ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
+  rows = [
+    ("method", report["method"]),
+    ("parameters", f"{report['parameters']:,}, {report['quantized_parameters']:,} quantized"),
+    ("devices", f"{report['devices']} × {report['chip']}, {axes or 'one device'}"),
+    (
+      "static bytes per quantized parameter",
+      f"{report['bytes_per_quantized_parameter']['total']:.3f}",
+    ),
+    *((f"{kind} per device", mib(n)) for kind, n in report["bytes_per_device"].items() if n),
+  ]
+  if report["fits"] is not None:
+    verdict = "yes" if report["fits"] else "NO"
+    rows.append(("fits", f"{verdict}, the chip has {mib(report['chip_bytes'])}"))
+  for kind, dtypes in report["collectives_per_device"].items():
+    for dtype, entry in dtypes.items():
+      rows.append((f"{kind} {dtype}", f"{entry['count']} × , {mib(entry['bytes'])}"))
+  rows.append(("model operations per step", f"{report['model_flops_per_step']:.3e}"))
+  seconds = report["seconds"]
+  rows.append(
+    ("compile time", f"{seconds['trace']:.0f} s traced, {seconds['compile']:.0f} s compiled")
+  )
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,216 @@
+"""Every key of a run: its default, its type and its range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import config_dict
+
+import eco_optax as eco
+from eco_optax.training import sharding
+from eco_optax.training.models.config import TransformerConfig
+
+# How each method keeps what rounding loses: in master weights, not at all, or in the momentum.
+METHODS = ("bf16_mw", "mw_rtn", "mw_sr", "naive_rtn", "naive_sr", "eco_rtn", "eco_sr")
+FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
+_DTYPES = ("float32", "bfloat16")
+
+
+def defaults() -> config_dict.ConfigDict:
+  """A config with every key, locked: setting a key that there is not is an error."""
+  config = config_dict.ConfigDict()
+  config.seed = 0
+
+  config.method = "eco_sr"  # bf16_mw, mw_rtn, mw_sr, naive_rtn, naive_sr, eco_rtn or eco_sr.
+  config.schedule_aware = True  # The rule follows the learning rate; False is the paper's rule.
+  config.residual = "float32"  # Of mw_*: float32, bfloat16 or int8.
+  config.format = "FP8"  # Of the quantized linear weights: a preset of eco_optax.
+  config.activation_format = "FP8_TOKEN"  # Of their inputs; "none" leaves them float.
+
+  model = {
+    field.name: None if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(TransformerConfig)
+    if field.name not in ("activation_format", "dtype")
+  }
+  model |= {name: 0 for name in ("layers", "width", "heads", "vocabulary")}
+  model["capacity_factor"] = config_dict.placeholder(float)
+  config.model = model  # See TransformerConfig.
+  config.dtype = "float32"  # Of activations; bfloat16 is slow on CPU.
+  config.gradient_dtype = "float32"  # Of the quantized weights' gradients.
+
+  config.batch_size = 1  # Sequences per step, on all devices together.
+  config.length = 1  # Tokens per sequence.
+  config.steps = 1
+  config.accumulation = 1  # Parts of a batch whose gradients are computed one after another.
+
+  # Groups of sequences whose gradients are computed apart and summed in order, so that any number
+  # of devices that divides them trains the same weights; each device then holds a whole gradient.
+  # 0: gradients are summed as the devices find it fastest.
+  config.reduction_groups = 0
+
+  # Sizes of the mesh's axes: -1 takes the devices that are left.
+  config.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1}
+  config.replicated_limit_mib = 64  # The largest array that a mesh may leave whole on each device.
+
+  config.optimizer = {
+    "learning_rate": 1e-3,  # The schedule's peak.
+    "start_fraction": 0.01,  # Of the peak, where the linear warm-up starts.
+    "warmup_fraction": 0.1,  # Of the steps.
+    "end_fraction": 0.1,  # Of the peak, where the cosine ends.
+    "b1": 0.9,
+    "b2": 0.98,
+    "eps": 1e-9,
+    "weight_decay": 0.1,
+    "max_norm": 1.0,  # Of the gradient, which is clipped to it.
+  }
+
+  config.log_every = 20
+  config.evaluate_every = 200
+  config.evaluate_batches = 32  # Of the evaluations on the way; the last one takes them all.
+  config.stop_on_nonfinite = True
+  return config.lock()
+
+
+def scaling_study(
+  layers: int, width: int, learning_rate: float, steps: int
+) -> config_dict.ConfigDict:
+  """The settings of the paper's scaling study, which has one size per config file."""
+  config = defaults()
+  config.model.update(layers=layers, width=width, heads=width // 128, vocabulary=32128)
+  config.model.update(remat="full", loss_chunks=4)
+  config.dtype = config.gradient_dtype = "bfloat16"
+  config.mesh.update(data=-1, fsdp=4)
+  config.batch_size = config.length = 512
+  config.steps = steps
+  config.optimizer.learning_rate = learning_rate
+  config.log_every = 100
+  config.evaluate_every = 1000
+  return config
+
+
+_Check = tuple[Callable[[Any], bool], str]
+_one_of = lambda *names: (lambda value: value in names, f"one of {', '.join(names)}")
+_positive: _Check = (lambda value: value > 0, "above 0")
+_natural: _Check = (lambda value: value >= 0, "0 or more")
+_fraction: _Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_decay: _Check = (lambda value: 0 < value < 1, "above 0 and below 1")
+
+RANGES: dict[str, _Check] = {
+  "seed": (lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
+  "method": _one_of(*METHODS),
+  "residual": _one_of("float32", "bfloat16", "int8"),
+  "format": _one_of(*sorted(FORMATS)),
+  "activation_format": _one_of("none", *sorted(FORMATS)),
+  "model.layers": _positive,
+  "model.width": _positive,
+  "model.heads": _positive,
+  "model.vocabulary": _positive,
+  "model.kv_heads": _natural,
+  "model.head_width": _natural,
+  "model.mlp_width": _natural,
+  "model.norm_epsilon": _positive,
+  "model.rope_base": _positive,
+  "model.local_rope_base": _positive,
+  "model.window": _natural,
+  "model.global_every": _positive,
+  "model.experts": _natural,
+  "model.shared_experts": _natural,
+  "model.capacity_factor": (lambda value: value is None or value > 0, "above 0, or None"),
+  "model.balance_weight": _natural,
+  "model.loss_chunks": _positive,
+  "dtype": _one_of(*_DTYPES),
+  "gradient_dtype": _one_of(*_DTYPES),
+  "batch_size": _positive,
+  "length": _positive,
+  "steps": _positive,
+  "accumulation": _positive,
+  "reduction_groups": _natural,
+  "replicated_limit_mib": _natural,
+  **{f"mesh.{axis}": (lambda n: n > 0 or n == -1, "above 0, or -1") for axis in sharding.AXES},
+  "optimizer.learning_rate": _positive,
+  "optimizer.start_fraction": _fraction,
+  "optimizer.warmup_fraction": _fraction,
+  "optimizer.end_fraction": _fraction,
+  "optimizer.b1": _decay,
+  "optimizer.b2": _decay,
+  "optimizer.eps": _positive,
+  "optimizer.weight_decay": _natural,
+  "optimizer.max_norm": _positive,
+  "log_every": _positive,
+  "evaluate_every": _positive,
+  "evaluate_batches": _positive,
+}
+
+
+def _flat(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for key, value in config.items():
+    nested = isinstance(value, config_dict.ConfigDict)
+    out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+  return out
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+  """Checks a config before anything is computed.
+
+  Raises:
+    ValueError: naming every key that is missing, unknown (with the nearest that there is), of
+      another type or out of its range, with its value and what it may be.
+  """
+  import difflib
+
+  wanted, given = _flat(defaults()), _flat(config)
+  problems = [f"{key} is missing" for key in wanted if key not in given]
+  for key, value in given.items():
+    if key not in wanted:
+      near = difflib.get_close_matches(key, wanted, 1)
+      problems.append(f"unknown key {key}" + (f": did you mean {near[0]}?" if near else ""))
+      continue
+    kind = type(wanted[key])
+    if wanted[key] is not None and not isinstance(value, kind):
+      problems.append(f"{key} must be of type {kind.__name__}, got {value!r}")
+      continue
+    if isinstance(value, float) and not math.isfinite(value):
+      problems.append(f"{key} must be finite, got {value!r}")
+      continue
+    check, text = RANGES.get(key, (lambda value: True, ""))
+    if not check(value):
+      problems.append(f"{key} must be {text}, got {value!r}")
+  if not problems:
+    if config.batch_size % config.accumulation:
+      problems.append(
+        f"accumulation {config.accumulation} does not divide batch_size {config.batch_size}"
+      )
+    if config.length % config.model.loss_chunks:
+      problems.append(
+        f"model.loss_chunks {config.model.loss_chunks} does not divide length {config.length}"
+      )
+    if (
+      config.reduction_groups and config.batch_size // config.accumulation % config.reduction_groups
+    ):
+      problems.append(
+        f"reduction_groups {config.reduction_groups} does not divide batch_size"
+        f" {config.batch_size} / accumulation {config.accumulation}"
+      )
+    try:
+      model(config)
+    except ValueError as error:
+      problems.append(f"model: {error}")
+  if problems:
+    raise ValueError("config: " + "; ".join(problems))
+
+
+def formats(config: config_dict.ConfigDict) -> tuple[eco.Format | None, eco.Format | None]:
+  """The formats of the weights and of the activations; None is float."""
+  if config.method == "bf16_mw":
+    return None, None
+  return FORMATS[config.format], FORMATS.get(config.activation_format)
+
+
+def model(config: config_dict.ConfigDict) -> TransformerConfig:
+  """The model of a run; the BF16 baseline computes in bfloat16 whatever the others do."""
+  dtype = "bfloat16" if config.method == "bf16_mw" else config.dtype
+  return TransformerConfig(**config.model, dtype=dtype, activation_format=formats(config)[1])
