@@ -1,6 +1,7 @@
 """DeepSeek-MoE-16B fine-tuned with INT4 weights, one scale per tensor: OpenAssistant-Guanaco.
 
-Three epochs of chats of 2,048 tokens; the paper's micro-batch of 1 × 16 accumulations is a batch of 16.
+Three epochs of chats of 2,048 tokens. The paper's micro-batch of 1 × 16 accumulations is a batch of
+16 here: 16 devices take a sequence each, and fewer set `accumulation`.
 """
 
 from eco_optax.training.config import defaults

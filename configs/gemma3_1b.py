@@ -26,11 +26,12 @@ def get_config():
     window=512,
     global_every=6,
     remat="full",
-    loss_chunks=8,
+    loss_chunks=16,
   )
   config.dtype = config.gradient_dtype = "bfloat16"
   config.mesh.update(data=-1, fsdp=8)
   config.batch_size = 256
+  config.accumulation = 2
   config.length = 512
   config.steps = 305175
   config.optimizer.learning_rate = 1e-4

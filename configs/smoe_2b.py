@@ -1,6 +1,7 @@
-"""A sparse mixture of experts, 2.1B parameters of which only the expert linears are quantized: LM1B.
+"""A sparse mixture of 32 experts, 2.1B parameters: LM1B.
 
-100 tokens for each active parameter. Experts have no gate, which is what the number 2.1B implies.
+Only the expert linears are quantized. They have no gate, which is what the number 2.1B implies. 100
+tokens for each active parameter.
 """
 
 from eco_optax.training.config import defaults

@@ -1,4 +1,4 @@
-"""Compiles a step for TPUs that are not there: --config=configs/llama_800m.py --topology=v5p:4x4x4."""
+"""Compiles a step ahead of time: --config=configs/llama_800m.py --topology=v5p:4x4x4, or --all."""
 
 import os
 
@@ -9,6 +9,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 import json
 import pathlib
+import runpy
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -16,27 +17,55 @@ from ml_collections import config_flags
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import loop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x4.")
+_ROOT = pathlib.Path(__file__).parents[1]
+_CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "llama_30m.py"))
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Such as v5e:4x4 or v5p:4x4x4.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the report.")
 _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program, to read.")
+_ALL = flags.DEFINE_bool("all", False, "Every config of the paper, ECO and master weights.")
+_RESULTS = flags.DEFINE_string("results", str(_ROOT / "results" / "compile"), "Folder of --all.")
+
+
+def _compile(config, topology: str, out: str | pathlib.Path | None) -> dict:
+  """Compiles, prints and writes one report."""
+  show = lambda text: print(text, flush=True)
+  devices = compile_lib.topology_devices(topology)
+  compiled, report = compile_lib.compile_step(config, devices, show)
+  print(compile_lib.report_text(report), flush=True)
+  report |= {"topology": topology, "config": config.to_dict(), **loop.describe_machine()}
+  if _HLO.value:
+    pathlib.Path(_HLO.value).write_text(compiled.as_text())
+  if out:
+    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(out).write_text(json.dumps(report, indent=1) + "\n")
+  return report
+
+
+def _compile_all(results: pathlib.Path) -> None:
+  """Compiles what has no report yet, and makes the table of all."""
+  reports = {}
+  for name, topology in compile_lib.TOPOLOGIES.items():
+    pair = []
+    for method in ("eco_sr", "mw_sr"):
+      out = results / f"{name}_{method}.json"
+      if not out.exists():
+        print(f"\n{name}, {method}, {topology}", flush=True)
+        config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
+        config.method = method
+        _compile(config, topology, out)
+      pair.append(json.loads(out.read_text()))
+    reports[name] = (pair[0], pair[1])
+    (results / "table.md").write_text(compile_lib.table(reports))
+  print(compile_lib.table(reports))
 
 
 def main(_: list[str]) -> None:
-  """Compiles, prints and writes the report."""
-  devices = compile_lib.topology_devices(_TOPOLOGY.value)
-  show = lambda text: print(text, flush=True)
-  compiled, report = compile_lib.compile_step(_CONFIG.value, devices, show)
-  print(compile_lib.report_text(report))
-  if _HLO.value:
-    pathlib.Path(_HLO.value).write_text(compiled.as_text())
-  if _OUT.value:
-    path = pathlib.Path(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"topology": _TOPOLOGY.value, "config": _CONFIG.value.to_dict()}
-    path.write_text(json.dumps(report | about | loop.describe_machine(), indent=1) + "\n")
+  """Compiles one config or all."""
+  if _ALL.value:
+    _compile_all(pathlib.Path(_RESULTS.value))
+  else:
+    _compile(_CONFIG.value, _TOPOLOGY.value, _OUT.value)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "topology"])
   app.run(main)

@@ -18,6 +18,19 @@ from eco_optax.training import step as step_lib
 from eco_optax.training.models import transformer
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# A topology that suits each run of the paper.
+TOPOLOGIES = {
+  "llama_30m": "v5e:2x2",
+  "llama_50m": "v5e:2x2",
+  "llama_100m": "v5e:2x4",
+  "llama_200m": "v5e:4x4",
+  "llama_430m": "v5e:4x4",
+  "llama_800m": "v5p:2x2x4",
+  "gemma3_1b": "v6e:4x4",
+  "smoe_2b": "v5p:2x2x4",
+  "deepseek_moe_16b": "v5p:2x2x4",
+}
+
 _BITS = {"pred": 8, "bf16": 16}  # Of dtypes whose name does not end in their bits.
 
 
@@ -259,3 +272,25 @@ def report_text(report: dict[str, Any]) -> str:
   )
   width = max(len(name) for name, _ in rows)
   return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def table(reports: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
+  """Reports of ECO and of master weights by config, as a Markdown table."""
+  lines = [
+    "| config | parameters | devices | bytes per quantized parameter | state per device"
+    " | peak per device | peak against master weights | fits |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  gib = lambda n: f"{n / 2**30:.2f}"
+  for name, pair in reports.items():
+    eco, master = (report["bytes_per_device"] for report in pair)
+    static = [report["bytes_per_quantized_parameter"]["total"] for report in pair]
+    first = pair[0]
+    fits = ["yes" if report["fits"] else "no" for report in pair]
+    lines.append(
+      f"| {name} | {first['parameters']:,} | {first['devices']} × {first['chip']}"
+      f" | {static[0]:.2f} / {static[1]:.2f} | {gib(eco['state'])} / {gib(master['state'])} GiB"
+      f" | {gib(eco['peak'])} / {gib(master['peak'])} GiB | {eco['peak'] / master['peak']:.2f}×"
+      f" | {' / '.join(fits)} |"
+    )
+  return "\n".join(lines) + "\n"

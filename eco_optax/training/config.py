@@ -84,6 +84,7 @@ def scaling_study(
   config.dtype = config.gradient_dtype = "bfloat16"
   config.mesh.update(data=-1, fsdp=4)
   config.batch_size = config.length = 512
+  config.accumulation = 4
   config.steps = steps
   config.optimizer.learning_rate = learning_rate
   config.log_every = 100

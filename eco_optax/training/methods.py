@@ -31,15 +31,20 @@ def global_norm(tree: Any) -> jax.Array:
   return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """`optax.clip_by_global_norm` that sums bfloat16 gradients in float32."""
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm` that is told the norm: `update(…, grad_norm=…)`, see `global_norm`.
 
-  def clip(grads: Any, params: Any) -> Any:
-    del params
-    factor = jnp.minimum(1.0, max_norm / jnp.maximum(global_norm(grads), 1e-30))
-    return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
+  Optax would sum bfloat16 gradients in bfloat16.
+  """
 
-  return optax.stateless(clip)
+  def update(
+    grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    del params, extra_args
+    factor = jnp.minimum(1.0, max_norm / jnp.maximum(grad_norm, 1e-30))
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -49,7 +54,10 @@ def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of `config.method`, behind a clip by global norm and layer by layer."""
+  """The optimizer of `config.method`, layer by layer behind a clip by global norm.
+
+  Its update takes the norm of the gradients too: `tx.update(…, grad_norm=global_norm(grads))`.
+  """
   inner = stock_optimizer(config)
   clip = clip_by_global_norm(config.optimizer.max_norm)
   if config.method == "bf16_mw":

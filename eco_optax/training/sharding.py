@@ -176,8 +176,7 @@ def sum_groups(tree: Any) -> Any:
   """Sums over the first axis from its first element to its last, whatever devices they are on.
 
   A sum over devices adds in an order of its own. Here every device gets all groups' values of the
-  part that it owns and adds them in their order. The sums are whole on every device, because a norm
-  of parts would again depend on what the parts are.
+  part that it owns and adds them in their order.
   """
 
   def ordered(path: tuple, x: jax.Array) -> jax.Array:
@@ -189,10 +188,21 @@ def sum_groups(tree: Any) -> Any:
     total = x[0].astype(jnp.float32)
     for i in range(1, x.shape[0]):
       total = total + x[i].astype(jnp.float32)
-    total = total.astype(x.dtype)
-    return total if mesh is None else jax.lax.with_sharding_constraint(total, PartitionSpec())
+    return total.astype(x.dtype)
 
   return jax.tree_util.tree_map_with_path(ordered, tree)
+
+
+def on_each_device(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """`fn` of whole arrays, computed by every device alike, so that all add in the same order."""
+  # The barrier keeps what comes before out of the program that adds.
+  alone = lambda *args: fn(*jax.lax.optimization_barrier(args))
+  mesh = _mesh()
+  if mesh is None:
+    return alone
+  return jax.shard_map(
+    alone, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+  )
 
 
 def _mesh() -> Any:

@@ -119,8 +119,16 @@ def make_train_step(
 
   def step(state: State, tokens_BxM: jax.Array) -> tuple[State, dict[str, jax.Array]]:
     metrics, grads = accumulated(state.params, tokens_BxM)
-    metrics["grad_norm"] = methods.global_norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    # A norm of parts depends on what the parts are.
+    norm = (
+      sharding.on_each_device(methods.global_norm)
+      if config.reduction_groups
+      else methods.global_norm
+    )
+    metrics["grad_norm"] = norm(grads)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, grad_norm=metrics["grad_norm"]
+    )
     return State(eco.apply_updates(state.params, updates), opt_state), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None))

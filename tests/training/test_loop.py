@@ -142,7 +142,10 @@ def test_clip_comes_before_the_momentum():
   config = get_config(method="bf16_mw")
   tx = methods.optimizer(config)
   params = {"w": jnp.zeros((2, 2))}
-  _, state = tx.update({"w": jnp.full((2, 2), 1e6)}, tx.init(params), params)
+  grads = {"w": jnp.full((2, 2), 1e6)}
+  norm = methods.global_norm(grads)
+  assert norm == 2e6
+  _, state = tx.update(grads, tx.init(params), params, grad_norm=norm)
   momentum = optax.tree.get(state, "mu")["w"]
   np.testing.assert_allclose(momentum, 0.1 * 0.5, rtol=1e-5)
 

@@ -93,7 +93,7 @@ OTHERWISE = {
 }
 # Logits are of order 1 to 10, after a few dozen float32 roundings in a row, each of which the next
 # layers' large weights make a few times larger.
-LOGIT_ROUNDOFF = 5e-5
+LOGIT_ROUNDOFF = 5e-6
 
 
 @functools.cache
@@ -250,7 +250,7 @@ def test_logits_depend_on_every_option_of_a_family(family):
     assert getattr(config, option) != value
     other = dataclasses.replace(config, **{option: value})
     moved = np.abs(numpy_transformer.forward(other, params, TOKENS)[0] - logits).max()
-    assert moved > 20 * LOGIT_ROUNDOFF, (option, moved)
+    assert moved > 200 * LOGIT_ROUNDOFF, (option, moved)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -271,7 +271,7 @@ def test_bfloat16_activations(family):
   error = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
   # Some ten roundings in each of three or four layers, each of 2⁻⁹ of the value as a rule: √40 of
   # them are 1.2%, and large weights make some of them a few times larger. Well above float32's.
-  assert 1e-3 < error < 0.05
+  assert 1e-3 < error < 0.04
   assert logits.dtype == jnp.float32
 
 
@@ -503,12 +503,8 @@ def test_initial_scales_are_the_definitions():
 
 def test_only_block_linears_are_quantized():
   config = transformer.TransformerConfig(**SMALL)
-  params = eco.quantize(transformer.init(config, 0), eco.FP8, transformer.is_block_kernel)
-  is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
-  kinds = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): is_packed(leaf)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]
-  }
+  params = jax.eval_shape(lambda: transformer.init(config, 0, eco.FP8))
+  kinds = {name: isinstance(x, eco.QuantizedArray) for name, x in leaf_names(params).items()}
   assert sum(kinds.values()) == 7
   assert not any(kinds[name] for name in ("embedding", "head", "norm/scale"))
 
