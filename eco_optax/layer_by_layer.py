@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eco_optax import trees
+from eco_optax import eager, trees
 from eco_optax.quantize_params import PackedTransformation, require_params
 from eco_optax.quantized_array import dequantize, is_quantized, quantize_array
 
@@ -57,19 +57,23 @@ def _miniature(leaf: Any, generator: np.random.Generator) -> Any:
 def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) -> None:
   """Raises `ValueError` if on a miniature the first layer's step changes with other gradients."""
   generator = np.random.default_rng(0)
-  with jax.ensure_compile_time_eval():
-    small = jax.tree.map(lambda x: _miniature(x, generator), params, is_leaf=is_quantized)
+  shapes = jax.eval_shape(lambda tree: tree, params)  # Nothing that is traced goes along.
+  stacked = [path for paths in _stacks(_flatten(shapes)[0]).values() for path in paths]
+
+  def try_out() -> list[Any]:
+    small = jax.tree.map(lambda x: _miniature(x, generator), shapes, is_leaf=is_quantized)
     state = inner.init(small)
     first = jax.tree.map(
       lambda x: jnp.asarray(generator.standard_normal(x.shape), jnp.float32), dequantize(small)
     )
-    stacked = [path for paths in _stacks(_flatten(small)[0]).values() for path in paths]
     # Large, so that a norm which is clipped only beyond some limit shows too.
     second = trees.map_with_path(
       lambda path, g: (1e4 * g).at[0].set(g[0]) if path in stacked else 1e4 * g, first
     )
     step = jax.jit(inner.update)
-    results = jax.device_get([dequantize(step(g, state, small)) for g in (first, second)])
+    return jax.device_get([dequantize(step(g, state, small)) for g in (first, second)])
+
+  results = eager.now(try_out)
   one, other = (_flatten(result)[0] for result in results)
   for path, leaf in one.items():
     owner = _owner(path, dict.fromkeys(stacked))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eco_optax import trees
+from eco_optax import eager, trees
 
 # Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.
 _FIELDS = ("trace", "mu", "momentum", "m", "m1", "ema", "exp_avg")
@@ -231,44 +231,51 @@ def probe(
     ValueError: naming the first leaf that has no momentum, or one on which the update does not
       depend smoothly and element by element.
   """
-  if not paths:
-    return ()
   shapes = miniature(params)
+  treedef = jax.tree.structure(params)
+  return eager.now(lambda: _probe(inner, treedef, shapes, paths)) if paths else ()
+
+
+def _probe(
+  inner: optax.GradientTransformationExtraArgs,
+  treedef: Any,
+  shapes: dict[str, tuple[tuple[int, ...], Any]],
+  paths: tuple[str, ...],
+) -> tuple[str, ...]:
+  """`probe` on arrays of the given shapes and dtypes."""
   where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
   generator = np.random.default_rng(0)
 
   def draw(scale: float) -> Any:
-    return trees.map_with_path(
-      lambda path, _: jnp.asarray(
-        scale * generator.standard_normal(shapes[path][0]), shapes[path][1]
-      ),
-      params,
-    )
+    leaves = [
+      jnp.asarray(scale * generator.standard_normal(shape), dtype)
+      for shape, dtype in shapes.values()
+    ]
+    return jax.tree.unflatten(treedef, leaves)
 
-  with jax.ensure_compile_time_eval():
-    state = inner.init(draw(1.0))
-    found = where.get(state)
-    for path in paths:
-      if path not in found:
-        raise ValueError(
-          f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
-          f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
-        )
-    reports = None
-    # A loss is what some optimizers want besides gradients.
-    for extra_args in ({}, {"value": jnp.ones([])}):
-      try:
-        reports = _try_out(inner, where, draw, extra_args)
-        break
-      except (TypeError, ValueError) as error:
-        failure = error
-    else:
-      # An argument of the user's own cannot be made up: then the rule is taken on trust.
-      if not (isinstance(failure, TypeError) and "missing" in str(failure)):
-        raise ValueError(
-          f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
-          f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
-        ) from failure
+  state = inner.init(draw(1.0))
+  found = where.get(state)
+  for path in paths:
+    if path not in found:
+      raise ValueError(
+        f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
+        f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
+      )
+  reports = None
+  # A loss is what some optimizers want besides gradients.
+  for extra_args in ({}, {"value": jnp.ones([])}):
+    try:
+      reports = _try_out(inner, where, draw, extra_args)
+      break
+    except (TypeError, ValueError) as error:
+      failure = error
+  else:
+    # An argument of the user's own cannot be made up: then the rule is taken on trust.
+    if not (isinstance(failure, TypeError) and "missing" in str(failure)):
+      raise ValueError(
+        f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
+        f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
+      ) from failure
   if reports is None:
     return ()
   for report in reports:

@@ -53,6 +53,8 @@ def add_update(stored: jax.Array, update: jax.Array) -> jax.Array:
 
 def float_gradients(updates: Any, params: Any) -> Any:
   """The updates with those of packed leaves in float32, as the dense view that they belong to."""
+  if params is None:
+    return updates
   return jax.tree.map(
     lambda leaf, update: update.astype(jnp.float32) if is_quantized(leaf) else update,
     params,

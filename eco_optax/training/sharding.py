@@ -193,16 +193,20 @@ def sum_groups(tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(ordered, tree)
 
 
-def on_each_device(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """`fn` of whole arrays, computed by every device alike, so that all add in the same order."""
-  # The barrier keeps what comes before out of the program that adds.
-  alone = lambda *args: fn(*jax.lax.optimization_barrier(args))
-  mesh = _mesh()
-  if mesh is None:
+def on_each_device(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """`fn` of a tree of whole, flat arrays, computed by every device alike.
+
+  So a sum over elements adds in one order, whatever parts and memory layouts they come in.
+  """
+
+  def alone(tree: Any) -> Any:
+    # The barrier keeps the compiler from adding in the order of the arrays before they were flat.
+    return fn(jax.lax.optimization_barrier(jax.tree.map(jnp.ravel, tree)))
+
+  if (mesh := _mesh()) is None:
     return alone
-  return jax.shard_map(
-    alone, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
-  )
+  whole = PartitionSpec()
+  return jax.shard_map(alone, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
 
 
 def _mesh() -> Any:

@@ -55,6 +55,14 @@ class TransformerConfig:
   loss_chunks: int = 1  # Parts of a sequence whose logits are made, and made again, one by one.
 
   def __post_init__(self):
+    numbers = ("layers", "width", "heads", "vocabulary", "global_every", "loss_chunks")
+    counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
+    for least, names in ((1, numbers), (0, (*counts, "dense_layers", "balance_weight"))):
+      for name in names:
+        if getattr(self, name) < least:
+          raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+    if self.capacity_factor is not None and self.capacity_factor <= 0:
+      raise ValueError(f"capacity_factor must be above 0 or None, got {self.capacity_factor}")
     fill = lambda name, value: object.__setattr__(self, name, getattr(self, name) or value)
     if not self.head_width and self.width % self.heads:
       raise ValueError(f"width {self.width} does not make {self.heads} heads: set head_width")
@@ -70,9 +78,17 @@ class TransformerConfig:
         f"{self.experts} experts need experts_per_token between 1 and {self.experts}, got"
         f" {self.experts_per_token}, and an expert_width, got {self.expert_width}"
       )
-    if not 0 <= self.dense_layers <= self.layers:
+    if not self.experts and (
+      self.shared_experts or self.dense_layers or self.quantized != "blocks"
+    ):
+      raise ValueError(
+        f"shared_experts {self.shared_experts}, dense_layers {self.dense_layers} and quantized"
+        f" {self.quantized!r} are of models with experts, and experts is 0"
+      )
+    if self.dense_layers > self.layers:
       raise ValueError(f"dense_layers {self.dense_layers} is not between 0 and {self.layers}")
     for name, choices in (
+      ("dtype", ("float32", "bfloat16")),
       ("activation", ("silu", "gelu")),
       ("quantized", ("blocks", "experts")),
       ("remat", ("none", "dots", "full")),

@@ -118,9 +118,10 @@ class Attention(nnx.Module):
     if window is not None:
       position = jnp.arange(L)
       mask = (position[:, None] - position[None, :] < window)[None, None]
-    y_BxLxHxK = jax.nn.dot_product_attention(
-      turn(q_BxLxHxK), turn(k_BxLxGxK), v_BxLxGxK, mask=mask, is_causal=True
-    )
+    with jax.numpy_dtype_promotion("standard"):  # Its own code mixes bfloat16 and float32.
+      y_BxLxHxK = jax.nn.dot_product_attention(
+        turn(q_BxLxHxK), turn(k_BxLxGxK), v_BxLxGxK, mask=mask, is_causal=True
+      )
     return self.out(y_BxLxHxK.reshape(B, L, -1))
 
 
@@ -168,8 +169,8 @@ class RoutedExperts(nnx.Module):
     config = self.config
     if config.capacity_factor is None:
       return length
-    mean = length * config.experts_per_token / config.experts
-    return min(length, math.ceil(config.capacity_factor * mean))
+    rows = config.capacity_factor * length * config.experts_per_token / config.experts
+    return min(length, math.ceil(round(rows, 6)))  # 1.1 × 50 is a little more than 55.
 
   def __call__(self, x_BxLxD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Outputs like x, and the balance loss and share of dropped assignments of this layer."""

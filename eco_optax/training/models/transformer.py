@@ -202,7 +202,7 @@ def loss(
   total, _ = jax.lax.scan(
     chunk, jnp.zeros([], jnp.float32), (cut(x_BxLxD), cut(targets_BxL), cut(weight_BxL))
   )
-  entropy = total / jnp.sum(weight_BxL)
+  entropy = total / jnp.maximum(jnp.sum(weight_BxL), 1e-9)  # 0 where nothing counts.
   value = entropy
   if config.balance_weight and "balance_loss" in aux:
     value = value + config.balance_weight * aux["balance_loss"]
