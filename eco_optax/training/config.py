@@ -92,6 +92,19 @@ def scaling_study(
   return config
 
 
+def small() -> config_dict.ConfigDict:
+  """The settings of runs that fit two CPU cores: bytes of the Python standard library."""
+  config = defaults()
+  config.model.vocabulary = 256
+  config.batch_size = 16
+  config.length = 128
+  config.steps = 400
+  config.optimizer.learning_rate = 2e-3
+  config.evaluate_every = 100
+  config.evaluate_batches = 16
+  return config
+
+
 _Check = tuple[Callable[[Any], bool], str]
 _one_of = lambda *names: (lambda value: value in names, f"one of {', '.join(names)}")
 _positive: _Check = (lambda value: value > 0, "above 0")

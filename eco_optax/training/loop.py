@@ -249,6 +249,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   summary = {
     "validation_loss": validation,
     "diverged_at_step": diverged,
+    "parameters": transformer.count_params(model, embedding=True),
+    "quantized_parameters": sum(memory.quantized(state.params).values()),
     "bytes_per_parameter": used._asdict() | {"total": used.total},
     "tokens_per_second": throughput.tokens_per_second,
     "tokens": done * config.batch_size * config.length,

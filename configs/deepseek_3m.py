@@ -1,0 +1,23 @@
+"""DeepSeek-MoE's architecture at 3M parameters, on the Python standard library."""
+
+from eco_optax.training.config import small
+
+
+def get_config():
+  config = small()
+  config.model.update(
+    layers=4,
+    width=128,
+    heads=4,
+    mlp_width=640,
+    norm_epsilon=1e-6,
+    rope_interleaved=False,
+    experts=8,
+    experts_per_token=2,
+    expert_width=192,
+    shared_experts=2,
+    dense_layers=1,
+    capacity_factor=2.0,
+    balance_weight=0.001,
+  )
+  return config

@@ -1,0 +1,27 @@
+"""Gemma 3's architecture at 3M parameters, on the Python standard library."""
+
+from eco_optax.training.config import small
+
+
+def get_config():
+  config = small()
+  config.model.update(
+    layers=6,
+    width=192,
+    heads=3,
+    kv_heads=1,
+    mlp_width=768,
+    activation="gelu",
+    tied_embedding=True,
+    scaled_embedding=True,
+    norm_epsilon=1e-6,
+    norm_offset=True,
+    post_norms=True,
+    qk_norm=True,
+    rope_interleaved=False,
+    rope_base=1e6,
+    local_rope_base=1e4,
+    window=32,
+    global_every=3,
+  )
+  return config
