@@ -93,7 +93,7 @@ def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
   """
   computations = _computations(text)
   found: dict[str, dict[str, dict[str, int]]] = {}
-  seen: set[tuple[str, int]] = set()
+  seen: set[str] = set()
 
   def trip_count(condition: str) -> int:
     """The constant that a loop's counter is compared with."""
@@ -110,11 +110,11 @@ def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
       operation = match[1] if match else ""
       kind = operation.removesuffix("-start")
       # The stages of one overlapped operation are fusions that each hold it, on one channel.
-      channel = re.search(r"channel_id=(\d+)", line)
-      first = channel is None or (kind, int(channel[1])) not in seen
+      stage = re.search(r"channel_id=(\d+).*chain_id=", line)
+      first = stage is None or stage[1] not in seen
       if kind in _COLLECTIVES and first:
-        if channel:
-          seen.add((kind, int(channel[1])))
+        if stage:
+          seen.add(stage[1])
         result, arguments = right.split(operation + "(", 1)
         sides = [list(_shapes(result)), list(_shapes(" ".join(_operands(lines, arguments))))]
         larger = max(sides, key=lambda side: sum(size for _, size in side))

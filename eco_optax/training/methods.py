@@ -17,11 +17,12 @@ _ROUNDING = {"rtn": "nearest", "sr": "stochastic"}
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
   """Linear warm-up to the peak, then a cosine; the paper's is 0.01× → 1× (10%) → 0.1×."""
   optimizer, peak = config.optimizer, config.optimizer.learning_rate
+  warmup = max(int(optimizer.warmup_fraction * config.steps + 1e-6), 1)
   return optax.warmup_cosine_decay_schedule(
     optimizer.start_fraction * peak,
     peak,
-    max(int(optimizer.warmup_fraction * config.steps + 1e-6), 1),
-    config.steps,
+    warmup,
+    max(config.steps, warmup + 1),
     optimizer.end_fraction * peak,
   )
 

@@ -1,0 +1,44 @@
+"""One process of a run that tests/training/test_distributed.py starts in several shapes."""
+
+import hashlib
+import os
+import sys
+
+process, processes, devices, port = map(int, sys.argv[1:5])
+# Without fused multiply-add the compiler's choice of what to fuse does not show in the last place.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from eco_optax.training import config as config_lib
+from eco_optax.training import loop
+from eco_optax.training import step as step_lib
+from eco_optax.training.data import pipeline
+from eco_optax.training.sharding import batch_sharding
+
+if processes > 1:
+  jax.distributed.initialize(f"localhost:{port}", processes, process)
+
+config = config_lib.defaults()
+config.model.update(layers=2, width=32, heads=2, mlp_width=64, vocabulary=256)
+config.batch_size, config.length, config.steps, config.reduction_groups = 8, 32, 20, 4
+config.optimizer.learning_rate = 1e-2
+config.mesh.update(fsdp=min(2, jax.device_count()), data=-1)
+tx, mesh = loop.prepare(config)
+text = [b"the same words again and again, %d times " % i for i in range(100)]
+windows = pipeline.train_windows(text, config.length, 0)
+state = step_lib.init_state(config, tx, mesh)
+step = step_lib.make_train_step(config, tx, mesh)
+with jax.set_mesh(mesh):
+  for i in range(config.steps):
+    batch = pipeline.batch(windows, i, config.batch_size, batch_sharding(mesh))
+    state, metrics = step(state, batch)
+codes = [leaf for leaf in jax.tree.leaves(state.params) if leaf.dtype.itemsize == 1]
+codes = [leaf.view(np.uint8) for leaf in codes]
+whole = multihost_utils.process_allgather(codes, tiled=True)
+digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in whole)).hexdigest()
+if jax.process_index() == 0:
+  print(f"{jax.device_count()} {float(metrics['loss']):.6f} {digest}")
