@@ -11,11 +11,12 @@ pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
 
 # The oldest supported versions, which warn that others have deprecated what they use.
 test-floor: $(VENV)-floor/.dev
-	$(VENV)-floor/bin/python -m pytest -W default::DeprecationWarning $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-floor/bin/python -m pytest --numprocesses=auto --maxprocesses=8 \
+	  --dist=worksteal -W default::DeprecationWarning $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -85,6 +85,19 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
       )
 
 
+def _write(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+  """The stack with one layer changed."""
+  write = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+  if stack.dtype.itemsize > 1 or not jnp.issubdtype(stack.dtype, jnp.floating):
+    return write(stack, layer, i)
+  # XLA's CPU compiler would widen all of a float8 stack to change one layer.
+  bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8)
+  as_bits = lambda stack, layer, i: jax.lax.bitcast_convert_type(
+    write(bits(stack), bits(layer), i), stack.dtype
+  )
+  return jax.lax.platform_dependent(stack, layer, i, cpu=as_bits, default=write)
+
+
 def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """Runs an optimizer on one layer after another of stacked packed parameters, in place.
 
@@ -155,7 +168,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
         layer_grads, weights, state = jax.tree.map(at, (pick(grads, carry[0]), *carry))
         new_weights, new_state = run(layer_grads, weights, shared | state, layer=i)
         return jax.tree.map(
-          lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0),
+          lambda stack, x: _write(stack, x, i),
           carry,
           (new_weights, pick(new_state, carry[1])),
         )
