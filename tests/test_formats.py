@@ -119,7 +119,7 @@ def test_the_oracles_tables_are_every_finite_code(dtype, codes):
     (dict(dtype="float7"), "float7"),
     (dict(dtype=np.float32), "float32"),
     (dict(dtype="uint4"), "uint4"),
-    (dict(dtype=object()), "object"),
+    (dict(dtype=object), "object"),
     (dict(dtype="int8", granularity="row"), "row"),
     (dict(dtype="int8", granularity=()), r"\(\)"),
     (dict(dtype="int8", granularity=(0, 4)), r"\(0, 4\)"),

@@ -50,6 +50,27 @@ def test_readmes_table_is_the_studys():
   assert comparison.table(rows) == (folder / "comparison.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["compile", "families"])
+def test_readmes_other_tables_are_the_studies(name):
+  folder = ROOT / "results" / name
+  assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
+  from eco_optax.training import comparison
+  from eco_optax.training import compile as compile_lib
+
+  load = lambda path: json.loads(path.read_text())
+  if name == "families":
+    rows = {model: load(folder / model / "comparison.json") for model in comparison.FAMILIES}
+    table = comparison.family_table(rows)
+  else:
+    table = compile_lib.table(
+      {
+        config: tuple(load(folder / f"{config}_{method}.json") for method in ("eco_sr", "mw_sr"))
+        for config in compile_lib.TOPOLOGIES
+      }
+    )
+  assert table == (folder / "table.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
   out = tmp_path_factory.mktemp("wheel")

@@ -103,7 +103,7 @@ def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
     return max(bounds)
 
   def visit(name: str, times: int) -> None:
-    lines = computations.get(name, ())
+    lines = computations.get(name, [])
     for line in lines:
       right = line.split(" = ", 1)[1]
       match = re.search(r"(?:^|\s)([a-z][a-z\-]*)\(", right)

@@ -70,11 +70,13 @@ def batch(
   first = windows[step * batch_size]
   rows = {0: first}
 
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    for row in range(*index[0].indices(batch_size)):
+  def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    wanted, columns = index or (slice(None), slice(None))
+    numbers = range(*wanted.indices(batch_size))
+    for row in numbers:
       if row not in rows:
         rows[row] = windows[step * batch_size + row]
-    return np.stack([rows[row] for row in range(*index[0].indices(batch_size))])[:, index[1]]
+    return np.stack([rows[row] for row in numbers])[:, columns]
 
   return jax.make_array_from_callback((batch_size, len(first)), sharding, read)
 
