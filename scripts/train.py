@@ -16,12 +16,16 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters and mem
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the processes of all hosts; the same command runs on each."
 )
+# As in jax.distributed.initialize, where there is neither a TPU pod, Slurm nor the like to ask.
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of the first process.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 
 def main(_: list[str]) -> None:
   """Runs the config."""
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()  # On TPU pods and Slurm it finds the others by itself.
+    jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if _DRY_RUN.value:
     print(loop.dry_run(_CONFIG.value))
   else:

@@ -63,6 +63,14 @@ class TransformerConfig:
           raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
     if self.capacity_factor is not None and self.capacity_factor <= 0:
       raise ValueError(f"capacity_factor must be above 0 or None, got {self.capacity_factor}")
+    for name, choices in (
+      ("dtype", ("float32", "bfloat16")),
+      ("activation", ("silu", "gelu")),
+      ("quantized", ("blocks", "experts")),
+      ("remat", ("none", "dots", "full")),
+    ):
+      if getattr(self, name) not in choices:
+        raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
     fill = lambda name, value: object.__setattr__(self, name, getattr(self, name) or value)
     if not self.head_width and self.width % self.heads:
       raise ValueError(f"width {self.width} does not make {self.heads} heads: set head_width")
@@ -87,14 +95,6 @@ class TransformerConfig:
       )
     if self.dense_layers > self.layers:
       raise ValueError(f"dense_layers {self.dense_layers} is not between 0 and {self.layers}")
-    for name, choices in (
-      ("dtype", ("float32", "bfloat16")),
-      ("activation", ("silu", "gelu")),
-      ("quantized", ("blocks", "experts")),
-      ("remat", ("none", "dots", "full")),
-    ):
-      if getattr(self, name) not in choices:
-        raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
 
   @property
   def stacks(self) -> dict[str, tuple[int, ...]]:
