@@ -10,4 +10,5 @@ def get_config():
   config.length = 128
   config.steps = 1000
   config.optimizer.learning_rate = 2e-3
+  config.checkpoint.every = 200
   return config

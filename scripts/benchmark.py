@@ -5,7 +5,7 @@ import pathlib
 
 from absl import app, flags
 
-from eco_optax.training import benchmark, loop
+from eco_optax.training import benchmark, report
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SIZE = flags.DEFINE_integer("size", 2**25, "Elements per array; a multiple of 4096.")
@@ -25,7 +25,7 @@ def main(_: list[str]) -> None:
       print(f"  {name:<30} {row['milliseconds']:9.1f} ms  {row['ratio']:6.2f}×")
   out = pathlib.Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
-  figures |= loop.describe_machine()
+  figures |= report.describe_machine()
   out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from eco_optax.training import compile as compile_lib
-from eco_optax.training import loop
+from eco_optax.training import report as report_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "llama_30m.py"))
@@ -32,7 +32,7 @@ def _compile(config, topology: str, out: str | pathlib.Path | None) -> dict:
   devices = compile_lib.topology_devices(topology)
   compiled, report = compile_lib.compile_step(config, devices, show)
   print(compile_lib.report_text(report), flush=True)
-  report |= {"topology": topology, "config": config.to_dict(), **loop.describe_machine()}
+  report |= {"topology": topology, "config": config.to_dict(), **report_lib.describe_machine()}
   if _HLO.value:
     pathlib.Path(_HLO.value).write_text(compiled.as_text())
   if out:

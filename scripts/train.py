@@ -3,10 +3,10 @@
 import pathlib
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from eco_optax.training import loop
+from eco_optax.training import jobs, loop
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", str(pathlib.Path(__file__).parents[1] / "configs" / "stdlib_1m.py")
@@ -23,13 +23,16 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, fro
 
 
 def main(_: list[str]) -> None:
-  """Runs the config."""
+  """Runs the config, or goes on with it."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Libraries say what they do at every checkpoint.
   if _DISTRIBUTED.value:
     jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  if _DRY_RUN.value:
-    print(loop.dry_run(_CONFIG.value))
-  else:
-    loop.train(_CONFIG.value, _WORKDIR.value)
+  with jobs.plain_errors():
+    if _DRY_RUN.value:
+      print(loop.dry_run(_CONFIG.value))
+    else:
+      loop.train(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == "__main__":

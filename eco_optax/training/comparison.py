@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from eco_optax.training import loop, metrics
+from eco_optax.training import loop, metrics, report
 
 # Name of a run → what it changes in the config; the first is what the others are held against.
 METHODS: dict[str, dict[str, Any]] = {
@@ -53,11 +53,12 @@ def compare(
   out.mkdir(parents=True, exist_ok=True)
   rows, curves = [], {}
   for name, changes in runs.items():
-    own = ml_collections.ConfigDict(config.to_dict() | {"stop_on_nonfinite": False} | changes)
+    own = ml_collections.ConfigDict(config.to_dict() | {"nonfinite": "record"} | changes)
     folder = pathlib.Path(workdir) / "".join(c if c.isalnum() else "_" for c in name)
     done = folder / "summary.json"
     if not done.exists() or not _is_same_run(json.loads(done.read_text())["config"], own.to_dict()):
-      shutil.rmtree(folder, ignore_errors=True)
+      if done.exists():
+        shutil.rmtree(folder)  # Of another config.
       loop.train(own, folder)
     rows.append({"run": name} | json.loads(done.read_text()))
     curves[name] = folder / "metrics.jsonl"
@@ -67,13 +68,13 @@ def compare(
     ]
     (out / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "comparison.md").write_text(table(rows))
-  metrics.plot_losses(curves, out / "comparison.png")
+  report.plot_losses(curves, out / "comparison.png")
   return rows
 
 
 def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
   """Whether two configs give the same numbers: only what happens when they end may differ."""
-  return one | {"stop_on_nonfinite": None} == other | {"stop_on_nonfinite": None}
+  return one | {"nonfinite": None} == other | {"nonfinite": None}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -41,6 +41,10 @@ def defaults() -> config_dict.ConfigDict:
   config.dtype = "float32"  # Of activations; bfloat16 is slow on CPU.
   config.gradient_dtype = "float32"  # Of the quantized weights' gradients.
 
+  config.data = {
+    "path": "",  # Folder made by scripts/prepare_data.py; "" is Python's standard library as bytes.
+    "verify": True,  # Whether to hold every shard against its sha256 before training.
+  }
   config.batch_size = 1  # Sequences per step, on all devices together.
   config.length = 1  # Tokens per sequence.
   config.steps = 1
@@ -67,10 +71,19 @@ def defaults() -> config_dict.ConfigDict:
     "max_norm": 1.0,  # Of the gradient, which is clipped to it.
   }
 
+  config.checkpoint = {
+    "every": 1000,  # Steps between checkpoints; the last step has one too. 0: there are none.
+    "keep": 2,  # How many of the latest stay, beside the best.
+    "folder": "",  # Where they are, such as gs://bucket/run; "" is <workdir>/checkpoints.
+  }
   config.log_every = 20
   config.evaluate_every = 200
   config.evaluate_batches = 32  # Of the evaluations on the way; the last one takes them all.
-  config.stop_on_nonfinite = True
+  config.tensorboard = False  # Whether to write TensorBoard events beside metrics.jsonl.
+
+  # At a loss or gradient that is not finite: "stop" with an error, "skip" the update and count it,
+  # or "record" the run as diverged. In no case does it reach weights or moments.
+  config.nonfinite = "stop"
   return config.lock()
 
 
@@ -100,7 +113,7 @@ def small() -> config_dict.ConfigDict:
   config.length = 128
   config.steps = 400
   config.optimizer.learning_rate = 2e-3
-  config.evaluate_every = 100
+  config.evaluate_every = config.checkpoint.every = 100
   config.evaluate_batches = 16
   return config
 
@@ -134,6 +147,7 @@ RANGES: dict[str, _Check] = {
   "model.shared_experts": _natural,
   "model.capacity_factor": (lambda value: value is None or value > 0, "above 0, or None"),
   "model.balance_weight": _natural,
+  "model.separator": (lambda value: value >= -1, "a token, or -1"),
   "model.loss_chunks": _positive,
   "dtype": _one_of(*_DTYPES),
   "gradient_dtype": _one_of(*_DTYPES),
@@ -153,17 +167,21 @@ RANGES: dict[str, _Check] = {
   "optimizer.eps": _positive,
   "optimizer.weight_decay": _natural,
   "optimizer.max_norm": _positive,
+  "checkpoint.every": _natural,
+  "checkpoint.keep": _positive,
+  "nonfinite": _one_of("stop", "skip", "record"),
   "log_every": _positive,
   "evaluate_every": _positive,
   "evaluate_batches": _positive,
 }
 
 
-def _flat(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flat(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """Values by the names that flags give them, such as `optimizer.learning_rate`."""
   out: dict[str, Any] = {}
   for key, value in config.items():
     nested = isinstance(value, config_dict.ConfigDict)
-    out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    out |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
   return out
 
 
@@ -176,7 +194,7 @@ def validate(config: config_dict.ConfigDict) -> None:
   """
   import difflib
 
-  wanted, given = _flat(defaults()), _flat(config)
+  wanted, given = flat(defaults()), flat(config)
   problems = [f"{key} is missing" for key in wanted if key not in given]
   for key, value in given.items():
     if key not in wanted:

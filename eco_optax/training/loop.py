@@ -2,95 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
-import platform
-import sys
-import time
 from typing import Any
 
-import flax
-import grain
 import jax
 import ml_collections
-import ml_dtypes
-import optax
-from absl import logging
 from jax.sharding import Mesh
 
+import eco_optax as eco
+from eco_optax.training import checkpoints, jobs, memory, methods, metrics, report, sharding
 from eco_optax.training import config as config_lib
-from eco_optax.training import hardware, memory, methods, metrics, sharding
 from eco_optax.training import step as step_lib
-from eco_optax.training.data import corpus, pipeline
+from eco_optax.training.data import corpus, pipeline, shards
 from eco_optax.training.models import transformer
-
-
-def evaluate(
-  loss: Any, params: Any, windows: Any, batch_size: int, mesh: Mesh, limit: int | None = None
-) -> float:
-  """Mean loss over the first `limit` batches of validation windows, or over all."""
-  count = pipeline.batch_count(windows, batch_size)
-  count = count if limit is None else min(limit, count)
-  split = sharding.batch_sharding(mesh)
-  return (
-    sum(float(loss(params, pipeline.batch(windows, i, batch_size, split))) for i in range(count))
-    / count
-  )
-
-
-def describe_machine() -> dict[str, Any]:
-  """What is needed to make a figure again: command, versions and machine."""
-  versions = {
-    module.__name__: module.__version__ for module in (jax, optax, flax, grain, ml_dtypes)
-  } | {"python": platform.python_version()}
-  machine = {
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "cpu": _processor(),
-  }
-  command = " ".join(["python", *sys.argv])
-  return {"command": command, "versions": versions, "machine": machine}
-
-
-def _processor() -> str:
-  info = pathlib.Path("/proc/cpuinfo")
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  return f"{names[0]} × {len(names)}" if names else platform.processor() or platform.machine()
-
-
-def closing_table(summary: dict[str, Any]) -> str:
-  """The run's figures as text."""
-  used, loss = summary["bytes_per_parameter"], summary["validation_loss"]
-  diverged = f"none, diverged at step {summary['diverged_at_step']}"
-  rows = [
-    ("method", summary["config"]["method"]),
-    ("validation loss", diverged if loss is None else f"{loss:.4f} nats per byte"),
-    ("weights (codes and scales)", f"{used['weights']:.2f} bytes per parameter"),
-    ("moments", f"{used['moments']:.2f}"),
-    ("master weights", f"{used['residual']:.2f}" if used["residual"] else "none"),
-    ("total on quantized leaves", f"{used['total']:.2f} bytes per parameter"),
-    ("throughput", f"{summary['tokens_per_second']:,.0f} tokens/s"),
-    ("trained on", f"{summary['tokens']:,} tokens in {metrics.clock(summary['seconds'])}"),
-  ]
-  width = max(len(name) for name, _ in rows)
-  line = "─" * (width + 2 + max(len(value) for _, value in rows))
-  return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
-
-
-def record_divergence(config: ml_collections.ConfigDict, step: int, what: str) -> int:
-  """The step, for the summary, or an error where the config wants the run to stop.
-
-  Raises:
-    FloatingPointError: naming the step, where `config.stop_on_nonfinite`.
-  """
-  if config.stop_on_nonfinite:
-    raise FloatingPointError(
-      f"{what} at step {step} with method {config.method!r}: lower"
-      " config.optimizer.learning_rate, or set config.stop_on_nonfinite=False to record the run as"
-      " diverged"
-    )
-  return step
 
 
 def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
@@ -143,126 +69,202 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
   )
 
 
-def progress_line(
-  step: int, config: ml_collections.ConfigDict, loss: float, rate: float, speed: float
-) -> str:
-  """What is shown of a running run: loss, speed, share of the chips' peak, and time left."""
-  chip = hardware.chip(jax.devices()[0].device_kind)
-  utilisation = ""
-  if chip:
-    per_token = transformer.flops_per_token(config_lib.model(config), config.length)
-    share = speed * per_token / (chip.flops * jax.device_count())
-    utilisation = f"  {share:.1%} of peak"
-  left = (config.steps - step) * config.batch_size * config.length / speed
-  return (
-    f"step {step:>5}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
-    f"{utilisation}  {metrics.clock(left)} left"
-  )
+def load_data(config: ml_collections.ConfigDict) -> shards.Dataset:
+  """The tokens that a run reads.
+
+  Raises:
+    ValueError: if they are not what was prepared, or not for this model.
+  """
+  if not config.data.path:
+    data = corpus.standard_library_dataset()
+  else:
+    data = shards.load(config.data.path, config.data.verify)
+  if data.vocabulary > config.model.vocabulary:
+    raise ValueError(
+      f"config: model.vocabulary {config.model.vocabulary} is less than the {data.vocabulary}"
+      f" tokens of the data's tokenizer: set it to {data.vocabulary} or more"
+    )
+  if config.model.separator not in (-1, data.separator):
+    raise ValueError(
+      f"config: model.separator {config.model.separator} is not the data's, which is"
+      f" {data.separator}; -1 lets attention cross documents"
+    )
+  return data
+
+
+def evaluate(
+  loss: Any, params: Any, windows: Any, batch_size: int, mesh: Mesh, limit: int | None = None
+) -> float:
+  """Mean loss over the targets of the first `limit` batches of validation windows, or of all."""
+  count = pipeline.batch_count(windows, batch_size)
+  split = sharding.batch_sharding(mesh)
+  sums = [
+    jax.device_get(loss(params, pipeline.batch(windows, i, batch_size, split)))
+    for i in range(count if limit is None else min(limit, count))
+  ]
+  nats, targets = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
+  return nats / max(targets, 1)
+
+
+def first_bad(rows: list[dict[str, Any]], state: step_lib.State) -> tuple[int, str] | None:
+  """The number of the first row that is not finite, and what is not; None if all are."""
+  for i, row in enumerate(rows):
+    if not metrics.is_finite(row["loss"], row["grad_norm"]):
+      is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
+      flat = jax.tree_util.tree_flatten_with_path(state.params, is_leaf=is_packed)[0]
+      names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+      leaf = int(row["bad_leaf"])
+      where = f", first in the gradient of {names[leaf]}," if leaf >= 0 else ""
+      return i, f"loss {row['loss']} and gradient norm {row['grad_norm']}{where}"
+  return None
+
+
+def report_bad(config: ml_collections.ConfigDict, step: int, what: str) -> str:
+  """A line on what is not finite, or an error where the config wants the run to stop.
+
+  Raises:
+    FloatingPointError: naming the step, where `config.nonfinite` is "stop".
+  """
+  line = f"{what} at step {step} with method {config.method!r}"
+  if config.nonfinite == "stop":
+    raise FloatingPointError(
+      f"{line}: lower config.optimizer.learning_rate, or set config.nonfinite to 'skip' or"
+      " 'record'; what is saved is from before that step"
+    )
+  return f"{line}: {config.nonfinite}"
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
-  """Pretrains a model and leaves its metrics, loss curve and summary in a folder.
+  """Pretrains a model, or goes on with it where its last checkpoint is.
 
   Args:
     config: of the run, such as that of configs/stdlib_1m.py.
-    workdir: folder for metrics.jsonl, loss.png and summary.json; made if need be.
+    workdir: folder of this run alone, made if need be: run.json, metrics.jsonl, checkpoints, and
+      in the end summary.json and loss.png.
 
   Returns:
-    The summary: validation loss (None for a run that diverged), bytes per parameter, tokens per
-    second, and what made them.
+    The summary, see `report.summarize`.
 
   Raises:
-    ValueError: for an unknown method or format, before any step.
-    FloatingPointError: naming the step, where a loss is not finite and `config.stop_on_nonfinite`.
+    ValueError: for a config, data or checkpoint that does not fit, before any step.
+    BlockingIOError: if another run has the folder.
+    OSError: if a checkpoint cannot be written, or none of those there can be read.
+    FloatingPointError: naming the step and the leaf, where a loss or a gradient is not finite and
+      `config.nonfinite` is "stop"; nothing of that step is saved.
+    SystemExit: with code 0 after SIGTERM, once all is saved.
   """
   tx, mesh = prepare(config)
-  folder = pathlib.Path(workdir)
-  is_main = jax.process_index() == 0  # Of several processes only one writes.
+  folder, is_main = pathlib.Path(workdir), jax.process_index() == 0  # Of several only one writes.
   show = lambda text: print(text, flush=True) if is_main else None
-  folder.mkdir(parents=True, exist_ok=True)
-  started = time.perf_counter()
-  text = corpus.standard_library()
-  windows = pipeline.train_windows(text.train, config.length, config.seed)
-  held_out = pipeline.validation_windows(text.validation, config.length)
-  pipeline.batch_count(held_out, config.batch_size)
+  with contextlib.ExitStack() as held:
+    if is_main:
+      held.enter_context(jobs.only_one(folder))
+    is_asked_to_stop = held.enter_context(jobs.until_sigterm())
+    held.enter_context(jax.set_mesh(mesh))
 
-  schedule = methods.schedule(config)
-  model = config_lib.model(config)
-  state = step_lib.init_state(config, tx, mesh)
-  train_step = step_lib.make_train_step(config, tx, mesh)
-  loss = step_lib.make_eval_step(config)
-  split = sharding.batch_sharding(mesh)
-  show(
-    f"{config.method}: {transformer.count_params(model):,} non-embedding parameters,"
-    f" {text.manifest['train_bytes'] / 1e6:.1f} MB of text from the Python standard library,"
-    f" {config.steps} steps of {config.batch_size} × {config.length} tokens"
-    f" on {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}"
-  )
+    data = load_data(config)
+    windows = pipeline.train_windows(data.train, config.length, config.seed)
+    held_out = pipeline.validation_windows(data.validation, config.length)
+    pipeline.batch_count(held_out, config.batch_size)
 
-  log = folder / "metrics.jsonl"
-  if is_main:
-    log.unlink(missing_ok=True)  # Of an earlier run in this folder.
-  record = lambda *args, **kwargs: metrics.append_metrics(log, *args, **kwargs) if is_main else None
-  throughput = metrics.Throughput(config.batch_size * config.length)
-  diverged, unread = None, []
-  with jax.set_mesh(mesh):
-    for step in range(config.steps):
-      batch = pipeline.batch(windows, step, config.batch_size, split)
-      state, result = train_step(state, batch)
+    target = step_lib.abstract_state(config, tx, mesh)
+    store = saved = None
+    if config.checkpoint.every:
+      where = config.checkpoint.folder or folder / "checkpoints"
+      store = held.enter_context(checkpoints.manager(where, config.checkpoint.keep))
+      saved = checkpoints.restore(store, target, config, data.manifest)
+    step = saved.step if saved else 0
+    state = saved.state if saved else step_lib.init_state(config, tx, mesh)
+    clock = metrics.Clock(config.batch_size * config.length, saved.clock if saved else None)
+
+    run, log = report.describe_run(config, state, data.manifest), folder / "metrics.jsonl"
+    if is_main:
+      metrics.cut_metrics(log, step)
+      metrics.write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    events = metrics.tensorboard(folder, step) if config.tensorboard and is_main else None
+
+    def record(step: int, **values: float) -> None:
+      if is_main:
+        metrics.append_metrics(log, step, **values)
+        if events:
+          events(step, **values)
+
+    def save(validation_loss: float | None) -> None:
+      checkpoints.save(
+        store, step, state, config, data.manifest, run["versions"], clock.saved(), validation_loss
+      )
+
+    show(
+      f"{config.method}: {transformer.count_params(config_lib.model(config)):,} non-embedding"
+      f" parameters, {len(data.train):,} tokens of {data.manifest['source']},"
+      f" {config.steps} steps of {config.batch_size} × {config.length} tokens"
+      f" on {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}"
+      + (f", from step {step}" if step else "")
+    )
+    schedule = methods.schedule(config)
+    train_step = step_lib.make_train_step(config, tx, mesh)
+    loss = step_lib.make_eval_step(config)
+    batches = pipeline.batches(windows, step, config.batch_size, sharding.batch_sharding(mesh))
+    unread, is_first = [], True
+    while step < config.steps:
+      state, result = train_step(state, next(batches))
       unread.append(result)
-      done, last = step + 1, step + 1 == config.steps
-      if step == 0:
+      step += 1
+      if is_first:
         jax.block_until_ready(result)  # The first step compiles, so the clock starts behind it.
-        throughput.resume(done)
+        clock.resume(step)
+        is_first = False
+      is_last, stops = step == config.steps, is_asked_to_stop(step)
+      evaluates = is_last or step % config.evaluate_every == 0
+      logs = evaluates or step % config.log_every == 0
+      saves = store is not None and (is_last or stops or step % config.checkpoint.every == 0)
+      if not (logs or saves or stops):
         continue
-      evaluates = not last and done % config.evaluate_every == 0
-      if last or evaluates or done % config.log_every == 0:
-        # All at once, because reading each step would stall the next.
-        rows = jax.device_get(unread)
-        unread = []
-        throughput.pause(done)
-        speed, rate = throughput.tokens_per_second, metrics.learning_rate_at(schedule, step)
-        record(done, **rows[-1], learning_rate=rate, tokens_per_second=speed)
-        show(progress_line(done, config, rows[-1]["loss"], rate, speed))
-        for bad, row in enumerate(rows, done - len(rows) + 1):
-          if not metrics.is_finite(*row.values()):
-            what = f"loss {row['loss']} and gradient norm {row['grad_norm']}"
-            diverged = record_divergence(config, bad, what)
-            break
-        if diverged:
+      # All at once, because reading each step would stall the next.
+      rows = jax.device_get(unread)
+      unread = []
+      clock.pause(step)
+      speed, rate = clock.tokens_per_second, float(schedule(step - 1))
+      timing = {"tokens_per_second": speed, "seconds": clock.seconds}
+      if bad := first_bad(rows, state):
+        at = step - len(rows) + 1 + bad[0]
+        show(report_bad(config, at, bad[1]))
+        if config.nonfinite == "record":
+          record(at, **_shown(rows[bad[0]]), diverged=True, **timing)
           break
-        if evaluates:
-          value = evaluate(
-            loss, state.params, held_out, config.batch_size, mesh, config.evaluate_batches
-          )
-          record(done, validation_loss=value)
-        throughput.resume(done)
-
-    validation = None
-    if not diverged:
-      validation = evaluate(loss, state.params, held_out, config.batch_size, mesh)
-      record(done, validation_loss=validation)
-      if not metrics.is_finite(validation):
-        diverged = record_divergence(config, done, f"validation loss {validation}")
-        validation = None
-  used = memory.per_parameter(state, transformer.is_quantized(model))
-  summary = {
-    "validation_loss": validation,
-    "diverged_at_step": diverged,
-    "parameters": transformer.count_params(model, embedding=True),
-    "quantized_parameters": sum(memory.quantized(state.params).values()),
-    "bytes_per_parameter": used._asdict() | {"total": used.total},
-    "tokens_per_second": throughput.tokens_per_second,
-    "tokens": done * config.batch_size * config.length,
-    "seconds": time.perf_counter() - started,
-    "config": config.to_dict(),
-    "corpus": text.manifest,
-    **describe_machine(),
-  }
-  if not is_main:
+      validation = None
+      if logs:
+        record(step, **_shown(rows[-1]), learning_rate=rate, **timing)
+        show(report.progress_line(step, config, float(rows[-1]["loss"]), rate, speed))
+      if evaluates:
+        limit = None if is_last else config.evaluate_batches
+        validation = evaluate(loss, state.params, held_out, config.batch_size, mesh, limit)
+        record(step, validation_loss=validation)
+        if not metrics.is_finite(validation):
+          show(report_bad(config, step, f"validation loss {validation}"))
+          if config.nonfinite == "record":
+            record(step, diverged=True)
+            break
+      if saves:
+        save(validation)
+      if stops and not is_last:
+        if store is not None:
+          checkpoints.finish(store)
+        show(
+          f"asked to stop at step {step}: "
+          + ("saved, the same command goes on" if store else "nothing saved, checkpoint.every is 0")
+        )
+        raise SystemExit(0)
+      clock.resume(step)
+    if store is not None:
+      checkpoints.finish(store)
+    if not is_main:
+      return run
+    summary = report.summarize(folder)
+    show(report.closing_table(summary))
     return summary
-  (folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-  metrics.plot_losses({config.method: log}, folder / "loss.png")
-  logging.info("metrics, summary and loss curve are in %s", folder)
-  print(closing_table(summary), flush=True)
-  return summary
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+  """What is recorded of a step."""
+  return {name: value for name, value in row.items() if name != "bad_leaf"}

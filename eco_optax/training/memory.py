@@ -64,6 +64,7 @@ def leaves(state: State) -> Iterator[Leaf]:
     if any(name.endswith("/" + owner) or f"/{owner}/" in name for owner in packed):
       kind = "residual" if "residual/" in name else "moments"
     yield Leaf(kind, name, array)
+  yield Leaf("other moments", "skipped", state.skipped)
 
 
 def per_device(state: State) -> dict[str, int]:

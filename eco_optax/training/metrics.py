@@ -1,19 +1,20 @@
-"""What a run leaves behind: a JSONL of metrics and a loss curve."""
+"""What a run writes as it goes: a JSONL of metrics, TensorBoard if wanted, and its clock."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import optax
+TIMING = ("tokens_per_second", "seconds")  # The metrics that are not the same in every run.
 
 
 def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
-  """Adds one JSON object as a line and closes the file, so that a run that dies has its metrics.
+  """Adds one JSON object as a line and puts it on disk, so that a run that dies has its metrics.
 
   Args:
     path: of the metrics file.
@@ -24,44 +25,57 @@ def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
   row = {"step": step} | {n: x if math.isfinite(x) else None for n, x in numbers.items()}
   with path.open("a") as file:
     file.write(json.dumps(row, allow_nan=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a metrics file; None where a number was not finite."""
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  """The rows of a metrics file; None where a number was not finite.
 
-
-def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
-  """Draws training and validation losses of runs from their metrics files.
-
-  Args:
-    runs: metrics file by the name that the legend gives the run.
-    out: the PNG to write.
+  A last line without its end, of a process that died while writing it, is left out.
   """
-  import matplotlib
+  return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
 
-  figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
-  for i, (label, path) in enumerate(runs.items()):
-    color = f"C{i}"
-    rows = read_metrics(path)
-    # Two columns even of no rows, so that a run that diverged at once still has its legend.
-    train, held_out = (
-      np.array([(r["step"], r[key]) for r in rows if r.get(key) is not None]).reshape(-1, 2).T
-      for key in ("loss", "validation_loss")
-    )
-    if len(runs) == 1:
-      axes.plot(*train, color=color, alpha=0.35, lw=1, label=f"{label}, training")
-    axes.plot(*held_out, color=color, marker="o", ms=3, label=f"{label}, validation")
-  axes.set(xlabel="step", ylabel="loss (nats per byte)")
-  low, high = axes.get_ylim()
-  axes.set_ylim(low, min(high, low + 2.5))
-  axes.grid(alpha=0.25)
-  axes.legend(frameon=False)
-  figure.savefig(out, dpi=140)
-  plt.close(figure)
+def cut_metrics(path: pathlib.Path, step: int) -> None:
+  """Leaves the rows up to a step, to which a run goes back; the file is whole at every moment."""
+  if not path.exists():
+    return
+  kept = [row for row in read_metrics(path) if row["step"] <= step]
+  write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it never holds anything but its old or its new text."""
+  new = path.with_name(path.name + ".new")
+  with new.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  new.replace(path)
+
+
+def tensorboard(folder: pathlib.Path, step: int) -> Any:
+  """A function of step and metrics that writes TensorBoard events, from after `step`.
+
+  Raises:
+    ImportError: without tensorboardX, naming the remedy.
+  """
+  try:
+    import tensorboardX
+  except ImportError as error:
+    raise ImportError(
+      "config.tensorboard needs tensorboardX: pip install 'eco_optax[tensorboard]'"
+    ) from error
+  # What a run wrote after the step that it goes back to is hidden.
+  writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+  def write(step: int, **values: float) -> None:
+    for name, value in values.items():
+      writer.add_scalar(name, float(value), step)
+    writer.flush()
+
+  return write
 
 
 def clock(seconds: float) -> str:
@@ -69,34 +83,42 @@ def clock(seconds: float) -> str:
   return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class Throughput:
-  """Tokens per second since the first step ended, evaluations apart."""
+class Clock:
+  """Time of a run over all its parts, and tokens per second apart from what is not training.
 
-  def __init__(self, tokens_per_step: int):
+  Training is what happens between `resume` and `pause`: compiling, evaluating and saving are not.
+  """
+
+  def __init__(self, tokens_per_step: int, saved: Mapping[str, float] | None = None):
     self._tokens_per_step = tokens_per_step
-    self._steps = 0
-    self._seconds = 0.0
+    self._started = time.perf_counter()
+    self._saved = {"seconds": 0.0, "timed_seconds": 0.0, "timed_steps": 0.0} | dict(saved or {})
 
   def resume(self, step: int) -> None:
-    """Starts the clock once `step` steps have ended."""
+    """Training goes on after `step` steps."""
     self._since_step, self._since = step, time.perf_counter()
 
   def pause(self, step: int) -> None:
-    """Stops the clock once `step` steps have ended."""
-    self._seconds += time.perf_counter() - self._since
-    self._steps += step - self._since_step
+    """Training pauses after `step` steps."""
+    self._saved["timed_seconds"] += time.perf_counter() - self._since
+    self._saved["timed_steps"] += step - self._since_step
+
+  @property
+  def seconds(self) -> float:
+    """Since the run began, without what was lost when it died."""
+    return self._saved["seconds"] + time.perf_counter() - self._started
 
   @property
   def tokens_per_second(self) -> float:
     """Mean so far; 0 before any step counted."""
-    return self._tokens_per_step * self._steps / self._seconds if self._steps else 0.0
+    steps = self._saved["timed_steps"]
+    return self._tokens_per_step * steps / self._saved["timed_seconds"] if steps else 0.0
+
+  def saved(self) -> dict[str, float]:
+    """What another process needs to go on."""
+    return self._saved | {"seconds": self.seconds}
 
 
 def is_finite(*values: Any) -> bool:
   """Whether all scalars are finite."""
   return all(math.isfinite(float(value)) for value in values)
-
-
-def learning_rate_at(schedule: optax.Schedule, step: int) -> float:
-  """The schedule's value as a number."""
-  return float(schedule(step))

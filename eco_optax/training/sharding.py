@@ -142,32 +142,33 @@ _by_itself = contextvars.ContextVar("by_itself", default=False)
 
 
 def group_by_group(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """`fn(params, tokens)` for one group of a batch after another, groups split over devices.
+  """`fn(params, batch)` for one group of a batch after another, groups split over devices.
 
   Each group is computed by one device in a program that does not depend on how many devices there
   are, and so are the numbers that come out.
 
   Args:
-    fn: of params, which all groups share, and tokens of shape (B, M).
+    fn: of params, which all groups share, and a tree of arrays with a first axis of rows.
 
   Returns:
-    A function of params and tokens of shape (G, B, M), whose outputs are stacked along a new axis.
+    A function of params and a tree of arrays whose first axis is groups; its outputs are stacked
+    along a new axis.
   """
 
-  def alone(params: Any, tokens_GxBxM: jax.Array) -> Any:
+  def alone(params: Any, batch: Any) -> Any:
     token = _by_itself.set(True)
     try:
-      return jax.lax.map(lambda tokens: fn(params, tokens), tokens_GxBxM)
+      return jax.lax.map(lambda group: fn(params, group), batch)
     finally:
       _by_itself.reset(token)
 
-  def over_groups(params: Any, tokens_GxBxM: jax.Array) -> Any:
+  def over_groups(params: Any, batch: Any) -> Any:
     if (mesh := _mesh()) is None:
-      return alone(params, tokens_GxBxM)
+      return alone(params, batch)
     split = PartitionSpec(RULES["batch"])
     return jax.shard_map(
       alone, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
-    )(params, tokens_GxBxM)
+    )(params, batch)
 
   return over_groups
 

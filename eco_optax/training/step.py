@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import eco_optax as eco
 from eco_optax.training import config as config_lib
 from eco_optax.training import methods, sharding
+from eco_optax.training.data.pipeline import Batch
 from eco_optax.training.models import transformer
 
 
@@ -21,6 +22,7 @@ class State(NamedTuple):
 
   params: Any  # Packed and float32 leaves.
   opt_state: Any
+  skipped: Any  # int32 scalar: steps whose update was not made, because it was no number.
 
 
 def make_init(config: ml_collections.ConfigDict, tx: optax.GradientTransformation) -> Any:
@@ -29,7 +31,7 @@ def make_init(config: ml_collections.ConfigDict, tx: optax.GradientTransformatio
 
   def init() -> State:
     params = transformer.init(model, config.seed, weight_format)
-    return State(params, tx.init(params))
+    return State(params, tx.init(params), jnp.zeros([], jnp.int32))
 
   return init
 
@@ -65,7 +67,12 @@ def init_state(
 def make_train_step(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Any:
-  """A jitted (state, tokens) → (state, metrics) that donates its state.
+  """A jitted (state, batch) → (state, metrics) that donates its state.
+
+  A step whose loss or gradient is not finite leaves parameters and moments as they are, adds one to
+  `state.skipped`, and tells in the metric `bad_leaf` which leaf of the gradient is the first that
+  is not finite, by its number in the order of `jax.tree.leaves(params)` with packed leaves as one;
+  −1 where all are.
 
   Args:
     config: of the run.
@@ -73,11 +80,11 @@ def make_train_step(
     mesh: to run on.
 
   Returns:
-    The function; tokens are int32 of shape (batch_size, length + 1).
+    The function; its batch is a `pipeline.Batch`.
   """
   model = config_lib.model(config)
   loss_and_grad = eco.value_and_grad(
-    lambda p, x: transformer.loss(model, p, x),
+    lambda p, x: transformer.loss(model, p, *x),
     dense=False,
     has_aux=True,
     gradient_dtype=jnp.dtype(config.gradient_dtype),
@@ -85,40 +92,43 @@ def make_train_step(
   target = abstract_state(config, tx, mesh)
   in_place = jax.tree.map(lambda x: x.sharding, target)
 
-  def one_group(params: Any, tokens_BxM: jax.Array) -> tuple[dict[str, jax.Array], Any]:
-    (loss, aux), grads = loss_and_grad(params, tokens_BxM)
+  def one_group(params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
+    (loss, aux), grads = loss_and_grad(params, batch)
     return {"loss": loss, **aux}, grads
 
-  def gradients(params: Any, tokens_BxM: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+  def gradients(params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
     if not (groups := config.reduction_groups):
-      metrics, grads = one_group(params, tokens_BxM)
+      metrics, grads = one_group(params, batch)
       return metrics, sharding.scatter(grads)
-    tokens_GxBxM = tokens_BxM.reshape(groups, -1, tokens_BxM.shape[1])
-    metrics, grads = sharding.group_by_group(one_group)(params, tokens_GxBxM)
+    batch = jax.tree.map(lambda x: x.reshape(groups, -1, x.shape[1]), batch)
+    metrics, grads = sharding.group_by_group(one_group)(params, batch)
     # Groups have the same number of tokens, so the mean of their means is the batch's.
     mean = lambda x: (x.astype(jnp.float32) / groups).astype(x.dtype)
     return jax.tree.map(mean, sharding.sum_groups((metrics, grads)))
 
-  def accumulated(params: Any, tokens_BxM: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+  def accumulated(params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
     """Means over parts of the batch, one after another, summed in float32."""
     parts = config.accumulation
     if parts == 1:
-      return gradients(params, tokens_BxM)
+      return gradients(params, batch)
     # Every part takes rows from all devices.
-    B, M = tokens_BxM.shape
-    tokens_PxBxM = jnp.swapaxes(tokens_BxM.reshape(B // parts, parts, M), 0, 1)
-    first = jax.eval_shape(gradients, params, tokens_PxBxM[0])
+    batch = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, x.shape[1]), 0, 1), batch)
+    first = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
 
-    def add(total: Any, tokens: jax.Array) -> tuple[Any, None]:
-      tokens = sharding.constrain(tokens, "batch", None)
-      part = gradients(params, tokens)
-      return jax.tree.map(lambda t, x: t + x.astype(jnp.float32) / parts, total, part), None
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+      part = jax.tree.map(lambda x: sharding.constrain(x, "batch", None), part)
+      means = gradients(params, part)
+      return jax.tree.map(lambda t, x: t + x.astype(jnp.float32) / parts, total, means), None
 
-    return jax.lax.scan(add, zeros, tokens_PxBxM)[0]
+    return jax.lax.scan(add, zeros, batch)[0]
 
-  def step(state: State, tokens_BxM: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-    metrics, grads = accumulated(state.params, tokens_BxM)
+  def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    if batch.weights is not None:
+      # Of mean 1 over the whole batch, so that the mean of its parts' means is the weighted mean.
+      mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)  # A batch may have no target at all.
+      batch = batch._replace(weights=batch.weights / mean)
+    metrics, grads = accumulated(state.params, batch)
     # A norm of parts depends on what the parts are.
     norm = (
       sharding.on_each_device(methods.global_norm)
@@ -126,27 +136,37 @@ def make_train_step(
       else methods.global_norm
     )
     metrics["grad_norm"] = norm(grads)
-    updates, opt_state = tx.update(
-      grads, state.opt_state, state.params, grad_norm=metrics["grad_norm"]
-    )
-    return State(eco.apply_updates(state.params, updates), opt_state), metrics
+
+    def update() -> State:
+      updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, grad_norm=metrics["grad_norm"]
+      )
+      return State(eco.apply_updates(state.params, updates), opt_state, state.skipped)
+
+    # Of a leaf without a norm, some element is not finite, or their squares' sum is not.
+    is_bad = jnp.stack([~jnp.isfinite(methods.global_norm(g)) for g in jax.tree.leaves(grads)])
+    metrics["bad_leaf"] = jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1).astype(jnp.int32)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    state = jax.lax.cond(is_finite, update, lambda: state._replace(skipped=state.skipped + 1))
+    return state, metrics | {"skipped": state.skipped}
 
   return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None))
 
 
 def make_eval_step(config: ml_collections.ConfigDict) -> Any:
-  """A jitted (params, tokens) → mean cross-entropy in nats per token."""
+  """A jitted (params, batch) → (sum of cross-entropy in nats, number of targets), float32."""
   model = config_lib.model(config)
-  return jax.jit(lambda p, x: transformer.loss(model, p, x)[1]["cross_entropy"])
+
+  def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    mean = transformer.loss(model, params, *batch)[1]["cross_entropy"]
+    size = batch.tokens[:, 1:].size
+    count = jnp.float32(size) if batch.weights is None else jnp.sum(batch.weights)
+    return mean * size, count
+
+  return jax.jit(evaluate)
 
 
-def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> jax.ShapeDtypeStruct:
-  """Shape and sharding of a step's tokens."""
-  return jax.ShapeDtypeStruct(
-    (config.batch_size, config.length + 1), jnp.int32, sharding=sharding.batch_sharding(mesh)
-  )
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Of what every device has whole."""
-  return NamedSharding(mesh, PartitionSpec())
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> Batch:
+  """Shape and sharding of a step's tokens, all of them targets."""
+  shape = (config.batch_size, config.length + 1)
+  return Batch(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)))

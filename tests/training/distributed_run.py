@@ -17,6 +17,7 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import loop
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import pipeline
+from eco_optax.training.data.shards import TokenStream
 from eco_optax.training.sharding import batch_sharding
 
 if processes > 1:
@@ -28,8 +29,8 @@ config.batch_size, config.length, config.steps, config.reduction_groups = 8, 32,
 config.optimizer.learning_rate = 1e-2
 config.mesh.update(fsdp=min(2, jax.device_count()), data=-1)
 tx, mesh = loop.prepare(config)
-text = [b"the same words again and again, %d times " % i for i in range(100)]
-windows = pipeline.train_windows(text, config.length, 0)
+text = b"\0".join(b"the same words again and again, %d times " % i for i in range(100))
+windows = pipeline.train_windows(TokenStream([np.frombuffer(text, np.uint8)]), config.length, 0)
 state = step_lib.init_state(config, tx, mesh)
 step = step_lib.make_train_step(config, tx, mesh)
 with jax.set_mesh(mesh):

@@ -103,7 +103,8 @@ def test_attention(name):
   attention, x = parts.Attention(config, rngs()), 2 * inputs(B, L, 16)
   p = randomize(attention)
   angle = parts.rotation(config, L, config.local_rope_base if is_local else config.rope_base)
-  y = attention(jnp.asarray(x), angle, jnp.asarray(config.window) if is_local else None)
+  mask = parts.within_window(x.shape[1], jnp.asarray(config.window)) if is_local else None
+  y = attention(jnp.asarray(x), angle, mask)
   wanted = np.stack([numpy_transformer.attention(config, p, s, layer) for s in x])
   np.testing.assert_allclose(y, wanted, **ROUNDOFF)
 

@@ -332,12 +332,27 @@ def test_gradient_of_the_balance_loss_for_one_entry_of_a_router():
   np.testing.assert_allclose(gradient[2, 3, 1], slope, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_attention_stays_in_documents(family):
+  config, params = model(family, separator=3)
+  tokens = np.array([[1, 2, 3, 4, 5, 6, 7, 3], [3, 3, 5, 6, 2, 3, 1, 1]])
+  logits = jax.jit(lambda p: transformer.apply(config, p, tokens))(params)
+  for row, starts in zip(range(2), ([0, 2, 7], [0, 1, 5]), strict=True):
+    for start, stop in zip(starts, [*starts[1:], 8], strict=True):
+      alone = numpy_transformer.forward(config, params, tokens[row : row + 1, start:stop])[0]
+      # Of a document at the start of its window: rotary attention knows differences alone.
+      np.testing.assert_allclose(logits[row, start:stop], alone[0], atol=2 * LOGIT_ROUNDOFF)
+  crossing, _ = model(family)
+  other = jax.jit(lambda p: transformer.apply(crossing, p, tokens))(params)
+  assert np.abs(logits - other)[0, 3:].max() > 0.01
+
+
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_weights_weigh_targets(chunks):
   config, params = model("llama", loss_chunks=chunks)
   weight = np.random.default_rng(3).integers(0, 3, (2, 8)).astype(np.float32)
   loss = jax.jit(lambda p, w: transformer.loss(config, p, TOKENS, w))
-  value, aux = loss(params, jnp.asarray(weight))
+  value, aux = loss(params, jnp.asarray(weight / weight.mean()))
   logits = numpy_transformer.forward(config, params, TOKENS[:, :-1])[0]
   wanted = numpy_transformer.cross_entropy(logits, TOKENS[:, 1:], weight)
   # As without weights.

@@ -52,6 +52,7 @@ class TransformerConfig:
   activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
   remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
+  separator: int = -1  # The token that ends documents, which attention stays in; -1: it does not.
   loss_chunks: int = 1  # Parts of a sequence whose logits are made, and made again, one by one.
 
   def __post_init__(self):
@@ -61,6 +62,10 @@ class TransformerConfig:
       for name in names:
         if getattr(self, name) < least:
           raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+    if not -1 <= self.separator < self.vocabulary:
+      raise ValueError(
+        f"separator {self.separator} is neither a token of {self.vocabulary} nor -1 for none"
+      )
     if self.capacity_factor is not None and self.capacity_factor <= 0:
       raise ValueError(f"capacity_factor must be above 0 or None, got {self.capacity_factor}")
     for name, choices in (

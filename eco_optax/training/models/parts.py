@@ -90,8 +90,24 @@ def rotate(x_BxLxHxK: jax.Array, angle_LxK2: jax.Array, interleaved: bool) -> ja
   return turned.reshape(x_BxLxHxK.shape).astype(x_BxLxHxK.dtype)
 
 
+def within_window(length: int, window: jax.Array) -> jax.Array:
+  """Mask of shape (1, 1, L, L): each position sees itself and those before it, `window` in all."""
+  position = jnp.arange(length)
+  return (position[:, None] - position[None, :] < window)[None, None]
+
+
+def within_document(tokens_BxL: jax.Array, separator: int) -> jax.Array:
+  """Mask of shape (B, 1, L, L): each position sees its own document.
+
+  The separator behind a document is the first token of the next one, so that a document's last
+  token still predicts its end, and nothing but the separator predicts the next one's beginning.
+  """
+  document_BxL = jnp.cumsum(tokens_BxL == separator, axis=1)
+  return (document_BxL[:, :, None] == document_BxL[:, None, :])[:, None]
+
+
 class Attention(nnx.Module):
-  """Causal attention, multi-head or with shared keys and values, over everything or a window."""
+  """Causal attention, multi-head or with shared keys and values, over all or what a mask leaves."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     D, K = config.width, config.head_width
@@ -104,9 +120,12 @@ class Attention(nnx.Module):
       self.query_norm, self.key_norm = RMSNorm(config, K), RMSNorm(config, K)
 
   def __call__(
-    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, window: jax.Array | None
+    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, mask_Bx1xLxL: jax.Array | None = None
   ) -> jax.Array:
-    """Each position attends to itself and those before it, `window` in all if that is given."""
+    """Each position attends to itself and those before it that a mask leaves it, if one is given.
+
+    The mask's first axis may be 1, for one that all sequences share.
+    """
     B, L, _ = x_BxLxD.shape
     split = lambda y: y.reshape(B, L, -1, self.config.head_width)
     q_BxLxHxK, k_BxLxGxK = split(self.query(x_BxLxD)), split(self.key(x_BxLxD))
@@ -114,13 +133,9 @@ class Attention(nnx.Module):
     if self.config.qk_norm:
       q_BxLxHxK, k_BxLxGxK = self.query_norm(q_BxLxHxK), self.key_norm(k_BxLxGxK)
     turn = lambda y: rotate(y, angle_LxK2, self.config.rope_interleaved)
-    mask = None
-    if window is not None:
-      position = jnp.arange(L)
-      mask = (position[:, None] - position[None, :] < window)[None, None]
     with jax.numpy_dtype_promotion("standard"):  # Its own code mixes bfloat16 and float32.
       y_BxLxHxK = jax.nn.dot_product_attention(
-        turn(q_BxLxHxK), turn(k_BxLxGxK), v_BxLxGxK, mask=mask, is_causal=True
+        turn(q_BxLxHxK), turn(k_BxLxGxK), v_BxLxGxK, mask=mask_Bx1xLxL, is_causal=True
       )
     return self.out(y_BxLxHxK.reshape(B, L, -1))
 
@@ -231,11 +246,11 @@ class Block(nnx.Module):
       self.mlp_post_norm = RMSNorm(config, config.width)
 
   def __call__(
-    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, window: jax.Array | None
+    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, mask_Bx1xLxL: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, Any]]:
     """One layer, and the metrics of its routing if there is any."""
     aux: dict[str, Any] = {}
-    y_BxLxD = self.attention(self.attention_norm(x_BxLxD), angle_LxK2, window)
+    y_BxLxD = self.attention(self.attention_norm(x_BxLxD), angle_LxK2, mask_Bx1xLxL)
     x_BxLxD = x_BxLxD + (self.attention_post_norm(y_BxLxD) if self.config.post_norms else y_BxLxD)
     h_BxLxD = self.mlp_norm(x_BxLxD)
     if self.routed:

@@ -113,6 +113,9 @@ def hidden(
     x_BxLxD = x_BxLxD * jnp.asarray(math.sqrt(config.width), dtype)
   angle_LxK2 = parts.rotation(config, L, config.rope_base)
   local_angle_LxK2 = parts.rotation(config, L, config.local_rope_base)
+  documents_Bx1xLxL = None
+  if config.separator >= 0:
+    documents_Bx1xLxL = parts.within_document(tokens_BxL, config.separator)
   auxiliary = []
   for stack, layers in config.stacks.items():
     block = nnx.eval_shape(functools.partial(_block, config, stack, jax.random.key(0)))
@@ -129,11 +132,12 @@ def hidden(
       params = sharding.gather(stack, params)
       state = jax.tree.map(lambda x: x, state)  # Of its own, because filling it in changes it.
       nnx.replace_by_pure_dict(state, params)
-      window, angle = None, angle_LxK2
+      mask, angle = documents_Bx1xLxL, angle_LxK2
       if config.window:
-        window = jnp.where(is_global, L, config.window)
+        near = parts.within_window(L, jnp.where(is_global, L, config.window))
+        mask = near if mask is None else mask & near
         angle = jnp.where(is_global, angle_LxK2, local_angle_LxK2)
-      x_BxLxD, aux = nnx.merge(definition, state)(x_BxLxD, angle, window)
+      x_BxLxD, aux = nnx.merge(definition, state)(x_BxLxD, angle, mask)
       return sharding.constrain(x_BxLxD, "batch", None, None), aux
 
     if config.remat != "none":
@@ -176,7 +180,8 @@ def loss(
     config: of the model.
     params: its parameters, packed or float.
     tokens_BxM: windows of M = L + 1 tokens, int32.
-    weight_BxL: float32 weight of each target token; None weighs all alike.
+    weight_BxL: float32, by which each target's nats are multiplied before their mean is taken, so
+      with weights of mean 1 it is the weighted mean; None is 1 for all.
 
   Returns:
     The loss, and a dictionary with `cross_entropy` (nats per token) and, for routed experts,
@@ -202,7 +207,7 @@ def loss(
   total, _ = jax.lax.scan(
     chunk, jnp.zeros([], jnp.float32), (cut(x_BxLxD), cut(targets_BxL), cut(weight_BxL))
   )
-  entropy = total / jnp.maximum(jnp.sum(weight_BxL), 1e-9)  # 0 where nothing counts.
+  entropy = total / (B * L)
   value = entropy
   if config.balance_weight and "balance_loss" in aux:
     value = value + config.balance_weight * aux["balance_loss"]

@@ -1,0 +1,301 @@
+"""Checkpoints of a run through Orbax: whole or not at all, checked bit by bit, never executed.
+
+One holds the state as it is (codes, scales, moments, residuals, counters) and a record in JSON: the
+step, the config, the data, versions, and a checksum of every array. The step is also the position
+in the data, and together with the config's seed it is all that random numbers depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from eco_optax.training import config as config_lib
+from eco_optax.training.step import State
+
+VERSION = 1  # Of the layout; raised when an older reader would misread a newer checkpoint.
+
+# Keys of a config that may change between the parts of a run: none of them is seen by the numbers.
+FREE = (
+  "mesh.",
+  "replicated_limit_mib",
+  "log_every",
+  "evaluate_",
+  "checkpoint.",
+  "tensorboard",
+  "nonfinite",
+  "data.",  # Its contents are compared.
+)
+
+
+class Restored(NamedTuple):
+  """A run as it was when it was saved."""
+
+  step: int  # Steps that had been made.
+  state: State
+  clock: dict[str, float]  # From `metrics.Clock.saved`.
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  """Sum of every element's bits times an odd number of its place, modulo 2^32.
+
+  A sum of integers does not depend on how the array is split over devices. One flipped bit changes
+  it by a power of two below 2^32 times an odd number, which is never 0.
+  """
+  unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+  bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  # Neighbouring places get numbers that look unrelated, so that errors do not cancel.
+  weight = (place * jnp.uint32(0x9E3779B9)) | jnp.uint32(1)
+  return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+  return jax.tree.map(_checksum, tree)
+
+
+def checksums(state: Any) -> dict[str, int]:
+  """A checksum of each array by its path, the same on any mesh."""
+  sums = jax.device_get(_checksums(state))
+  flat = jax.tree_util.tree_flatten_with_path(sums)[0]
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): int(x) for path, x in flat}
+
+
+def manager(folder: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
+  """Opens a folder of checkpoints, the latest `keep` of which are kept, and the best.
+
+  The best is the one with the lowest `validation_loss` among those saved at an evaluation.
+  """
+  best = lambda metrics: metrics["validation_loss"]
+  policies = [
+    checkpoint_managers.LatestN(keep),
+    checkpoint_managers.BestN(
+      get_metric_fn=best, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    ),
+  ]
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+    cleanup_tmp_directories=True,  # What a process left that died while saving.
+  )
+  with _explained(f"cannot use {folder} for checkpoints"):
+    return ocp.CheckpointManager(
+      os.path.abspath(folder) if "://" not in str(folder) else folder,
+      options=options,
+      item_names=("state", "record"),
+    )
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+  """Turns the many errors of file systems into one that says what to do."""
+  try:
+    yield
+  except Exception as error:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    if len(reason) > 300:  # TensorStore names the file first and says what is wrong at the end.
+      reason = f"{reason[:100]} … {reason[-200:]}"
+    raise OSError(
+      f"{what}: {reason}. Checkpoints saved before are as they were: make room or make the folder"
+      " writable, then run the same command again"
+    ) from error
+
+
+def save(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  state: State,
+  config: ml_collections.ConfigDict,
+  data: Mapping[str, Any],
+  versions: Mapping[str, str],
+  clock: Mapping[str, float],
+  validation_loss: float | None = None,
+) -> None:
+  """Begins to write a checkpoint and returns once the state may be changed.
+
+  Args:
+    checkpoints: from `manager`.
+    step: number of steps made.
+    state: of the run.
+    config: of the run.
+    data: manifest of what it reads.
+    versions: of what made it.
+    clock: from `metrics.Clock.saved`.
+    validation_loss: by which the best checkpoint is chosen; None if it was not evaluated here.
+
+  Raises:
+    OSError: if this one, or one begun before, cannot be written; those finished are untouched.
+  """
+  record = {
+    "version": VERSION,
+    "step": step,
+    "examples": step * config.batch_size,
+    "clock": dict(clock),
+    "config": config_lib.flat(config),
+    "data": _digest(data),
+    "versions": dict(versions),
+    "checksums": checksums(state),
+  }
+  record["sha256"] = _digest(record)
+  with _explained(f"could not save step {step}, or the one before it, in {checkpoints.directory}"):
+    checkpoints.save(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+      metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+    )
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+  """Waits until what has begun to be written is whole.
+
+  Raises:
+    OSError: if it cannot be.
+  """
+  with _explained(f"could not finish a checkpoint in {checkpoints.directory}"):
+    checkpoints.wait_until_finished()
+    checkpoints.check_for_errors()
+
+
+def restore(
+  checkpoints: ocp.CheckpointManager,
+  target: State,
+  config: ml_collections.ConfigDict,
+  data: Mapping[str, Any],
+) -> Restored | None:
+  """The newest checkpoint that is whole, on the mesh of `target`, which may be any.
+
+  Damaged ones are named in a warning, and renamed once an older one has been found to be whole.
+
+  Args:
+    checkpoints: from `manager`.
+    target: shapes, dtypes and shardings of the state, from `step.abstract_state`.
+    config: of the run that is to continue.
+    data: manifest of what it reads.
+
+  Returns:
+    What was saved; None if nothing was.
+
+  Raises:
+    ValueError: if the checkpoint is of another config, other data or a newer version, naming every
+      difference.
+    OSError: if there are checkpoints and all of them are damaged.
+  """
+  folder = pathlib.Path(str(checkpoints.directory))
+  damaged: dict[int, str] = {}
+  for step in sorted(checkpoints.all_steps(), reverse=True):
+    record, reason = _attempt(lambda step=step: _read_record(folder, checkpoints, step))
+    if record is not None:
+      _check_same_run(record, config, data, f"{folder}/{step}")
+      state, reason = _attempt(
+        lambda step=step, record=record: _read_state(checkpoints, step, record, target)
+      )
+      if state is not None:
+        _set_aside(folder, checkpoints, damaged)
+        return Restored(step, state, record["clock"])
+    logging.warning("checkpoint %s/%d is damaged and left out: %s", folder, step, reason)
+    damaged[step] = reason
+  if damaged:
+    raise OSError(
+      f"every checkpoint in {folder} is damaged: "
+      + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+      + ". Copy one back from elsewhere, or delete the folder to begin anew"
+    )
+  return None
+
+
+def _attempt(read: Any) -> tuple[Any, str]:
+  """What `read` returns, or None and the reason; of one mind in all processes."""
+  value, reason = None, ""
+  try:
+    value = read()
+  except Exception as error:  # Whatever Orbax and TensorStore raise for files that are not theirs.
+    text = str(error).strip()
+    reason = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)
+  if jax.process_count() > 1:
+    good = multihost_utils.process_allgather(np.array(value is not None))
+    if not good.all():
+      return None, reason or "another process could not read it"
+  return value, reason
+
+
+def _read_record(folder: pathlib.Path, checkpoints: Any, step: int) -> dict[str, Any]:
+  """The record, after a look at the files."""
+  for path in (folder / str(step)).rglob("*"):
+    if path.is_symlink():
+      raise ValueError(f"{path.relative_to(folder)} is a link, and checkpoints have none")
+  record = checkpoints.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+  record = record["record"]
+  if not isinstance(record, dict) or record.pop("sha256", None) != _digest(record):
+    raise ValueError("its record is not what was written")
+  return record
+
+
+def _read_state(checkpoints: Any, step: int, record: dict[str, Any], target: State) -> State:
+  """The state, if every array has its checksum."""
+  restored = checkpoints.restore(
+    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+  )
+  found, wanted = checksums(restored["state"]), record["checksums"]
+  wrong = [path for path in wanted if found.get(path) != wanted[path]]
+  if wrong or found.keys() != wanted.keys():
+    raise ValueError(f"{', '.join(wrong[:3]) or 'its list of arrays'} is not what was written")
+  return restored["state"]
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_run(
+  record: Mapping[str, Any], config: ml_collections.ConfigDict, data: Mapping[str, Any], where: str
+) -> None:
+  """Raises `ValueError` naming all that differs."""
+  if record["version"] != VERSION:
+    raise ValueError(
+      f"{where} has version {record['version']}, and this eco_optax reads version {VERSION}:"
+      f" continue it with the eco_optax that wrote it ({record['versions'].get('eco_optax')})"
+    )
+  # JSON makes lists of tuples.
+  now = json.loads(json.dumps(config_lib.flat(config)))
+  then = record["config"]
+  different = [
+    f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+    for key in sorted(now.keys() | then.keys())
+    if now.get(key) != then.get(key) and not key.startswith(FREE)
+  ]
+  if record["data"] != _digest(data):
+    different.append(f"the data is not what it was, but now {json.dumps(data)[:200]}")
+  if different:
+    raise ValueError(
+      f"{where} is of another run: {'; '.join(different)}. Continue it as it was, or use another"
+      " workdir"
+    )
+
+
+def _set_aside(folder: pathlib.Path, checkpoints: Any, damaged: Mapping[int, str]) -> None:
+  """Renames damaged checkpoints, so that their steps can be saved again and nothing is deleted."""
+  if not damaged:
+    return
+  if jax.process_index() == 0:
+    for step in damaged:
+      (folder / str(step)).rename(folder / f"damaged-{step}-{time.time_ns()}")
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+  checkpoints.reload()

@@ -1,0 +1,448 @@
+"""What happens to a run when things go wrong: each fault is injected into a real small run.
+
+A run is a process of its own, so that it can be killed. Whatever happened to it on the way, its end
+is held against that of a run to which nothing happened: checksums of codes, scales, moments and
+counters, and every metric but the clock's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from eco_optax.training import metrics
+
+_RUN = """
+import json
+import os
+import sys
+from eco_optax.training import config, faults, jobs, loop
+faults.poison(sys.argv[3])
+changed = config.defaults()
+changed.update_from_flattened_dict(json.loads(sys.argv[1]))
+if sys.argv[4]:
+  os.seteuid(int(sys.argv[4]))
+with jobs.plain_errors():
+  loop.train(changed, sys.argv[2])
+"""
+
+SMALL: dict[str, Any] = {
+  "model.layers": 2,
+  "model.width": 32,
+  "model.heads": 2,
+  "model.mlp_width": 64,
+  "model.vocabulary": 256,
+  "batch_size": 4,
+  "length": 32,
+  "steps": 200,
+  "log_every": 5,
+  "evaluate_every": 50,
+  "evaluate_batches": 4,
+  "optimizer.learning_rate": 1e-2,
+  "checkpoint.every": 10,
+  "checkpoint.keep": 3,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """Where faults are injected."""
+
+  folder: pathlib.Path  # Of all runs.
+  text: pathlib.Path  # Folder of a prepared corpus; runs are over in seconds on a small one.
+  seed: int = 0
+  show: Callable[[str], None] = print
+
+  def start(
+    self,
+    name: str,
+    devices: int = 1,
+    poison: str = "",
+    user: str = "",
+    prepare: Callable[[], None] | None = None,
+    **changes: Any,
+  ) -> subprocess.Popen:
+    """Begins or continues the run of this name.
+
+    Args:
+      name: of the run's folder.
+      devices: number of simulated ones.
+      poison: see `poison`.
+      user: number of the one it runs as; nothing is the same.
+      prepare: called in the new process first.
+      **changes: to `SMALL`, with "__" for dots.
+
+    Returns:
+      The process, its output a pipe.
+    """
+    own = {key.replace("__", "."): value for key, value in changes.items()}
+    config = SMALL | {"data.path": str(self.text), "mesh.data": devices, "mesh.fsdp": 1} | own
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
+    return subprocess.Popen(
+      [sys.executable, "-c", _RUN, json.dumps(config), str(self.folder / name), poison, user],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      preexec_fn=prepare,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"},
+    )
+
+  def run(self, name: str, **kwargs: Any) -> tuple[int, str]:
+    """Exit code and output of a run that is left to itself."""
+    process = self.start(name, **kwargs)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+  def finish(self, name: str, **kwargs: Any) -> str:
+    """Output of a run that has to come to its end."""
+    code, output = self.run(name, **kwargs)
+    if code:
+      raise AssertionError(f"{name} ended with {code}:\n{output[-3000:]}")
+    return output
+
+  def steps(self, name: str) -> list[int]:
+    """Steps of the finished checkpoints of a run."""
+    found = (self.folder / name / "checkpoints").glob("[0-9]*/commit_success.txt")
+    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
+
+  def newest(self, name: str) -> pathlib.Path:
+    """Folder of a run's newest checkpoint."""
+    return self.folder / name / "checkpoints" / str(self.steps(name)[-1])
+
+  def end(self, name: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Checksums of a run's last state, and its metrics without what the clock says."""
+    record = json.loads((self.newest(name) / "record" / "metadata").read_text())
+    rows = metrics.read_metrics(self.folder / name / "metrics.jsonl")
+    keep = lambda row: {key: value for key, value in row.items() if key not in metrics.TIMING}
+    return record["checksums"] | {"step": record["step"]}, [keep(row) for row in rows]
+
+  def copy(self, name: str, of: str) -> None:
+    """A run's folder as it is, under another name."""
+    shutil.rmtree(self.folder / name, ignore_errors=True)
+    shutil.copytree(self.folder / of, self.folder / name)
+
+  def check_same_end(self, name: str, as_of: str = "undisturbed") -> str:
+    """Raises `AssertionError` if two runs did not end bit for bit alike."""
+    (state, rows), (wanted, wanted_rows) = self.end(name), self.end(as_of)
+    if state != wanted:
+      wrong = [path for path in wanted if state.get(path) != wanted[path]]
+      raise AssertionError(f"{name} ended with other values of {wrong}")
+    if rows != wanted_rows:
+      first = next((a, b) for a, b in zip(rows, wanted_rows, strict=False) if a != b)
+      raise AssertionError(f"{name} has other metrics: {first[0]} for {first[1]}")
+    return "end bit for bit as undisturbed"
+
+
+def poison(step: str) -> None:
+  """Makes the batch of this step (a number as text, or nothing) one whose loss is not finite.
+
+  It does so by the weights of its targets, so of a run to be compared 0 poisons none.
+  """
+  if not step:
+    return
+  from eco_optax.training.data import pipeline
+
+  honest = pipeline.batches
+
+  def batches(windows: Any, start: int, *args: Any) -> Iterator[pipeline.Batch]:
+    import jax.numpy as jnp
+
+    for number, batch in enumerate(honest(windows, start, *args), start):
+      ones = jnp.ones_like(batch.tokens[:, 1:], jnp.float32)
+      yield batch._replace(weights=ones * (jnp.nan if number + 1 == int(step) else 1.0))
+
+  pipeline.batches = batches
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen, limit: float = 300) -> bool:
+  """Waits for a condition; False if the process ended before."""
+  stop = time.monotonic() + limit
+  while not condition():
+    if process.poll() is not None or time.monotonic() > stop:
+      return False
+    time.sleep(0.002)
+  return True
+
+
+def _logged(bench: Bench, name: str) -> int:
+  """How far a run came by its metrics."""
+  path = bench.folder / name / "metrics.jsonl"
+  rows = metrics.read_metrics(path) if path.exists() else []
+  return rows[-1]["step"] if rows else 0
+
+
+def _is_saving(bench: Bench, name: str) -> bool:
+  """Whether a checkpoint is being written."""
+  folder = bench.folder / name / "checkpoints"
+  with contextlib.suppress(FileNotFoundError):  # Of what is renamed or removed meanwhile.
+    return any(
+      path.is_dir() and "damaged" not in path.name and not (path / "commit_success.txt").exists()
+      for path in folder.iterdir()
+    )
+  return False
+
+
+def kill(bench: Bench, name: str, times: int, **kwargs: Any) -> tuple[int, int]:
+  """Kills a run with SIGKILL at random moments and continues it, then lets it come to its end.
+
+  Args:
+    bench: see `Bench`.
+    name: of the run.
+    times: how often; every second time as soon as a checkpoint is being written.
+    **kwargs: see `Bench.start`.
+
+  Returns:
+    How often it was killed, and how often during a save.
+  """
+  draw = random.Random(f"{bench.seed} {name}")
+  steps = kwargs.get("steps", SMALL["steps"])
+  killed = during = 0
+  for i, step in enumerate(sorted(draw.choices(range(steps), k=times))):
+    process = bench.start(name, **kwargs)
+    reached = until(lambda step=step: _logged(bench, name) >= step, process)
+    if i % 2:
+      reached = reached and until(lambda: _is_saving(bench, name), process)
+    else:
+      time.sleep(draw.random() * 0.2)
+    saving = _is_saving(bench, name)
+    process.kill()
+    output, _ = process.communicate()
+    if process.returncode == -signal.SIGKILL:
+      killed, during = killed + 1, during + saving
+    elif process.returncode:
+      raise AssertionError(f"{name} ended with {process.returncode}:\n{output[-3000:]}")
+  bench.finish(name, **kwargs)
+  return killed, during
+
+
+def random_kills(bench: Bench) -> str:
+  killed, during = kill(bench, "kills", 20)
+  return f"killed {killed} times, {during} of them during a save; {bench.check_same_end('kills')}"
+
+
+def sigterm(bench: Bench) -> str:
+  process = bench.start("sigterm")
+  until(lambda: _logged(bench, "sigterm") >= 45, process)
+  process.terminate()
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, output
+  line = next(line for line in output.splitlines() if "asked to stop" in line)
+  bench.finish("sigterm")
+  return f"exit code 0, “{line}”; continued, {bench.check_same_end('sigterm')}"
+
+
+def _stopped(bench: Bench) -> None:
+  """A run that was stopped on its way, to be copied and damaged."""
+  if not bench.steps("stopped"):
+    process = bench.start("stopped")
+    until(lambda: _logged(bench, "stopped") >= 100, process)
+    process.terminate()
+    process.communicate(timeout=120)
+
+
+def _largest_file(folder: pathlib.Path) -> pathlib.Path:
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _damaged(bench: Bench, name: str, damage: Callable[[pathlib.Path], None]) -> str:
+  """Damages the newest checkpoint of a copy, which has to be named and survived."""
+  _stopped(bench)
+  bench.copy(name, "stopped")
+  steps = bench.steps(name)
+  damage(bench.newest(name))
+  output = bench.finish(name)
+  warning = next((x for x in output.splitlines() if "is damaged and left out" in x), None)
+  assert f"from step {steps[-2]}" in output, output
+  named = "named in a warning, " if warning and f"/{steps[-1]} " in warning else ""
+  return f"{named}went on from the one before; {bench.check_same_end(name)}"
+
+
+def truncated_file(bench: Bench) -> str:
+  return _damaged(
+    bench, "truncated", lambda x: os.truncate(f := _largest_file(x), f.stat().st_size // 2)
+  )
+
+
+def flip_bit(path: pathlib.Path, draw: random.Random) -> None:
+  """Flips a bit of a file."""
+  content = bytearray(path.read_bytes())
+  content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+  path.write_bytes(content)
+
+
+def flipped_bit(bench: Bench) -> str:
+  draw = random.Random(bench.seed)
+  return _damaged(bench, "flipped", lambda x: flip_bit(_largest_file(x), draw))
+
+
+def changed_record(bench: Bench) -> str:
+  def change(checkpoint: pathlib.Path) -> None:
+    path = checkpoint / "record" / "metadata"
+    path.write_text(path.read_text().replace('"batch_size": 4', '"batch_size": 8', 1))
+
+  return _damaged(bench, "record", change)
+
+
+def link_out_of_folder(bench: Bench) -> str:
+  def change(checkpoint: pathlib.Path) -> None:
+    path = _largest_file(checkpoint)
+    moved = bench.folder / "elsewhere"
+    shutil.move(path, moved)
+    path.symlink_to(moved)
+
+  return _damaged(bench, "link", change)
+
+
+def half_written(bench: Bench) -> str:
+  """What a process leaves that dies while it saves."""
+  _stopped(bench)
+  bench.copy("half", "stopped")
+  newest, before = bench.newest("half"), bench.steps("half")[-2]
+  (newest / "commit_success.txt").unlink()
+  output = bench.finish("half")
+  assert f"from step {before}" in output, output
+  return f"not taken for a checkpoint, went on from the one before; {bench.check_same_end('half')}"
+
+
+def all_damaged(bench: Bench) -> str:
+  _stopped(bench)
+  bench.copy("all", "stopped")
+  for step in bench.steps("all"):
+    os.truncate(_largest_file(bench.folder / "all" / "checkpoints" / str(step)), 10)
+  return _refused(bench, "all", "every checkpoint in")
+
+
+def _refused(bench: Bench, name: str, wanted: str, **kwargs: Any) -> str:
+  """The last line of a run that has to end with an error."""
+  code, output = bench.run(name, **kwargs)
+  line = output.strip().splitlines()[-1]
+  assert code != 0, output
+  assert wanted in line, output
+  return f"refused: “{line.replace(str(bench.folder), '…')}”"
+
+
+def full_disk(bench: Bench) -> str:
+  """The kernel refuses to let files grow beyond a size, as it does on a full disk."""
+  _stopped(bench)
+  bench.copy("full", "stopped")
+  last = bench.steps("full")[-1]
+
+  def limit() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+  said = _refused(bench, "full", "could not", prepare=limit)
+  assert bench.steps("full")[-1] == last
+  bench.finish("full")
+  return f"{said}; checkpoint {last} as it was; with room again, {bench.check_same_end('full')}"
+
+
+def read_only_folder(bench: Bench) -> str:
+  _stopped(bench)
+  bench.copy("readonly", "stopped")
+  # Nothing is read-only for an administrator, so one runs it as nobody.
+  user = "65534" if os.geteuid() == 0 else ""
+  for path in [bench.folder / "readonly", *(bench.folder / "readonly").rglob("*")]:
+    path.chmod(0o555 if path.is_dir() else 0o444)
+  said = _refused(bench, "readonly", "cannot write in", user=user)
+  for path in [bench.folder / "readonly", *(bench.folder / "readonly").rglob("*")]:
+    path.chmod(0o755 if path.is_dir() else 0o644)
+  bench.finish("readonly")
+  return f"{said}; writable again, {bench.check_same_end('readonly')}"
+
+
+def other_config(bench: Bench) -> str:
+  _stopped(bench)
+  bench.copy("config", "stopped")
+  return _refused(
+    bench, "config", "optimizer.learning_rate was 0.01", optimizer__learning_rate=0.02
+  )
+
+
+def second_job(bench: Bench) -> str:
+  process = bench.start("twice")
+  until(lambda: _logged(bench, "twice") >= 5, process)
+  said = _refused(bench, "twice", "is in use by process")
+  process.communicate(timeout=300)
+  return f"the second {said}; the first came to its {bench.check_same_end('twice')}"
+
+
+def other_devices(bench: Bench) -> str:
+  """1 → 4 → 2 devices on the way, gradients summed in an order that does not depend on them."""
+  bench.finish("groups", reduction_groups=4)
+  for devices, step in ((1, 50), (4, 100), (2, None)):
+    process = bench.start("devices", devices=devices, reduction_groups=4)
+    if step:
+      until(lambda step=step: _logged(bench, "devices") >= step, process)
+      process.terminate()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+  return f"1, then 4, then 2 devices: {bench.check_same_end('devices', 'groups')}"
+
+
+def nan_gradient(bench: Bench) -> str:
+  said = _refused(bench, "nan", "at step 77", poison="77")
+  assert bench.steps("nan")[-1] < 77
+  bench.finish("nan", poison="0")
+  bench.finish("weighted", poison="0")
+  return f"{said}; without the bad batch, {bench.check_same_end('nan', 'weighted')}"
+
+
+def nan_gradient_skipped(bench: Bench) -> str:
+  output = bench.finish("skip", poison="77", nonfinite="skip")
+  assert "at step 77" in output, output
+  rows = bench.end("skip")[1]
+  assert rows[-2]["skipped"] == 1, rows[-2]
+  return f"skipped and counted; validation loss {rows[-1]['validation_loss']:.4f} in the end"
+
+
+FAULTS: dict[str, Callable[[Bench], str]] = {
+  "kill -9, 20 times": random_kills,
+  "SIGTERM": sigterm,
+  "half-written newest checkpoint": half_written,
+  "truncated file in the newest checkpoint": truncated_file,
+  "flipped bit in the newest checkpoint": flipped_bit,
+  "changed record in the newest checkpoint": changed_record,
+  "link in the newest checkpoint": link_out_of_folder,
+  "all checkpoints damaged": all_damaged,
+  "full disk": full_disk,
+  "read-only folder": read_only_folder,
+  "other config": other_config,
+  "second job in the folder": second_job,
+  "other number of devices": other_devices,
+  "NaN gradient, nonfinite=stop": nan_gradient,
+  "NaN gradient, nonfinite=skip": nan_gradient_skipped,
+}
+
+
+def inject(bench: Bench, names: list[str] | None = None) -> dict[str, str]:
+  """Injects faults one after another.
+
+  Args:
+    bench: where.
+    names: of `FAULTS`; None is all of them.
+
+  Returns:
+    What happened, by name; starting with "FAILED" where it was not what should have.
+  """
+  bench.finish("undisturbed")
+  outcomes = {}
+  for name in names or FAULTS:
+    try:
+      outcomes[name] = FAULTS[name](bench)
+    except AssertionError as error:
+      outcomes[name] = f"FAILED: {error}"
+    bench.show(f"{name}: {outcomes[name]}")
+  return outcomes

@@ -1,0 +1,87 @@
+"""A run among others: alone in its folder, and ending when it is asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import pathlib
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def only_one(folder: pathlib.Path) -> Iterator[None]:
+  """Holds a folder, for as long as the process lives at most.
+
+  The kernel gives the lock back when its process dies, however it dies, so none is ever left over.
+
+  Raises:
+    BlockingIOError: if another process holds it, naming that.
+    OSError: if it cannot be written to.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+")
+  except OSError as error:
+    raise OSError(
+      f"cannot write in {folder}: {error.strerror}. Make it writable, or use another workdir"
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise BlockingIOError(
+        f"{folder} is in use by process {file.read().strip() or 'of unknown number'}: wait for it,"
+        " end it, or use another workdir"
+      ) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    yield
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+  """Ends the process with code 1 and one line for errors that its user can mend.
+
+  The traceback is logged for those who ask for it with --verbosity=1.
+  """
+  message = ""
+  try:
+    yield
+  except (OSError, ValueError, FloatingPointError) as error:
+    message = f"error: {error}"
+    logging.debug("%s", "".join(traceback.format_exception(error)))
+  if message:
+    gc.collect()  # What libraries say of writes that were given up comes before the message.
+    sys.exit(message)
+
+
+@contextlib.contextmanager
+def until_sigterm() -> Iterator[Callable[[int], bool]]:
+  """Yields a function of the step that says whether the run has been asked to end.
+
+  Schedulers send SIGTERM to one process or to all, a little before they take the machine. Several
+  processes agree on the step at which they stop, through JAX's preemption service.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+  elif threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # Python hands signals to the main thread only.
+  else:
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+      yield lambda step: asked.is_set()
+    finally:
+      signal.signal(signal.SIGTERM, before)
