@@ -9,6 +9,10 @@ import sysconfig
 import zlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from eco_optax.training.data import shards
+
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _VALIDATION_PERCENT = 5
 
@@ -59,5 +63,20 @@ def standard_library(root: str | None = None) -> Corpus:
     "train_bytes": sum(map(len, splits[False])),
     "validation_bytes": sum(map(len, splits[True])),
     "sha256": digest.hexdigest(),
+    "tokenizer": {"kind": "bytes"},
   }
   return Corpus(splits[False], splits[True], manifest)
+
+
+def standard_library_dataset(root: str | None = None) -> shards.Dataset:
+  """The same as bytes, ready to train on: document, 0, document, 0, …, document.
+
+  Args:
+    root: as of `standard_library`.
+
+  Returns:
+    A dataset in memory.
+  """
+  text = standard_library(root)
+  join = lambda documents: shards.TokenStream([np.frombuffer(b"\0".join(documents), np.uint8)])
+  return shards.Dataset(join(text.train), join(text.validation), 256, 0, text.manifest)
