@@ -34,5 +34,6 @@ def test_notebook_runs_and_draws(outputs):
   rows = dict(re.findall(r"^(.+?)\s+validation (\d\.\d+)", text, re.MULTILINE))
   loss = {name: float(value) for name, value in rows.items()}
   # What the notebook is there to show, with room for other versions' roundings.
-  assert loss["ECO, stochastic rounding"] < loss["naive"] - 0.02
-  assert abs(loss["ECO, stochastic rounding"] - loss["master weights"]) < 0.05
+  assert loss["ECO"] < loss["naive"] - 0.03
+  assert loss["ECO"] < loss["master weights"] + 0.02
+  assert loss["ECO, stochastic rounding"] < loss["naive"]

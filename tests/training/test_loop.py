@@ -12,10 +12,10 @@ import pytest
 from matplotlib import image
 
 import eco_optax as eco
-from eco_optax.training import comparison, loop, memory, methods, metrics, sharding
+from eco_optax.training import comparison, loop, memory, methods, metrics, report, sharding
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
-from eco_optax.training.data import corpus
+from eco_optax.training.data import corpus, pipeline, shards
 from eco_optax.training.models import transformer
 
 # Optax's schedules compare an int32 count with Python floats.
@@ -38,9 +38,9 @@ def get_config(name="tiny", **changes):
 @pytest.fixture(autouse=True)
 def short_validation(monkeypatch):
   # The whole split takes most of a tiny run's time; tests/training/test_data.py holds it whole.
-  text = corpus.standard_library()
-  text = text._replace(validation=[b"\0".join(text.validation)[:60_000]])
-  monkeypatch.setattr(corpus, "standard_library", lambda: text)
+  data = corpus.standard_library_dataset()
+  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 60_000)]))
+  monkeypatch.setattr(corpus, "standard_library_dataset", lambda: data)
 
 
 # Bytes per parameter of codes, moments and residual; scales are added by the test.
@@ -63,11 +63,11 @@ def test_one_step_of_each_method(method):
   before = jax.tree.map(jnp.copy, state.params)
   step = step_lib.make_train_step(config, tx, mesh)
   tokens = np.random.default_rng(0).integers(0, 256, (16, 129), dtype=np.int32)
-  tokens = jax.device_put(tokens, sharding.batch_sharding(mesh))
+  batch = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
   # At the second step the rate has left its first, smallest value.
   with jax.set_mesh(mesh):
     for _ in range(2):
-      state, result = step(state, tokens)
+      state, result = step(state, batch)
   assert step._cache_size() == 1
   params = state.params
   # Uniform over 256 bytes at the start, give or take what two steps learn.
@@ -113,7 +113,7 @@ def test_runs_are_written_and_equal_each_other(tmp_path):
   second = loop.train(config, tmp_path / "b")
   # Guessing among the bytes that code is made of costs about 3.3 nats; uniform, 5.5.
   assert first["validation_loss"] < 3.2
-  drop = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+  drop = lambda rows: [{k: v for k, v in r.items() if k not in metrics.TIMING} for r in rows]
   rows = [metrics.read_metrics(tmp_path / run / "metrics.jsonl") for run in "ab"]
   assert drop(rows[0]) == drop(rows[1])
   assert first["validation_loss"] == second["validation_loss"]
@@ -127,7 +127,7 @@ def test_runs_are_written_and_equal_each_other(tmp_path):
   assert saved["versions"]["jax"] == jax.__version__
   picture = image.imread(tmp_path / "a" / "loss.png")
   assert picture.std() > 0.01
-  table = loop.closing_table(saved)
+  table = report.closing_table(saved)
   assert f"{first['validation_loss']:.4f}" in table
   assert "9.11 bytes per parameter" in table  # Rows of 32: 4 / 32 more for scales, 4 / 64 for some.
 
@@ -171,17 +171,18 @@ def test_a_run_that_diverges_says_where(tmp_path):
   config = get_config(steps=40, **{"optimizer.learning_rate": 1e38})
   with pytest.raises(FloatingPointError, match=r"at step 2 with method 'eco_sr'"):
     loop.train(config, tmp_path)
-  config.stop_on_nonfinite = False
+  config.nonfinite = "record"
   summary = loop.train(config, tmp_path)
   assert summary["diverged_at_step"] == 2
-  assert "none, diverged at step 2" in loop.closing_table(summary)
+  assert "none, diverged at step 2" in report.closing_table(summary)
 
   # JSON has no NaN, and readers other than Python's refuse it.
   refuse = lambda name: pytest.fail(f"{name} is not JSON")
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   for text in [(tmp_path / "summary.json").read_text(), *lines]:
     json.loads(text, parse_constant=refuse)
-  assert [row["loss"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [None]
+  rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+  assert [(row["step"], row["grad_norm"]) for row in rows] == [(2, None)]
   row = {"run": "a", **summary}
   assert "| a | diverged at step 2 |  | 9.11 |" in comparison.table([row])
 

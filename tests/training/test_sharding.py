@@ -10,6 +10,7 @@ import eco_optax as eco
 from eco_optax.training import config as config_lib
 from eco_optax.training import loop, memory, methods, sharding
 from eco_optax.training import step as step_lib
+from eco_optax.training.data import pipeline
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -87,7 +88,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (8, 17), dtype=np.int32)
 def one_step(config):
   mesh, tx = mesh_of(config), methods.optimizer(config)
   state = step_lib.init_state(config, tx, mesh)
-  batch = jax.device_put(TOKENS, sharding.batch_sharding(mesh))
+  batch = pipeline.Batch(jax.device_put(TOKENS, sharding.batch_sharding(mesh)))
   with jax.set_mesh(mesh):
     return step_lib.make_train_step(config, tx, mesh)(state, batch)
 
