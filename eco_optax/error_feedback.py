@@ -104,6 +104,9 @@ def _rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Arr
 
 def _bias_ratio(decay: jax.Array, count: jax.Array) -> jax.Array:
   """(1 − B^t) / (1 − B^{t+1}): how bias correction changes J from step t to the next."""
+  # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
+  # to another, in the last place.
+  decay = decay.ravel()[0]
   t = count.astype(jnp.float32)
   return (1 - decay**t) / (1 - decay ** (t + 1))
 

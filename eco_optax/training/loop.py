@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 import eco_optax as eco
@@ -102,8 +103,9 @@ def evaluate(
     jax.device_get(loss(params, pipeline.batch(windows, i, batch_size, split)))
     for i in range(count if limit is None else min(limit, count))
   ]
-  nats, targets = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
-  return nats / max(targets, 1)
+  # Summed here in float64, in an order that does not depend on the devices.
+  nats, targets = (np.concatenate(x).sum(dtype=np.float64) for x in zip(*sums, strict=True))
+  return float(nats / max(targets, 1))
 
 
 def first_bad(rows: list[dict[str, Any]], state: step_lib.State) -> tuple[int, str] | None:
@@ -181,7 +183,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     if is_main:
       metrics.cut_metrics(log, step)
       metrics.write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
-    events = metrics.tensorboard(folder, step) if config.tensorboard and is_main else None
+    events = None
+    if config.tensorboard and is_main:
+      events = held.enter_context(metrics.tensorboard(folder / "tensorboard", log))
 
     def record(step: int, **values: float) -> None:
       if is_main:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 TIMING = ("tokens_per_second", "seconds")  # The metrics that are not the same in every run.
@@ -55,8 +56,16 @@ def write_whole(path: pathlib.Path, text: str) -> None:
   new.replace(path)
 
 
-def tensorboard(folder: pathlib.Path, step: int) -> Any:
-  """A function of step and metrics that writes TensorBoard events, from after `step`.
+@contextlib.contextmanager
+def tensorboard(folder: pathlib.Path, log: pathlib.Path) -> Iterator[Callable[..., None]]:
+  """Yields a function of step and metrics that writes TensorBoard events.
+
+  They begin with the rows of the metrics file and hide what was written before, so that a run that
+  died and goes on has neither gaps nor repeats.
+
+  Args:
+    folder: of the events.
+    log: metrics file of the run, cut to where it goes on.
 
   Raises:
     ImportError: without tensorboardX, naming the remedy.
@@ -67,15 +76,20 @@ def tensorboard(folder: pathlib.Path, step: int) -> Any:
     raise ImportError(
       "config.tensorboard needs tensorboardX: pip install 'eco_optax[tensorboard]'"
     ) from error
-  # What a run wrote after the step that it goes back to is hidden.
-  writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+  rows = read_metrics(log) if log.exists() else []
+  suffix = f".from-{rows[-1]['step'] if rows else 0}"
+  with tensorboardX.SummaryWriter(
+    str(folder), purge_step=0, flush_secs=10, filename_suffix=suffix
+  ) as writer:
 
-  def write(step: int, **values: float) -> None:
-    for name, value in values.items():
-      writer.add_scalar(name, float(value), step)
-    writer.flush()
+    def write(step: int, **values: float) -> None:
+      for name, value in values.items():
+        if value is not None:
+          writer.add_scalar(name, float(value), step)
 
-  return write
+    for row in rows:
+      write(**row)
+    yield write
 
 
 def clock(seconds: float) -> str:

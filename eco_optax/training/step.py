@@ -154,14 +154,21 @@ def make_train_step(
 
 
 def make_eval_step(config: ml_collections.ConfigDict) -> Any:
-  """A jitted (params, batch) → (sum of cross-entropy in nats, number of targets), float32."""
+  """A jitted (params, batch) → float32 sums over each sequence: its nats, and its targets."""
   model = config_lib.model(config)
 
+  def one_group(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    ones = jnp.ones(batch.tokens[:, 1:].shape, jnp.float32)
+    weights = ones if batch.weights is None else batch.weights
+    return transformer.nats(model, params, *batch)[0], jnp.sum(weights, axis=1)
+
   def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    mean = transformer.loss(model, params, *batch)[1]["cross_entropy"]
-    size = batch.tokens[:, 1:].size
-    count = jnp.float32(size) if batch.weights is None else jnp.sum(batch.weights)
-    return mean * size, count
+    if groups := config.reduction_groups:
+      batch = jax.tree.map(lambda x: x.reshape(groups, -1, x.shape[1]), batch)
+      sums = sharding.group_by_group(one_group)(params, batch)
+    else:
+      sums = one_group(params, batch)
+    return jax.tree.map(lambda x: sharding.constrain(x.ravel(), None), sums)
 
   return jax.jit(evaluate)
 

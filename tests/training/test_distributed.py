@@ -19,7 +19,7 @@ def finish(process):
   return out.split()[-3:]  # Behind what the collectives library prints.
 
 
-def test_codes_do_not_depend_on_processes_or_devices():
+def test_states_do_not_depend_on_processes_or_devices():
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -29,7 +29,7 @@ def test_codes_do_not_depend_on_processes_or_devices():
   one_by_one = finish(start(0, 1, 1, port))
   one_by_four = finish(start(0, 1, 4, port))
   assert [run[0] for run in (two_by_two, one_by_four, one_by_one)] == ["4", "4", "1"]
-  # Stochastically rounded weights after 20 steps, code for code, because the gradients of four
-  # groups of sequences are summed in order wherever they were computed.
+  # Weights, rounded stochastically, and moments after 20 steps, bit for bit, because the gradients
+  # of four groups of sequences are summed in order wherever they were computed.
   assert two_by_two[2] == one_by_four[2] == one_by_one[2]
   assert float(one_by_one[1]) < 5.0  # Well below ln 256: it did learn something.

@@ -168,6 +168,47 @@ def apply(config: TransformerConfig, params: Params, tokens_BxL: jax.Array) -> j
   return _logits(config, params, hidden(config, params, tokens_BxL)[0])
 
 
+def nats(
+  config: TransformerConfig,
+  params: Params,
+  tokens_BxM: jax.Array,
+  weight_BxL: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Cross-entropy of next tokens, summed over each sequence.
+
+  Args:
+    config: of the model.
+    params: its parameters, packed or float.
+    tokens_BxM: windows of M = L + 1 tokens, int32.
+    weight_BxL: float32, by which each target's nats are multiplied; None is 1 for all.
+
+  Returns:
+    Float32 of shape (B,), and for routed experts a dictionary with `balance_loss` and `dropped`,
+    means over layers.
+  """
+  x_BxLxD, aux = hidden(config, params, tokens_BxM[:, :-1])
+  targets_BxL = tokens_BxM[:, 1:]
+  B, L, _ = x_BxLxD.shape
+  chunks = config.loss_chunks
+  if L % chunks:
+    raise ValueError(f"loss_chunks {chunks} does not divide a length of {L} tokens")
+  if weight_BxL is None:
+    weight_BxL = jnp.ones((B, L), jnp.float32)
+
+  def chunk(total_B: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    x, targets, weight = part
+    nats = optax.softmax_cross_entropy_with_integer_labels(_logits(config, params, x), targets)
+    return total_B + jnp.sum(nats * weight, axis=1), None
+
+  cut = lambda y: jnp.moveaxis(y.reshape(B, chunks, L // chunks, *y.shape[2:]), 1, 0)
+  if chunks > 1:
+    chunk = jax.checkpoint(chunk, prevent_cse=False)
+  total_B, _ = jax.lax.scan(
+    chunk, jnp.zeros(B, jnp.float32), (cut(x_BxLxD), cut(targets_BxL), cut(weight_BxL))
+  )
+  return total_B, aux
+
+
 def loss(
   config: TransformerConfig,
   params: Params,
@@ -180,34 +221,13 @@ def loss(
     config: of the model.
     params: its parameters, packed or float.
     tokens_BxM: windows of M = L + 1 tokens, int32.
-    weight_BxL: float32, by which each target's nats are multiplied before their mean is taken, so
-      with weights of mean 1 it is the weighted mean; None is 1 for all.
+    weight_BxL: as in `nats`; with weights of mean 1 the mean is the weighted mean.
 
   Returns:
-    The loss, and a dictionary with `cross_entropy` (nats per token) and, for routed experts,
-    `balance_loss` and `dropped`, means over layers.
+    The loss, and a dictionary with `cross_entropy` (nats per token) and what `nats` tells.
   """
-  x_BxLxD, aux = hidden(config, params, tokens_BxM[:, :-1])
-  targets_BxL = tokens_BxM[:, 1:]
-  B, L, _ = x_BxLxD.shape
-  chunks = config.loss_chunks
-  if L % chunks:
-    raise ValueError(f"loss_chunks {chunks} does not divide a length of {L} tokens")
-  if weight_BxL is None:
-    weight_BxL = jnp.ones((B, L), jnp.float32)
-
-  def chunk(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    x, targets, weight = part
-    nats = optax.softmax_cross_entropy_with_integer_labels(_logits(config, params, x), targets)
-    return total + jnp.sum(nats * weight), None
-
-  cut = lambda y: jnp.moveaxis(y.reshape(B, chunks, L // chunks, *y.shape[2:]), 1, 0)
-  if chunks > 1:
-    chunk = jax.checkpoint(chunk, prevent_cse=False)
-  total, _ = jax.lax.scan(
-    chunk, jnp.zeros([], jnp.float32), (cut(x_BxLxD), cut(targets_BxL), cut(weight_BxL))
-  )
-  entropy = total / (B * L)
+  total_B, aux = nats(config, params, tokens_BxM, weight_BxL)
+  entropy = jnp.sum(total_B) / (tokens_BxM.shape[0] * (tokens_BxM.shape[1] - 1))
   value = entropy
   if config.balance_weight and "balance_loss" in aux:
     value = value + config.balance_weight * aux["balance_loss"]

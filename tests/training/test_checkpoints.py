@@ -1,0 +1,235 @@
+"""Checkpoints: what comes back is what was saved, on any mesh, or an error says what is wrong."""
+
+import json
+import os
+import pickle
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import eco_optax as eco
+from eco_optax.training import checkpoints, faults, loop, memory
+from eco_optax.training import config as config_lib
+from eco_optax.training import step as step_lib
+from eco_optax.training.data import pipeline
+
+# Optax's schedules compare an int32 count with Python floats.
+pytestmark = pytest.mark.standard_promotion
+
+DATA = {"source": "random tokens"}
+VERSIONS = {"eco_optax": "0"}
+
+
+def tiny(**changes):
+  config = config_lib.defaults()
+  config.model.update(layers=2, width=32, heads=2, mlp_width=64, vocabulary=64)
+  config.batch_size, config.length, config.steps = 8, 16, 20
+  config.optimizer.learning_rate = 1e-2
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def trained(config, steps=2):
+  """A state whose moments are no zeros."""
+  tx, mesh = loop.prepare(config)
+  step = step_lib.make_train_step(config, tx, mesh)
+  draw = np.random.default_rng(0)
+  with jax.set_mesh(mesh):
+    state = step_lib.init_state(config, tx, mesh)
+    for _ in range(steps):
+      tokens = draw.integers(0, 64, (8, 17), dtype=np.int32)
+      state, _ = step(state, pipeline.Batch(jnp.asarray(tokens)))
+  return state
+
+
+@pytest.fixture(scope="module")
+def state():
+  with jax.numpy_dtype_promotion("standard"):
+    return trained(tiny())
+
+
+def save(folder, state, config, steps=(2,), keep=2, losses=None):
+  with checkpoints.manager(folder, keep) as store:
+    for step in steps:
+      loss = (losses or {}).get(step)
+      checkpoints.save(store, step, state, config, DATA, VERSIONS, {"seconds": 1.0}, loss)
+      checkpoints.finish(store)
+
+
+def restore(folder, config, data=DATA):
+  tx, mesh = loop.prepare(config)
+  with checkpoints.manager(folder, 2) as store, jax.set_mesh(mesh):
+    target = step_lib.abstract_state(config, tx, mesh)
+    return checkpoints.restore(store, target, config, data)
+
+
+def assert_equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    {"mesh.fsdp": 8},
+    {"mesh.fsdp": 1, "mesh.data": 8},
+    {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.data": 2},
+  ],
+)
+def test_what_comes_back_is_what_was_saved_on_any_mesh(mesh, state, tmp_path):
+  save(tmp_path, state, tiny())
+  found = restore(tmp_path, tiny(**mesh))
+  assert (found.step, found.clock) == (2, {"seconds": 1.0})
+  assert_equal(found.state, state)
+  tx, on = loop.prepare(tiny(**mesh))
+  for x, y in zip(
+    jax.tree.leaves(found.state),
+    jax.tree.leaves(step_lib.abstract_state(tiny(**mesh), tx, on)),
+    strict=True,
+  ):
+    assert x.sharding == y.sharding
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"format": "INT4"},
+    {"format": "MXFP4"},
+    {"format": "NVFP4"},
+    {"method": "mw_sr", "residual": "int8"},
+    {"method": "bf16_mw"},
+  ],
+)
+def test_every_kind_of_state_comes_back(changes, tmp_path):
+  config = tiny(**changes)
+  state = trained(config, 1)
+  save(tmp_path, state, config)
+  assert_equal(restore(tmp_path, config).state, state)
+
+
+def test_packed_leaves_are_stored_packed(state, tmp_path):
+  save(tmp_path, state, tiny())
+  handler = ocp.StandardCheckpointHandler()
+  stored = jax.tree_util.tree_leaves_with_path(handler.metadata(tmp_path / "2" / "state"))
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  kept = {name(path): x for path, x in stored if hasattr(x, "dtype")}
+  live = {leaf.path: leaf.array for leaf in memory.leaves(state)}
+  size = lambda x: np.dtype(x.dtype).itemsize * int(np.prod(x.shape))
+  assert sum(map(size, kept.values())) == sum(x.nbytes for x in live.values())
+  # 9 bytes per quantized parameter: a code of one byte, two float32 moments, and scales.
+  kernels = [leaf for leaf in jax.tree.leaves(state.params, is_leaf=is_packed) if is_packed(leaf)]
+  for kernel in kernels:
+    same = [x for path, x in kept.items() if "kernel" in path and tuple(x.shape) == kernel.shape]
+    assert {np.dtype(x.dtype).name for x in same} == {"float8_e4m3fn", "float32"}
+
+
+is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
+
+
+def test_the_latest_are_kept_and_the_best(state, tmp_path):
+  save(tmp_path, state, tiny(), steps=(1, 2, 3, 4, 5), losses={1: 3.0, 2: 2.0, 4: 2.5})
+  assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["2", "4", "5"]
+
+
+def damage_truncate(path):
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_flip(path):
+  faults.flip_bit(path, random.Random(0))
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, os.unlink])
+def test_a_damaged_one_is_named_and_the_one_before_is_used(damage, state, tmp_path, caplog):
+  save(tmp_path, state, tiny(), steps=(1, 2))
+  files = [p for p in (tmp_path / "2" / "state").rglob("*") if p.is_file()]
+  damage(max(files, key=lambda p: p.stat().st_size))
+  with caplog.at_level("WARNING"):
+    found = restore(tmp_path, tiny())
+  assert found.step == 1
+  assert_equal(found.state, state)
+  assert f"{tmp_path}/2 is damaged and left out" in caplog.text
+  # Nothing is deleted, and its step can be saved again.
+  assert [p.name for p in tmp_path.glob("damaged-2-*")]
+  save(tmp_path, state, tiny(), steps=(2,))
+  assert restore(tmp_path, tiny()).step == 2
+
+
+def test_all_damaged_is_an_error(state, tmp_path):
+  save(tmp_path, state, tiny(), steps=(1, 2))
+  for step in "12":
+    (tmp_path / step / "record" / "metadata").write_text("{")
+  with pytest.raises(
+    OSError, match=r"every checkpoint in .* is damaged: 2: .*; 1: .*Copy one back"
+  ):
+    restore(tmp_path, tiny())
+
+
+def test_nothing_saved_is_nothing(tmp_path):
+  assert restore(tmp_path / "new", tiny()) is None
+
+
+def test_another_config_is_refused_with_what_differs(state, tmp_path):
+  save(tmp_path, state, tiny())
+  other = tiny(**{"optimizer.b2": 0.95, "seed": 7, "log_every": 3})
+  with pytest.raises(
+    ValueError, match=r"optimizer.b2 was 0.98 and is 0.95; seed was 0 and is 7"
+  ) as e:
+    restore(tmp_path, other)
+  assert "log_every" not in str(e.value)  # No number depends on it.
+  with pytest.raises(ValueError, match="the data is not what it was"):
+    restore(tmp_path, tiny(), data={"source": "another text"})
+
+
+def test_another_version_is_refused(state, tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoints, "VERSION", 0)
+  save(tmp_path, state, tiny())
+  monkeypatch.undo()
+  with pytest.raises(
+    ValueError, match="has version 0, and this eco_optax reads version 1: continue"
+  ):
+    restore(tmp_path, tiny())
+
+
+def test_a_link_out_of_the_folder_is_not_followed(state, tmp_path, caplog):
+  folder = tmp_path / "checkpoints"
+  save(folder, state, tiny(), steps=(1, 2))
+  file = max((folder / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+  file.rename(tmp_path / "elsewhere")
+  file.symlink_to(tmp_path / "elsewhere")
+  with caplog.at_level("WARNING"):
+    assert restore(folder, tiny()).step == 1
+  assert "is a link" in caplog.text
+
+
+def test_nothing_is_unpickled(state, tmp_path, monkeypatch):
+  save(tmp_path, state, tiny())
+  refuse = lambda *_, **__: pytest.fail("a checkpoint was unpickled")
+  for name in ("load", "loads", "Unpickler"):
+    monkeypatch.setattr(pickle, name, refuse)
+  assert restore(tmp_path, tiny()).step == 2
+
+
+def test_a_checksum_knows_every_bit():
+  draw = np.random.default_rng(0)
+  x = draw.integers(0, 256, (7, 33), dtype=np.uint8)
+  wanted = checkpoints.checksums({"x": jnp.asarray(x)})
+  for _ in range(50):
+    other = x.copy()
+    other[draw.integers(7), draw.integers(33)] ^= 1 << draw.integers(8)
+    assert checkpoints.checksums({"x": jnp.asarray(other)}) != wanted
+  assert checkpoints.checksums({"x": jnp.asarray(x[::-1])}) != wanted
+
+
+def test_a_record_is_read_by_anyone(state, tmp_path):
+  save(tmp_path, state, tiny(), losses={2: 1.5})
+  record = json.loads((tmp_path / "2" / "record" / "metadata").read_text())
+  assert (record["version"], record["step"], record["examples"]) == (1, 2, 16)
+  assert record["config"]["optimizer.b2"] == 0.98
+  assert record["checksums"]["params/head"] == checkpoints.checksums(state)["params/head"]
