@@ -5,7 +5,9 @@ CONFIG ?= configs/stdlib_1m.py
 WORKDIR ?= runs/stdlib_1m
 BIN := $(VENV)/bin
 
-.PHONY: pretrain test test-floor lint clean
+MINUTES ?= 60
+
+.PHONY: pretrain test test-floor lint soak clean
 
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -17,6 +19,10 @@ test: $(VENV)/.dev
 test-floor: $(VENV)-floor/.dev
 	JAX_PLATFORMS=cpu $(VENV)-floor/bin/python -m pytest --numprocesses=auto --maxprocesses=8 \
 	  --dist=worksteal -W default::DeprecationWarning $(ARGS)
+
+# Kills and continues runs at random moments, each of which has to end bit for bit as one left alone.
+soak: $(VENV)/.dev
+	$(BIN)/python scripts/faults.py --soak=$(MINUTES) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What happens to a run when things go wrong: each fault is injected into a real small run.
 
-A run is a process of its own, so that it can be killed. Whatever happened to it on the way, its end
+A run is a process of its own, so that it can be killed. It reads text that was prepared from files
+as users have them. Whatever happened to it on the way, its end
 is held against that of a run to which nothing happened: checksums of codes, scales, moments and
 counters, and every metric but the clock's.
 """
@@ -9,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
+import inspect
 import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -22,7 +26,26 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from eco_optax.training import metrics
+from eco_optax.training.data import corpus, shards
+
+_PREPARE = """
+import json
+import sys
+from eco_optax.training import jobs
+from eco_optax.training.data import prepare
+with jobs.plain_errors():
+  prepare.prepare(
+    sys.argv[2],
+    prepare.from_files([sys.argv[1]]),
+    format="c4",
+    name="a test",
+    percent=10.0,
+    vocabulary=512,
+  )
+"""
 
 _RUN = """
 import json
@@ -43,7 +66,7 @@ SMALL: dict[str, Any] = {
   "model.width": 32,
   "model.heads": 2,
   "model.mlp_width": 64,
-  "model.vocabulary": 256,
+  "model.vocabulary": 512,
   "batch_size": 4,
   "length": 32,
   "steps": 200,
@@ -60,10 +83,41 @@ SMALL: dict[str, Any] = {
 class Bench:
   """Where faults are injected."""
 
-  folder: pathlib.Path  # Of all runs.
-  text: pathlib.Path  # Folder of a prepared corpus; runs are over in seconds on a small one.
+  folder: pathlib.Path  # Of all runs and their text.
   seed: int = 0
   show: Callable[[str], None] = print
+
+  @property
+  def raw(self) -> pathlib.Path:
+    """A file of documents in C4's format: a part of the standard library."""
+    path = self.folder / "documents.json.gz"
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      documents = corpus.standard_library().train[:40]
+      with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": x.decode()}) + "\n" for x in documents)
+    return path
+
+  @property
+  def text(self) -> pathlib.Path:
+    """The prepared corpus that runs read."""
+    path = self.folder / "text"
+    if not (path / shards.MANIFEST).exists():
+      code, output = self.prepare(self.raw, path)
+      assert code == 0, output
+    return path
+
+  def prepare(self, raw: pathlib.Path, output: pathlib.Path) -> tuple[int, str]:
+    """Exit code and output of a preparation."""
+    done = subprocess.run(
+      [sys.executable, "-c", _PREPARE, str(raw), str(output)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      check=False,
+    )
+    return done.returncode, done.stdout
 
   def start(
     self,
@@ -156,10 +210,12 @@ def poison(step: str) -> None:
 
   honest = pipeline.batches
 
-  def batches(windows: Any, start: int, *args: Any) -> Iterator[pipeline.Batch]:
+  def batches(*args: Any, **kwargs: Any) -> Iterator[pipeline.Batch]:
     import jax.numpy as jnp
 
-    for number, batch in enumerate(honest(windows, start, *args), start):
+    start = inspect.signature(honest).bind(*args, **kwargs).arguments["start"]
+
+    for number, batch in enumerate(honest(*args, **kwargs), start):
       ones = jnp.ones_like(batch.tokens[:, 1:], jnp.float32)
       yield batch._replace(weights=ones * (jnp.nan if number + 1 == int(step) else 1.0))
 
@@ -176,11 +232,15 @@ def until(condition: Callable[[], bool], process: subprocess.Popen, limit: float
   return True
 
 
-def _logged(bench: Bench, name: str) -> int:
-  """How far a run came by its metrics."""
+def _until_step(bench: Bench, name: str, step: int, process: subprocess.Popen) -> bool:
+  """Waits until a run has come so far by its metrics."""
   path = bench.folder / name / "metrics.jsonl"
-  rows = metrics.read_metrics(path) if path.exists() else []
-  return rows[-1]["step"] if rows else 0
+
+  def is_there() -> bool:
+    rows = metrics.read_metrics(path) if path.exists() else []
+    return (rows[-1]["step"] if rows else 0) >= step
+
+  return until(is_there, process)
 
 
 def _is_saving(bench: Bench, name: str) -> bool:
@@ -211,7 +271,7 @@ def kill(bench: Bench, name: str, times: int, **kwargs: Any) -> tuple[int, int]:
   killed = during = 0
   for i, step in enumerate(sorted(draw.choices(range(steps), k=times))):
     process = bench.start(name, **kwargs)
-    reached = until(lambda step=step: _logged(bench, name) >= step, process)
+    reached = _until_step(bench, name, step, process)
     if i % 2:
       reached = reached and until(lambda: _is_saving(bench, name), process)
     else:
@@ -227,14 +287,14 @@ def kill(bench: Bench, name: str, times: int, **kwargs: Any) -> tuple[int, int]:
   return killed, during
 
 
-def random_kills(bench: Bench) -> str:
+def _random_kills(bench: Bench) -> str:
   killed, during = kill(bench, "kills", 20)
   return f"killed {killed} times, {during} of them during a save; {bench.check_same_end('kills')}"
 
 
-def sigterm(bench: Bench) -> str:
+def _sigterm(bench: Bench) -> str:
   process = bench.start("sigterm")
-  until(lambda: _logged(bench, "sigterm") >= 45, process)
+  _until_step(bench, "sigterm", 45, process)
   process.terminate()
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 0, output
@@ -247,7 +307,7 @@ def _stopped(bench: Bench) -> None:
   """A run that was stopped on its way, to be copied and damaged."""
   if not bench.steps("stopped"):
     process = bench.start("stopped")
-    until(lambda: _logged(bench, "stopped") >= 100, process)
+    _until_step(bench, "stopped", 100, process)
     process.terminate()
     process.communicate(timeout=120)
 
@@ -269,7 +329,7 @@ def _damaged(bench: Bench, name: str, damage: Callable[[pathlib.Path], None]) ->
   return f"{named}went on from the one before; {bench.check_same_end(name)}"
 
 
-def truncated_file(bench: Bench) -> str:
+def _truncated_file(bench: Bench) -> str:
   return _damaged(
     bench, "truncated", lambda x: os.truncate(f := _largest_file(x), f.stat().st_size // 2)
   )
@@ -282,12 +342,12 @@ def flip_bit(path: pathlib.Path, draw: random.Random) -> None:
   path.write_bytes(content)
 
 
-def flipped_bit(bench: Bench) -> str:
+def _flipped_bit(bench: Bench) -> str:
   draw = random.Random(bench.seed)
   return _damaged(bench, "flipped", lambda x: flip_bit(_largest_file(x), draw))
 
 
-def changed_record(bench: Bench) -> str:
+def _changed_record(bench: Bench) -> str:
   def change(checkpoint: pathlib.Path) -> None:
     path = checkpoint / "record" / "metadata"
     path.write_text(path.read_text().replace('"batch_size": 4', '"batch_size": 8', 1))
@@ -295,7 +355,7 @@ def changed_record(bench: Bench) -> str:
   return _damaged(bench, "record", change)
 
 
-def link_out_of_folder(bench: Bench) -> str:
+def _link_out_of_folder(bench: Bench) -> str:
   def change(checkpoint: pathlib.Path) -> None:
     path = _largest_file(checkpoint)
     moved = bench.folder / "elsewhere"
@@ -305,7 +365,7 @@ def link_out_of_folder(bench: Bench) -> str:
   return _damaged(bench, "link", change)
 
 
-def half_written(bench: Bench) -> str:
+def _half_written(bench: Bench) -> str:
   """What a process leaves that dies while it saves."""
   _stopped(bench)
   bench.copy("half", "stopped")
@@ -316,7 +376,7 @@ def half_written(bench: Bench) -> str:
   return f"not taken for a checkpoint, went on from the one before; {bench.check_same_end('half')}"
 
 
-def all_damaged(bench: Bench) -> str:
+def _all_damaged(bench: Bench) -> str:
   _stopped(bench)
   bench.copy("all", "stopped")
   for step in bench.steps("all"):
@@ -326,14 +386,19 @@ def all_damaged(bench: Bench) -> str:
 
 def _refused(bench: Bench, name: str, wanted: str, **kwargs: Any) -> str:
   """The last line of a run that has to end with an error."""
-  code, output = bench.run(name, **kwargs)
+  return _said(bench, *bench.run(name, **kwargs), wanted)
+
+
+def _said(bench: Bench, code: int, output: str, wanted: str) -> str:
+  """The last line of a process that has to have ended with an error."""
   line = output.strip().splitlines()[-1]
-  assert code != 0, output
+  assert code == 1, output
+  assert line.startswith("error: "), output
   assert wanted in line, output
   return f"refused: “{line.replace(str(bench.folder), '…')}”"
 
 
-def full_disk(bench: Bench) -> str:
+def _full_disk(bench: Bench) -> str:
   """The kernel refuses to let files grow beyond a size, as it does on a full disk."""
   _stopped(bench)
   bench.copy("full", "stopped")
@@ -349,7 +414,7 @@ def full_disk(bench: Bench) -> str:
   return f"{said}; checkpoint {last} as it was; with room again, {bench.check_same_end('full')}"
 
 
-def read_only_folder(bench: Bench) -> str:
+def _read_only_folder(bench: Bench) -> str:
   _stopped(bench)
   bench.copy("readonly", "stopped")
   # Nothing is read-only for an administrator, so one runs it as nobody.
@@ -363,7 +428,7 @@ def read_only_folder(bench: Bench) -> str:
   return f"{said}; writable again, {bench.check_same_end('readonly')}"
 
 
-def other_config(bench: Bench) -> str:
+def _other_config(bench: Bench) -> str:
   _stopped(bench)
   bench.copy("config", "stopped")
   return _refused(
@@ -371,28 +436,28 @@ def other_config(bench: Bench) -> str:
   )
 
 
-def second_job(bench: Bench) -> str:
+def _second_job(bench: Bench) -> str:
   process = bench.start("twice")
-  until(lambda: _logged(bench, "twice") >= 5, process)
+  _until_step(bench, "twice", 5, process)
   said = _refused(bench, "twice", "is in use by process")
   process.communicate(timeout=300)
   return f"the second {said}; the first came to its {bench.check_same_end('twice')}"
 
 
-def other_devices(bench: Bench) -> str:
+def _other_devices(bench: Bench) -> str:
   """1 → 4 → 2 devices on the way, gradients summed in an order that does not depend on them."""
   bench.finish("groups", reduction_groups=4)
   for devices, step in ((1, 50), (4, 100), (2, None)):
     process = bench.start("devices", devices=devices, reduction_groups=4)
     if step:
-      until(lambda step=step: _logged(bench, "devices") >= step, process)
+      _until_step(bench, "devices", step, process)
       process.terminate()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
   return f"1, then 4, then 2 devices: {bench.check_same_end('devices', 'groups')}"
 
 
-def nan_gradient(bench: Bench) -> str:
+def _nan_gradient(bench: Bench) -> str:
   said = _refused(bench, "nan", "at step 77", poison="77")
   assert bench.steps("nan")[-1] < 77
   bench.finish("nan", poison="0")
@@ -400,7 +465,7 @@ def nan_gradient(bench: Bench) -> str:
   return f"{said}; without the bad batch, {bench.check_same_end('nan', 'weighted')}"
 
 
-def nan_gradient_skipped(bench: Bench) -> str:
+def _nan_gradient_skipped(bench: Bench) -> str:
   output = bench.finish("skip", poison="77", nonfinite="skip")
   assert "at step 77" in output, output
   rows = bench.end("skip")[1]
@@ -408,22 +473,104 @@ def nan_gradient_skipped(bench: Bench) -> str:
   return f"skipped and counted; validation loss {rows[-1]['validation_loss']:.4f} in the end"
 
 
+def _bad_file(change: Callable[[bytes], bytes], wanted: str) -> Callable[[Bench], str]:
+  """Damages the file of documents, whose preparation has to be refused."""
+
+  def inject(bench: Bench) -> str:
+    folder = bench.folder / "bad" / re.sub(r"\W+", "-", wanted)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "bad.json.gz").write_bytes(change(bench.raw.read_bytes()))
+    said = _said(bench, *bench.prepare(folder / "bad.json.gz", folder / "out"), wanted)
+    assert not (folder / "out" / shards.MANIFEST).exists()
+    return said
+
+  return inject
+
+
+def _line(number: int, new: bytes) -> Callable[[bytes], bytes]:
+  """Replaces a line of a compressed file."""
+
+  def change(content: bytes) -> bytes:
+    lines = gzip.decompress(content).splitlines(keepends=True)
+    lines[number - 1] = new + b"\n"
+    return gzip.compress(b"".join(lines))
+
+  return change
+
+
+def _bad_corpus(
+  name: str, change: Callable[[pathlib.Path], None], wanted: str, **kwargs: Any
+) -> Callable[[Bench], str]:
+  """Damages a copy of the prepared corpus, from which no step must be trained."""
+
+  def inject(bench: Bench) -> str:
+    folder = bench.folder / "bad" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(bench.text, folder)
+    change(folder)
+    said = _refused(bench, f"bad-{name}", wanted, data__path=str(folder), **kwargs)
+    assert not (bench.folder / f"bad-{name}" / "metrics.jsonl").exists()
+    return said
+
+  return inject
+
+
+def _first_shard(folder: pathlib.Path) -> pathlib.Path:
+  return min(folder.glob("train-*[0-9].npy"))
+
+
+def _large_token(folder: pathlib.Path) -> None:
+  """Puts a token beyond the vocabulary in a shard, and the shard's new digest in the manifest."""
+  path, manifest = _first_shard(folder), folder / shards.MANIFEST
+  tokens = np.load(path)
+  tokens[100] = 60_000
+  old, new = shards.sha256(path), shards.write(path, tokens)
+  manifest.write_text(manifest.read_text().replace(old, new))
+
+
+def _flip_in(path: pathlib.Path) -> None:
+  flip_bit(path, random.Random(0))
+
+
 FAULTS: dict[str, Callable[[Bench], str]] = {
-  "kill -9, 20 times": random_kills,
-  "SIGTERM": sigterm,
-  "half-written newest checkpoint": half_written,
-  "truncated file in the newest checkpoint": truncated_file,
-  "flipped bit in the newest checkpoint": flipped_bit,
-  "changed record in the newest checkpoint": changed_record,
-  "link in the newest checkpoint": link_out_of_folder,
-  "all checkpoints damaged": all_damaged,
-  "full disk": full_disk,
-  "read-only folder": read_only_folder,
-  "other config": other_config,
-  "second job in the folder": second_job,
-  "other number of devices": other_devices,
-  "NaN gradient, nonfinite=stop": nan_gradient,
-  "NaN gradient, nonfinite=skip": nan_gradient_skipped,
+  "kill -9, 20 times": _random_kills,
+  "SIGTERM": _sigterm,
+  "half-written newest checkpoint": _half_written,
+  "truncated file in the newest checkpoint": _truncated_file,
+  "flipped bit in the newest checkpoint": _flipped_bit,
+  "changed record in the newest checkpoint": _changed_record,
+  "link in the newest checkpoint": _link_out_of_folder,
+  "all checkpoints damaged": _all_damaged,
+  "full disk": _full_disk,
+  "read-only folder": _read_only_folder,
+  "other config": _other_config,
+  "second job in the folder": _second_job,
+  "other number of devices": _other_devices,
+  "NaN gradient, nonfinite=stop": _nan_gradient,
+  "NaN gradient, nonfinite=skip": _nan_gradient_skipped,
+  "data: truncated gzip": _bad_file(lambda x: x[: len(x) // 2], "bad.json.gz"),
+  "data: broken JSON": _bad_file(_line(7, b'{"text": "ab'), "line 7"),
+  "data: JSON without text": _bad_file(_line(9, b'{"txt": "ab"}'), "line 9"),
+  "data: invalid UTF-8": _bad_file(_line(3, b'{"text": "\xff"}'), "line 3"),
+  "data: empty file": _bad_file(lambda _: b"", "empty"),
+  "data: flipped bit in a shard": _bad_corpus(
+    "flipped", lambda x: _flip_in(_first_shard(x)), ".npy"
+  ),
+  "data: shard cut short": _bad_corpus(
+    "cut", lambda x: os.truncate(_first_shard(x), 1000), "cut short"
+  ),
+  "data: missing shard": _bad_corpus("missing", lambda x: _first_shard(x).unlink(), "is missing"),
+  "data: token beyond the vocabulary": _bad_corpus("token", _large_token, "token 60000"),
+  "data: changed tokenizer": _bad_corpus(
+    "tokenizer", lambda x: _flip_in(x / "tokenizer.json"), "tokenizer.json"
+  ),
+  "data: unfinished preparation": _bad_corpus(
+    "unfinished", lambda x: (x / shards.MANIFEST).unlink(), "has no manifest.json"
+  ),
+  "data: more tokens than the model has": _bad_corpus(
+    "model", lambda x: None, "model.vocabulary 256 is less than the 512", model__vocabulary=256
+  ),
 }
 
 
@@ -446,3 +593,33 @@ def inject(bench: Bench, names: list[str] | None = None) -> dict[str, str]:
       outcomes[name] = f"FAILED: {error}"
     bench.show(f"{name}: {outcomes[name]}")
   return outcomes
+
+
+def table(outcomes: dict[str, str]) -> str:
+  """Faults and what happened, in Markdown."""
+  return "".join(
+    f"| {name} | {outcome} |\n"
+    for name, outcome in {"fault": "what happened", "---": "---", **outcomes}.items()
+  )
+
+
+def soak(bench: Bench, minutes: float) -> tuple[int, int, int]:
+  """Kills and continues runs for some minutes; each has to end as one that was left alone.
+
+  Returns:
+    How many runs came to their end, how often they were killed, and how often during a save.
+
+  Raises:
+    AssertionError: at the first that did not.
+  """
+  bench.finish("undisturbed")
+  end, runs, killed, during = time.monotonic() + 60 * minutes, 0, 0, 0
+  while time.monotonic() < end:
+    name = f"soak-{bench.seed}-{runs}"
+    shutil.rmtree(bench.folder / name, ignore_errors=True)
+    kills = kill(bench, name, 10)
+    said = bench.check_same_end(name)
+    runs, killed, during = runs + 1, killed + kills[0], during + kills[1]
+    bench.show(f"run {runs}, killed {killed} times so far, {during} during a save: {said}")
+    shutil.rmtree(bench.folder / name)
+  return runs, killed, during

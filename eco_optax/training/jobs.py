@@ -33,7 +33,7 @@ def only_one(folder: pathlib.Path) -> Iterator[None]:
     file = (folder / "lock").open("a+")
   except OSError as error:
     raise OSError(
-      f"cannot write in {folder}: {error.strerror}. Make it writable, or use another workdir"
+      f"cannot write in {folder}: {error.strerror}. Make it writable, or use another folder"
     ) from error
   with file:
     try:
@@ -42,7 +42,7 @@ def only_one(folder: pathlib.Path) -> Iterator[None]:
       file.seek(0)
       raise BlockingIOError(
         f"{folder} is in use by process {file.read().strip() or 'of unknown number'}: wait for it,"
-        " end it, or use another workdir"
+        " end it, or use another folder"
       ) from error
     file.truncate(0)
     file.write(f"{os.getpid()} on {os.uname().nodename}")
@@ -59,7 +59,7 @@ def plain_errors() -> Iterator[None]:
   message = ""
   try:
     yield
-  except (OSError, ValueError, FloatingPointError) as error:
+  except (ImportError, OSError, ValueError, FloatingPointError) as error:
     message = f"error: {error}"
     logging.debug("%s", "".join(traceback.format_exception(error)))
   if message:

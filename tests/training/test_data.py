@@ -129,9 +129,7 @@ def test_any_number_of_hosts_reads_each_example_once(monkeypatch):
   monkeypatch.setattr(pipeline, "_assemble", lambda own, rows, *_: own)
   read = []
   for steps, hosts in ((range(13), 1), (range(13, 26), 4), (range(26, 40), 2)):
-    ahead = [
-      pipeline.batches(windows, steps[0], 8, HostRows(host, hosts)) for host in range(hosts)
-    ]
+    ahead = [pipeline.batches(windows, steps[0], 8, HostRows(host, hosts)) for host in range(hosts)]
     for _ in steps:
       read.append(np.concatenate([next(host).tokens[:, 0] for host in ahead]))
   assert sorted(np.concatenate(read)) == list(range(320))

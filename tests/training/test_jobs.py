@@ -26,7 +26,7 @@ def test_the_second_job_in_a_folder_is_refused(tmp_path):
   )
   assert holder.stdout.readline() == "held\n"
   with (
-    pytest.raises(BlockingIOError, match=f"is in use by process {holder.pid} on .*another workdir"),
+    pytest.raises(BlockingIOError, match=f"is in use by process {holder.pid} on .*another folder"),
     jobs.only_one(tmp_path),
   ):
     pass
@@ -43,13 +43,13 @@ def test_the_second_job_in_a_folder_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with (
-    pytest.raises(OSError, match=r"cannot write in .*file/run.*another workdir"),
+    pytest.raises(OSError, match=r"cannot write in .*file/run.*another folder"),
     jobs.only_one(tmp_path / "file" / "run"),
   ):
     pass
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, FloatingPointError])
+@pytest.mark.parametrize("error", [ImportError, OSError, ValueError, FloatingPointError])
 def test_what_users_can_mend_is_one_line(error):
   with pytest.raises(SystemExit) as stopped, jobs.plain_errors():
     raise error("do this")

@@ -96,8 +96,10 @@ def _assemble(
   where = {row: i for i, row in enumerate(rows)}
 
   def whole(x: np.ndarray) -> jax.Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-      return x[[where[row] for row in range(batch_size)[index[0]]], *index[1:]]
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
+      numbers = np.array([where[row] for row in range(batch_size)[index[0]]], int)
+      return x[numbers][:, *index[1:]]
 
     return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, read)
 

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: tokens in memory-mapped arrays, and a manifest that says what they are.
+"""A prepared corpus on disk: tokens in memory-mapped arrays, and a manifest of what they are.
 
 A folder holds `manifest.json`, the tokenizer's file if it has one, and each split's shards: `.npy`
 files of uint16 or uint32, every document followed by the separator. A corpus that is not trained on
@@ -25,7 +25,7 @@ class TokenStream:
   """The tokens of one split, shard after shard, as if they were one array."""
 
   def __init__(self, shards: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None):
-    """Takes arrays of tokens, in memory or on disk, and of whether each is trained on (None: all)."""
+    """Takes arrays of tokens, and of booleans, whether each is trained on (None: all are)."""
     self._shards, self._masks = shards, masks
     self._ends = np.cumsum([len(shard) for shard in shards])
 
@@ -72,7 +72,9 @@ def write(path: pathlib.Path, array: np.ndarray) -> str:
   """
   new = path.with_name(path.name + ".new")
   with new.open("wb") as file:
-    np.save(file, array, allow_pickle=False)
+    # np.save leaves the end of an array out, without an error, where a disk is full.
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(np.ascontiguousarray(array).data)
     file.flush()
     os.fsync(file.fileno())
   digest = sha256(new)
@@ -126,7 +128,7 @@ def load(folder: str | os.PathLike, verify: bool = True) -> Dataset:
     if masks and len(masks) != len(shards):
       raise ValueError(f"{folder / MANIFEST}: only some shards of {split} have masks. {_AGAIN}")
     streams.append(TokenStream(shards, masks or None))
-  return Dataset(*streams, vocabulary, manifest["separator"], manifest)
+  return Dataset(streams[0], streams[1], vocabulary, manifest["separator"], manifest)
 
 
 _AGAIN = "Prepare the corpus again with scripts/prepare_data.py, into an empty folder"

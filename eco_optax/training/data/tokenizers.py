@@ -1,0 +1,196 @@
+"""Text to tokens and back: bytes, SentencePiece, a tokenizer.json, or a BPE of one's own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eco_optax.training.data import shards
+from eco_optax.training.data.readers import need
+
+_SEPARATORS = ("</s>", "<|endoftext|>", "<eos>", "[EOS]", "<|end_of_text|>")  # Looked for in order.
+# What each kind's file is called in a prepared corpus.
+FILES = {
+  "sentencepiece": "tokenizer.model",
+  "huggingface": "tokenizer.json",
+  "bpe": "tokenizer.json",
+}
+SMALLEST_BPE = 257  # Bytes and the separator.
+
+
+class Tokenizer(NamedTuple):
+  """How a corpus became tokens."""
+
+  encode: Callable[[str], np.ndarray]  # Tokens of a text, int64.
+  # The same, and the character of the text at which each token starts, int64.
+  encode_with_starts: Callable[[str], tuple[np.ndarray, np.ndarray]]
+  decode: Callable[[Sequence[int]], str]
+  vocabulary: int  # Every token is below it.
+  separator: int  # The token behind each document, which no text is encoded to.
+
+
+def kind_of(name: str) -> str:
+  """The kind of a tokenizer that is asked for by "bytes", by "bpe" or by its file.
+
+  Raises:
+    FileNotFoundError: if the file is missing.
+    ValueError: if the name is of no kind.
+  """
+  if name in ("bytes", "bpe"):
+    return name
+  kinds = {".model": "sentencepiece", ".json": "huggingface"}
+  kind = kinds.get(pathlib.Path(name).suffix)
+  if kind is None:
+    raise ValueError(
+      f"tokenizer {name!r} is not 'bytes', 'bpe', a SentencePiece .model or a tokenizer.json"
+    )
+  if not os.path.isfile(name):
+    raise FileNotFoundError(f"there is no tokenizer {name}: check the path")
+  return kind
+
+
+def describe(kind: str, path: pathlib.Path | None, separator: str | None = None) -> dict[str, Any]:
+  """What a manifest says of a tokenizer, having read it.
+
+  Args:
+    kind: of `kind_of`.
+    path: of its file, if it has one; a prepared corpus has it under the name that is returned.
+    separator: the piece behind each document, if not the one that is found by itself.
+
+  Returns:
+    What `load` needs, and the vocabulary's size.
+
+  Raises:
+    ImportError: if its package is not installed.
+    ValueError: if its file cannot be read, or names no separator.
+  """
+  description: dict[str, Any] = {"kind": kind}
+  if path is not None:
+    description |= {"file": FILES[kind], "sha256": shards.sha256(path)}
+  if separator is not None:
+    description["separator"] = separator
+  return description | {"vocabulary": _open(kind, path, separator).vocabulary}
+
+
+def load(folder: pathlib.Path, description: dict[str, Any]) -> Tokenizer:
+  """The tokenizer of a prepared corpus.
+
+  Args:
+    folder: of the corpus.
+    description: of the tokenizer in its manifest.
+
+  Raises:
+    As `describe`.
+  """
+  name = description.get("file")
+  return _open(description["kind"], folder / name if name else None, description.get("separator"))
+
+
+def _open(kind: str, path: pathlib.Path | None, separator: str | None) -> Tokenizer:
+  if path is None:
+    return _bytes()
+  return (_sentencepiece if kind == "sentencepiece" else _huggingface)(path, separator)
+
+
+def _bytes() -> Tokenizer:
+  encode = lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+  def encode_with_starts(text: str) -> tuple[np.ndarray, np.ndarray]:
+    ids = encode(text)
+    # In UTF-8 a byte of the form 10xxxxxx goes on with the character before it.
+    return ids, np.cumsum(ids & 0xC0 != 0x80) - 1
+
+  decode = lambda ids: bytes(np.asarray(ids).tolist()).decode(errors="replace")
+  return Tokenizer(encode, encode_with_starts, decode, 256, 0)
+
+
+def _sentencepiece(path: pathlib.Path, separator: str | None) -> Tokenizer:
+  library = need("sentencepiece", "a SentencePiece tokenizer")
+  try:
+    model = library.SentencePieceProcessor(model_proto=path.read_bytes())
+  except (RuntimeError, TypeError) as error:
+    raise ValueError(
+      f"{path} is not a SentencePiece model, or is damaged ({error}): fetch it again"
+    ) from error
+  token = model.eos_id() if separator is None else model.piece_to_id(separator)
+  if token < 0 or (separator is not None and model.id_to_piece(token) != separator):
+    raise ValueError(
+      f"{path} has no {separator or 'end-of-sentence piece'} to put behind each document: name"
+      " another piece with --separator, one that texts do not hold"
+    )
+
+  def encode_with_starts(text: str) -> tuple[np.ndarray, np.ndarray]:
+    pieces = model.encode(text, out_type="offset_mapping")
+    starts = [start for start, _ in pieces["offsets"]]
+    return np.array(pieces["ids"], np.int64), np.array(starts, np.int64)
+
+  encode = lambda text: np.array(model.encode(text), np.int64)
+  decode = lambda ids: model.decode(np.asarray(ids).tolist())
+  return Tokenizer(encode, encode_with_starts, decode, model.get_piece_size(), token)
+
+
+def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
+  library = need("tokenizers", "a tokenizer.json")
+  try:
+    model = library.Tokenizer.from_file(str(path))
+  except Exception as error:  # The library raises bare exceptions.
+    raise ValueError(
+      f"{path} is not a tokenizer.json of Hugging Face's tokenizers, or is damaged ({error}):"
+      " fetch it again"
+    ) from error
+  # A text is encoded as it is: whole, and with what looks like a special token as characters.
+  model.no_truncation()
+  model.no_padding()
+  model.encode_special_tokens = True
+  wanted = _SEPARATORS if separator is None else (separator,)
+  token = next((token for x in wanted if (token := model.token_to_id(x)) is not None), None)
+  if token is None:
+    raise ValueError(
+      f"{path} has none of {', '.join(wanted)} to put behind each document: name the token that"
+      " ends a text there with --separator"
+    )
+
+  def encode(text: str) -> np.ndarray:
+    (encoding,) = model.encode_batch_fast([text], add_special_tokens=False)
+    return np.array(encoding.ids, np.int64)
+
+  def encode_with_starts(text: str) -> tuple[np.ndarray, np.ndarray]:
+    encoding = model.encode(text, add_special_tokens=False)
+    starts = [start for start, _ in encoding.offsets]
+    return np.array(encoding.ids, np.int64), np.array(starts, np.int64)
+
+  decode = lambda ids: model.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+  # Tokens may be left out of a vocabulary, so its size alone does not bound them.
+  vocabulary = max(model.get_vocab(with_added_tokens=True).values()) + 1
+  return Tokenizer(encode, encode_with_starts, decode, vocabulary, token)
+
+
+def train_bpe(texts: Iterator[str], vocabulary: int) -> str:
+  """Trains a byte-level BPE, the same from the same texts.
+
+  Args:
+    texts: to learn merges from, all of which are in memory at once.
+    vocabulary: number of tokens, `SMALLEST_BPE` or more: short texts give fewer.
+
+  Returns:
+    The contents of its tokenizer.json.
+
+  Raises:
+    ImportError: if its package is not installed.
+  """
+  library = need("tokenizers", "--tokenizer=bpe")
+  model = library.Tokenizer(library.models.BPE())
+  model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = library.decoders.ByteLevel()
+  trainer = library.trainers.BpeTrainer(
+    vocab_size=vocabulary,
+    special_tokens=["<|endoftext|>"],
+    initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  return model.to_str()

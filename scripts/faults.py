@@ -1,0 +1,38 @@
+"""Injects faults into real small runs: python scripts/faults.py --out=results/faults.
+
+--soak=60 kills and continues runs for 60 minutes instead.
+"""
+
+import json
+import pathlib
+
+from absl import app, flags
+
+from eco_optax.training import faults, report
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Folder of the runs.")
+_OUT = flags.DEFINE_string("out", "results/faults", "Folder of faults.json and faults.md.")
+_ONLY = flags.DEFINE_multi_string("only", [], "Names of faults; all if none is given.")
+_SOAK = flags.DEFINE_float("soak", 0, "Minutes to kill and continue runs, and nothing else.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which runs are killed.")
+
+
+def main(_: list[str]) -> None:
+  """Runs the faults and writes what happened."""
+  show = lambda text: print(text, flush=True)
+  bench = faults.Bench(pathlib.Path(_WORKDIR.value).absolute(), _SEED.value, show)
+  if _SOAK.value:
+    faults.soak(bench, _SOAK.value)
+    return
+  outcomes = faults.inject(bench, _ONLY.value)
+  out = pathlib.Path(_OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  result = {"outcomes": outcomes, "seed": _SEED.value, **report.describe_machine()}
+  (out / "faults.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+  (out / "faults.md").write_text(faults.table(outcomes))
+  if any(outcome.startswith("FAILED") for outcome in outcomes.values()):
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,17 @@
+"""Makes a run's summary and plot again: python scripts/summarize.py --workdir=runs/stdlib_1m."""
+
+from absl import app, flags
+
+from eco_optax.training import jobs, report
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
+
+
+def main(_: list[str]) -> None:
+  """Writes summary.json and loss.png from run.json and metrics.jsonl."""
+  with jobs.plain_errors():
+    print(report.closing_table(report.summarize(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+  app.run(main)
