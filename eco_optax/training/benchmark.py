@@ -1,7 +1,8 @@
-"""What one optimizer step and its random bits cost, as ratios within one process."""
+"""What an optimizer step, its random bits and a checkpoint cost, measured within one process."""
 
 from __future__ import annotations
 
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -9,10 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import optax
 
 import eco_optax as eco
 from eco_optax import rounding
+from eco_optax.training import checkpoints, loop, memory, sharding
+from eco_optax.training import config as config_lib
+from eco_optax.training import step as step_lib
+from eco_optax.training.data import pipeline
+from eco_optax.training.models import transformer
 
 
 def paired_ratios(
@@ -108,3 +116,61 @@ def optimizer_step(size: int, repeats: int) -> dict[str, dict[str, float]]:
     },
     repeats,
   )
+
+
+def checkpoint(
+  config: ml_collections.ConfigDict, folder: pathlib.Path, saves: int, between: int = 5
+) -> dict[str, Any]:
+  """What a save costs a run of this config.
+
+  Args:
+    config: of the run; its data are not read, tokens are drawn at random.
+    folder: to save in, on the disk that is to be measured.
+    saves: how many.
+    between: steps that are timed before each, with no save under way.
+
+  Returns:
+    Bytes of the state and on disk, and medians of seconds: a step with and without a save under
+    way, the time for which a save stops the run, and the time until it is whole.
+  """
+  tx, mesh = loop.prepare(config)
+  split = sharding.batch_sharding(mesh)
+  draw = np.random.default_rng(0)
+  steps: dict[str, list[float]] = {"alone": [], "saving": []}
+  stopped, whole = [], []
+  with jax.set_mesh(mesh), checkpoints.manager(folder, keep=2) as store:
+    state = step_lib.init_state(config, tx, mesh)
+    train_step = step_lib.make_train_step(config, tx, mesh)
+    shape = (config.batch_size, config.length + 1)
+    tokens = jax.device_put(draw.integers(0, config.model.vocabulary, shape, np.int32), split)
+    state, _ = jax.block_until_ready(train_step(state, pipeline.Batch(tokens)))
+
+    def timed_step(kind: str) -> None:
+      nonlocal state
+      start = time.perf_counter()
+      state, _ = jax.block_until_ready(train_step(state, pipeline.Batch(tokens)))
+      steps[kind].append(time.perf_counter() - start)
+
+    for number in range(saves):
+      for _ in range(between):
+        timed_step("alone")
+      start = time.perf_counter()
+      checkpoints.save(store, number, state, config, {}, {}, {})
+      stopped.append(time.perf_counter() - start)
+      while store.is_saving_in_progress():
+        timed_step("saving")
+      checkpoints.finish(store)
+      whole.append(time.perf_counter() - start)
+    newest = folder / str(saves - 1)
+    on_disk = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+  median = lambda values: statistics.median(values) if values else None
+  return {
+    "parameters": transformer.count_params(config_lib.model(config), embedding=True),
+    "state_bytes": sum(leaf.array.nbytes for leaf in memory.leaves(state)),
+    "bytes_on_disk": on_disk,
+    "seconds_per_step": median(steps["alone"]),
+    "seconds_per_step_while_saving": median(steps["saving"]),
+    "seconds_stopped_per_save": median(stopped),
+    "seconds_until_whole": median(whole),
+    "saves": saves,
+  }

@@ -150,7 +150,12 @@ class Bench:
       stderr=subprocess.STDOUT,
       text=True,
       preexec_fn=prepare,
-      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"},
+      env=os.environ
+      | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+      },
     )
 
   def run(self, name: str, **kwargs: Any) -> tuple[int, str]:

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import pytest
 from matplotlib import image
 
 import eco_optax as eco
-from eco_optax.training import comparison, loop, memory, methods, metrics, report, sharding
+from eco_optax.training import comparison, faults, loop, memory, methods, metrics, report, sharding
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline, shards
@@ -185,6 +188,93 @@ def test_a_run_that_diverges_says_where(tmp_path):
   assert [(row["step"], row["grad_norm"]) for row in rows] == [(2, None)]
   row = {"run": "a", **summary}
   assert "| a | diverged at step 2 |  | 9.11 |" in comparison.table([row])
+
+
+def stop_before(monkeypatch, step):
+  """Sends this process SIGTERM when a run reads the batch of a step."""
+  honest = pipeline.batches
+
+  def batches(windows, start, *args):
+    for number, batch in enumerate(honest(windows, start, *args), start + 1):
+      if number == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(pipeline, "batches", batches)
+
+
+def end_of(workdir):
+  """Checksums of the last state, and the metrics without the clock's."""
+  newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+  record = json.loads((newest / "record" / "metadata").read_text())
+  rows = metrics.read_metrics(workdir / "metrics.jsonl")
+  drop = lambda row: {k: v for k, v in row.items() if k not in metrics.TIMING}
+  return record["step"], record["checksums"], [drop(row) for row in rows]
+
+
+def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys):
+  config = get_config(steps=40, log_every=5, evaluate_every=20, **{"checkpoint.every": 10})
+  whole = loop.train(config, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    stop_before(patch, 17)
+    with pytest.raises(SystemExit) as stopped:
+      loop.train(config, tmp_path / "stopped")
+  assert stopped.value.code == 0
+  assert "asked to stop at step 17: saved, the same command goes on" in capsys.readouterr().out
+  shutil.copytree(tmp_path / "stopped", tmp_path / "elsewhere")
+  shutil.copytree(tmp_path / "stopped", tmp_path / "changed")
+
+  summary = loop.train(config, tmp_path / "stopped")
+  assert "on 8 cpu devices, from step 17" in capsys.readouterr().out
+  assert end_of(tmp_path / "stopped") == end_of(tmp_path / "whole")
+  assert summary["validation_loss"] == whole["validation_loss"]
+  # The summary comes from the run's files, at any time.
+  (tmp_path / "stopped" / "summary.json").unlink()
+  assert report.summarize(tmp_path / "stopped") == summary
+  # A run that is complete says so again, and trains nothing.
+  again = loop.train(config, tmp_path / "stopped")
+  assert again["validation_loss"] == whole["validation_loss"]
+  assert end_of(tmp_path / "stopped") == end_of(tmp_path / "whole")
+
+  # On another mesh sums are made in another order, which 23 steps do not make much of.
+  config.mesh.update(data=2, fsdp=4)
+  elsewhere = loop.train(config, tmp_path / "elsewhere")
+  assert elsewhere["validation_loss"] == pytest.approx(whole["validation_loss"], abs=0.01)
+
+  config.optimizer.b2 = 0.9
+  with pytest.raises(ValueError, match=r"optimizer\.b2 was 0\.98 and is 0\.9"):
+    loop.train(config, tmp_path / "changed")
+
+
+def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
+  config = get_config(steps=30, log_every=10, **{"checkpoint.every": 10})
+  monkeypatch.setattr(pipeline, "batches", pipeline.batches)  # Restored after the test.
+  faults.poison("17")
+  with pytest.raises(
+    FloatingPointError, match=r"loss nan .* first in the gradient of .* at step 17"
+  ):
+    loop.train(config, tmp_path / "stop")
+  assert sorted(p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()) == ["10"]
+  assert metrics.read_metrics(tmp_path / "stop" / "metrics.jsonl")[-1]["step"] == 10
+
+  config.nonfinite = "skip"
+  summary = loop.train(config, tmp_path / "stop")  # With the config's other policy it goes on.
+  assert summary["skipped"] == 1
+  assert np.isfinite(summary["validation_loss"])
+  out = capsys.readouterr().out
+  assert "at step 17 with method 'eco_sr': skip" in out
+  assert "1, because they were not finite" in out
+
+
+def test_prepared_data_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+  data = corpus.standard_library_dataset()
+  monkeypatch.setattr(shards, "load", lambda *_: data._replace(vocabulary=1000))
+  config = get_config(**{"data.path": "prepared"})
+  with pytest.raises(ValueError, match=r"vocabulary 256 is less than the 1000 tokens .* set it to"):
+    loop.train(config, tmp_path)
+  config = get_config(**{"model.separator": 3})
+  with pytest.raises(ValueError, match="separator 3 is not the data's, which is 0"):
+    loop.train(config, tmp_path)
 
 
 def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
