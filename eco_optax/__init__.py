@@ -1,6 +1,7 @@
 """ECO: training quantized networks without master weights, as Optax transforms."""
 
 from eco_optax import diagnostics as diagnostics
+from eco_optax import theory as theory
 from eco_optax.aliases import adamw as adamw
 from eco_optax.aliases import sgd as sgd
 from eco_optax.error_feedback import error_feedback_to_momentum as error_feedback_to_momentum

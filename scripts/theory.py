@@ -1,0 +1,43 @@
+"""Holds the package's transforms against the theory: python scripts/theory.py --study=bounds."""
+
+import pathlib
+import runpy
+
+from absl import app, flags
+
+from eco_optax.training import bounds, similarity, stationary
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_STUDIES = ("stationary", "bounds", "similarity")
+_STUDY = flags.DEFINE_enum(
+  "study",
+  "all",
+  ["all", *_STUDIES],
+  "Closed forms under white noise, bounds on a network, or similarity of errors in training.",
+)
+_SMALL = flags.DEFINE_bool("small", False, "Fewer points, chains and steps: under a minute.")
+_RESULTS = flags.DEFINE_string(
+  "results", str(_ROOT / "results" / "theory"), "Folder where figures go."
+)
+
+
+def main(_: list[str]) -> None:
+  """Runs what is wanted and fails if a claim of the theory does not hold."""
+  out, failures = pathlib.Path(_RESULTS.value), []
+  out.mkdir(parents=True, exist_ok=True)
+  for study in _STUDIES if _STUDY.value == "all" else [_STUDY.value]:
+    if study == "similarity":
+      name, steps = ("tiny", 20) if _SMALL.value else ("stdlib_1m", 400)
+      config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
+      config.steps = steps
+      runs = dict(list(similarity.RUNS.items())[: 1 if _SMALL.value else None])
+      failures += similarity.run(config, out, runs)
+    else:
+      failures += {"stationary": stationary, "bounds": bounds}[study].run(out, _SMALL.value)
+    print((out / f"{study}.md").read_text())
+  if failures:
+    raise SystemExit("does not hold:\n" + "\n".join(failures))
+
+
+if __name__ == "__main__":
+  app.run(main)
