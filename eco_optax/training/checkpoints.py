@@ -103,17 +103,23 @@ def manager(folder: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
     )
 
 
+def _reason(error: BaseException) -> str:
+  """The first line of what an error comes from, without its middle if it is long."""
+  while error.__cause__:
+    error = error.__cause__
+  text = (str(error).strip() or repr(error)).splitlines()[0]
+  # TensorStore names the file first and says what is wrong at the end.
+  return text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
+
+
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
   """Turns the many errors of file systems into one that says what to do."""
   try:
     yield
   except Exception as error:
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    if len(reason) > 300:  # TensorStore names the file first and says what is wrong at the end.
-      reason = f"{reason[:100]} … {reason[-200:]}"
     raise OSError(
-      f"{what}: {reason}. Checkpoints saved before are as they were: make room or make the folder"
+      f"{what}: {_reason(error)}. Checkpoints saved before are as they were: make room or make the folder"
       " writable, then run the same command again"
     ) from error
 
@@ -226,8 +232,7 @@ def _attempt(read: Any) -> tuple[Any, str]:
   try:
     value = read()
   except Exception as error:  # Whatever Orbax and TensorStore raise for files that are not theirs.
-    text = str(error).strip()
-    reason = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)
+    reason = _reason(error)
   if jax.process_count() > 1:
     good = multihost_utils.process_allgather(np.array(value is not None))
     if not good.all():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
+import logging as python_logging
 import os
 import pathlib
 import signal
@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -50,6 +51,24 @@ def only_one(folder: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _quiet_libraries() -> None:
+  """Sends to the debug log what reads and writes that were given up say from other threads.
+
+  Orbax and TensorStore print dozens of tracebacks around the one error that counts.
+  """
+  shown = sys.excepthook
+
+  def excepthook(*error: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+      shown(*error)
+    else:
+      logging.debug("%s", "".join(traceback.format_exception(*error)))
+
+  sys.excepthook = excepthook
+  sys.unraisablehook = lambda ignored: logging.debug("ignored: %r", ignored.exc_value)
+  python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+
+
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
   """Ends the process with code 1 and one line for errors that its user can mend.
@@ -58,12 +77,12 @@ def plain_errors() -> Iterator[None]:
   """
   message = ""
   try:
+    _quiet_libraries()
     yield
   except (ImportError, OSError, ValueError, FloatingPointError) as error:
     message = f"error: {error}"
     logging.debug("%s", "".join(traceback.format_exception(error)))
   if message:
-    gc.collect()  # What libraries say of writes that were given up comes before the message.
     sys.exit(message)
 
 
