@@ -119,8 +119,8 @@ def _explained(what: str) -> Iterator[None]:
     yield
   except Exception as error:
     raise OSError(
-      f"{what}: {_reason(error)}. Checkpoints saved before are as they were: make room or make the folder"
-      " writable, then run the same command again"
+      f"{what}: {_reason(error)}. Checkpoints saved before are as they were: make room or make the"
+      " folder writable, then run the same command again"
     ) from error
 
 
