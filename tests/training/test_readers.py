@@ -38,12 +38,12 @@ TEXTS = ["one\ntwo", "naïve 漢字 🙂", " ends with a space "]
 @pytest.mark.parametrize(
   ("name", "data", "format", "texts"),
   [
-    ("a.json.gz", gzip.compress(jsonl(*TEXTS)), "c4", TEXTS),
+    ("a.json.gz", gzip.compress(jsonl(*TEXTS), mtime=0), "c4", TEXTS),
     ("a.json", jsonl(*TEXTS), "c4", TEXTS),
     ("a.jsonl", jsonl("x") + b"\n  \n" + jsonl("y")[:-1], "c4", ["x", "y"]),
     ("a.jsonl", jsonl("x", "", "y"), "c4", ["x", "y"]),
     ("a.txt", "a b\r\n\n \nc\u2028d\x0ce\nf".encode(), "lines", ["a b", "c\u2028d\x0ce", "f"]),
-    ("a.txt.gz", gzip.compress(b"a\nb\n"), "lines", ["a", "b"]),
+    ("a.txt.gz", gzip.compress(b"a\nb\n", mtime=0), "lines", ["a", "b"]),
     ("a.txt", "a\r\n\nb é\n".encode(), "text", ["a\r\n\nb é\n"]),
     ("a.parquet", parquet(TEXTS * 700, rows=900), "parquet", TEXTS * 700),
   ],
@@ -97,8 +97,8 @@ def test_any_text_survives(texts):
   assert whole[0].text == texts[0]
 
 
-cut = gzip.compress(jsonl(*(f"document {i} {i**20}" for i in range(2000))))
-flipped = bytearray(gzip.compress(b"line\n" * 3))
+cut = gzip.compress(jsonl(*(f"document {i} {i**20}" for i in range(2000))), mtime=0)
+flipped = bytearray(gzip.compress(b"line\n" * 3, mtime=0))
 flipped[-5] ^= 255  # In the checksum.
 BAD = {
   "truncated gzip": ("a.json.gz", cut[:-1000], "c4", ["cut short", r"after line \d+", "again"]),
@@ -129,7 +129,7 @@ BAD = {
   "not UTF-8 file": ("a.txt", b"ab\n\xc3", "text", ["a.txt: byte 3 is 0xc3", "iconv"]),
   "empty": ("a.txt", b"", "text", ["is empty", "leave it out"]),
   "no text": ("a.txt", b"\n \n", "lines", ["holds no text"]),
-  "empty gzip": ("a.json.gz", gzip.compress(b""), "c4", ["holds no text"]),
+  "empty gzip": ("a.json.gz", gzip.compress(b"", mtime=0), "c4", ["holds no text"]),
   "no assistant": ("a.jsonl", jsonl("### Human: x"), "guanaco", ["line 1", "Assistant:'", "mend"]),
   "no column": ("a.parquet", parquet(["x"], "body"), "parquet", ["'id', 'body'", "--field"]),
   "not Parquet": ("a.parquet", b"PAR1 no", "parquet", ["is not Parquet", "again"]),

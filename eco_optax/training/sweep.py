@@ -1,0 +1,172 @@
+"""Many runs, each in a process on cores of its own, one line of results per finished run.
+
+The lines are all that a sweep needs to go on: on another day or machine, runs that have one are not
+run again, and those that were cut short go on from their checkpoints where these are at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+
+from eco_optax.training import config as config_lib
+from eco_optax.training import metrics
+
+_RUN = """
+import json
+import sys
+from eco_optax.training import config, jobs, loop
+changed = config.defaults()
+changed.update_from_flattened_dict(json.loads(sys.argv[1]))
+with jobs.plain_errors():
+  loop.train(changed, sys.argv[2])
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run of a sweep."""
+
+  name: str
+  changes: dict[str, Any]  # To the sweep's config, by the names that flags give keys.
+
+  @property
+  def folder(self) -> str:
+    """The name as one of a folder."""
+    return re.sub(r"[^\w.+-]+", "_", self.name)
+
+
+def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """The finished runs of a results file, by name; the last line of a name counts."""
+  rows = metrics.read_metrics(path) if path.exists() else []
+  return {row["run"]: row for row in rows}
+
+
+def missing(
+  runs: Sequence[Run], path: pathlib.Path, config: ml_collections.ConfigDict
+) -> list[Run]:
+  """The runs that have no line yet, or one of another config, in their order."""
+  done = read(path)
+  return [
+    run
+    for run in runs
+    if run.name not in done or done[run.name]["config"] != _settings(config, run)
+  ]
+
+
+def _settings(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
+  """Everything that a run's numbers depend on but its data, as it comes back from JSON."""
+  flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
+  flat = {key: value for key, value in flat.items() if not key.startswith(("data.", "checkpoint."))}
+  return json.loads(json.dumps(flat))
+
+
+def sweep(
+  config: ml_collections.ConfigDict,
+  runs: Sequence[Run],
+  workdir: str | pathlib.Path,
+  results: str | pathlib.Path,
+  *,
+  processes: int = 1,
+  minutes: float = float("inf"),
+  show: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+  """Trains the runs that have no line in the results yet, several at a time.
+
+  Args:
+    config: of all runs, before what each changes.
+    runs: in the order in which they are wanted.
+    workdir: one folder per run is made in it, and removed once its line is written.
+    results: the file of lines: a run's name, settings, losses over time, bytes, versions, machine.
+    processes: at a time; each has its share of the cores, so that none waits for another.
+    minutes: after which no more are begun, and those that run are asked to stop and save.
+    show: is given a line whenever a run begins or ends.
+
+  Returns:
+    All finished runs by name.
+
+  Raises:
+    RuntimeError: if a run ends with an error, with what it said; the others are stopped, and saved.
+  """
+  workdir, results = pathlib.Path(workdir), pathlib.Path(results)
+  results.parent.mkdir(parents=True, exist_ok=True)
+  todo = missing(runs, results, config)
+  total, end = len(todo), time.monotonic() + 60 * minutes
+  cores = sorted(os.sched_getaffinity(0))
+  share = max(len(cores) // processes, 1)
+  free = [cores[i * share : (i + 1) * share] for i in range(processes)]
+  busy: list[tuple[Run, subprocess.Popen, list[int]]] = []
+  try:
+    while busy or (todo and time.monotonic() < end):
+      while todo and free and time.monotonic() < end:
+        run, own = todo.pop(0), free.pop()
+        show(f"{total - len(todo)}/{total} {run.name}")
+        busy.append((run, _start(config, run, workdir / run.folder, own), own))
+      time.sleep(0.5)
+      if time.monotonic() >= end:
+        for _, process, _ in busy:
+          process.terminate()
+      for entry in [entry for entry in busy if entry[1].poll() is not None]:
+        run, process, own = entry
+        busy.remove(entry)
+        free.append(own)
+        if process.returncode:
+          log = (workdir / run.folder / "log").read_text()
+          raise RuntimeError(f"{run.name} ended with {process.returncode}: {log[-2000:]}")
+        if (workdir / run.folder / "summary.json").exists():
+          row = _row(config, run, workdir / run.folder)
+          with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+          shutil.rmtree(workdir / run.folder)
+          show(f"{run.name}: {row['validation_loss']}")
+  finally:
+    for _, process, _ in busy:
+      process.terminate()
+    for _, process, _ in busy:
+      process.wait()
+  return read(results)
+
+
+def _start(
+  config: ml_collections.ConfigDict, run: Run, folder: pathlib.Path, cores: list[int]
+) -> subprocess.Popen:
+  """Begins or continues a run."""
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
+  with (folder / "log").open("w") as log:
+    return subprocess.Popen(
+      [sys.executable, "-c", _RUN, json.dumps(flat), str(folder)],
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      # Before JAX counts the cores to make its threads.
+      preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+
+
+def _row(config: ml_collections.ConfigDict, run: Run, folder: pathlib.Path) -> dict[str, Any]:
+  """What is kept of a run."""
+  summary = json.loads((folder / "summary.json").read_text())
+  rows = metrics.read_metrics(folder / "metrics.jsonl")
+  kept = "validation_loss diverged_at_step tokens seconds parameters quantized_parameters"
+  kept += " bytes_per_parameter versions machine"
+  curve = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+  return {
+    "run": run.name,
+    **{key: summary[key] for key in kept.split()},
+    "tokenizer": summary["corpus"]["tokenizer"],
+    "source": summary["corpus"]["source"],
+    "validation_curve": curve("validation_loss"),
+    "training_curve": [(step, round(loss, 4)) for step, loss in curve("loss")],
+    "config": _settings(config, run),
+  }
