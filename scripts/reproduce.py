@@ -2,20 +2,24 @@
 
 import pathlib
 import runpy
+import time
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training import comparison
+from eco_optax.training import claims, comparison, sweep
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "stdlib_1m.py"))
 _STUDY = flags.DEFINE_enum(
   "study",
   "methods",
-  ["methods", "families"],
-  "All methods on one config, or ECO and master weights on a model of each family.",
+  ["methods", "families", "claims"],
+  "All methods on one config; ECO and master weights on a model of each family; or the paper's"
+  " claims, at several learning rates and seeds.",
 )
+_PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of --study=claims.")
+_MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which --study=claims stops for now.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Folder of the runs themselves.")
 _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
 
@@ -26,6 +30,9 @@ def main(_: list[str]) -> None:
   if _STUDY.value == "methods":
     print(comparison.table(comparison.compare(_CONFIG.value, workdir, results / "stdlib_1m")))
     return
+  if _STUDY.value == "claims":
+    _claims(workdir, results / "claims")
+    return
   rows = {}
   for name in comparison.FAMILIES:
     config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
@@ -33,6 +40,30 @@ def main(_: list[str]) -> None:
     rows[name] = comparison.compare(config, workdir / name, out, comparison.FAMILY_RUNS)
     (results / "families" / "table.md").write_text(comparison.family_table(rows))
   print(comparison.family_table(rows))
+
+
+def _claims(workdir: pathlib.Path, out: pathlib.Path) -> None:
+  """Goes on with the runs as long as it may, and says how many are left."""
+  config = _CONFIG.value
+  if "config" not in flags.FLAGS or not flags.FLAGS["config"].present:
+    config = runpy.run_path(str(_ROOT / "configs" / "packages_1m.py"))["get_config"]()
+  lines, end = out / "runs.jsonl", time.monotonic() + 60 * _MINUTES.value
+  left = lambda: sweep.missing(claims.runs(sweep.read(lines), config.steps), lines, config)
+  while left() and (minutes := (end - time.monotonic()) / 60) > 0:
+    sweep.sweep(
+      config,
+      left(),
+      workdir,
+      lines,
+      processes=_PROCESSES.value,
+      minutes=minutes,
+      show=lambda text: print(text, flush=True),
+    )
+  rows = sweep.read(lines)
+  (out / "table.md").write_text(claims.table(rows))
+  claims.plot(rows, out)
+  print(claims.table(rows))
+  print(f"{len(rows)} runs are finished, {len(left())} are left")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+"""The paper's seven runs and ours beyond them, at several learning rates and seeds: what decides.
+
+Every method has its own best learning rate, as a user would find it; those that decide a claim are
+run there with more seeds, and the best without memory, beside their baselines, for more tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from eco_optax.training.sweep import Run
+
+Rows = Mapping[str, Mapping[str, Any]]  # Finished runs by name, see `sweep.read`.
+
+LEARNING_RATES = (2e-3, 6e-4, 6e-3)
+SEEDS = (0, 1, 2)
+LONGER = 4  # Times the tokens, for the methods that matter most.
+
+# Methods by name: what they change in the config.
+METHODS: dict[str, dict[str, Any]] = {
+  "master weights + RTN": {"method": "mw_rtn"},
+  "master weights + SR": {"method": "mw_sr"},
+  "naive RTN": {"method": "naive_rtn"},
+  "naive SR": {"method": "naive_sr"},
+  "ECO + RTN, paper's rule": {"method": "eco_rtn", "schedule_aware": False},
+  "ECO + RTN, schedule-aware": {"method": "eco_rtn"},
+  "ECO + SR, paper's rule": {"method": "eco_sr", "schedule_aware": False},
+  "ECO + SR, schedule-aware": {"method": "eco_sr"},
+  "int8 residual + RTN": {"method": "mw_rtn", "residual": "int8"},
+}
+BF16 = "BF16 master weights"
+BASELINE, NAIVE = "master weights + RTN", "naive RTN"
+# Whose differences are claims: these have three seeds.
+DECIDING = (
+  "master weights + RTN",
+  "master weights + SR",
+  "naive SR",
+  "ECO + RTN, schedule-aware",
+  "ECO + SR, paper's rule",
+  "ECO + SR, schedule-aware",
+  "int8 residual + RTN",
+)
+FORMATS: dict[str, dict[str, Any]] = {
+  "FP8": {"format": "FP8"},
+  "INT4": {"format": "INT4", "activation_format": "none"},  # Weights only, as the paper has it.
+}
+
+
+class Key(NamedTuple):
+  """What tells a run from the others."""
+
+  method: str
+  format: str
+  learning_rate: float
+  seed: int
+  tokens: int  # Times those of the config.
+
+  @property
+  def name(self) -> str:
+    """In results."""
+    longer = f", {self.tokens} × tokens" if self.tokens > 1 else ""
+    return f"{self.method}, {self.format}, lr {self.learning_rate:g}, seed {self.seed}{longer}"
+
+
+def _run(key: Key, steps: int) -> Run:
+  own = {"method": "bf16_mw"} if key.method == BF16 else METHODS[key.method] | FORMATS[key.format]
+  return Run(
+    key.name,
+    own
+    | {
+      "optimizer.learning_rate": key.learning_rate,
+      "seed": key.seed,
+      "steps": key.tokens * steps,
+      "evaluate_every": key.tokens * steps // 5,
+    },
+  )
+
+
+def best(rows: Rows, method: str, format: str) -> float | None:
+  """The learning rate with the lowest loss of seed 0; None until all have been tried.
+
+  A method that diverges at all of them has the smallest.
+  """
+  losses = {}
+  for rate in LEARNING_RATES:
+    row = rows.get(Key(method, format, rate, 0, 1).name)
+    if row is None:
+      return None
+    losses[rate] = math.inf if row["validation_loss"] is None else row["validation_loss"]
+  return min(sorted(losses), key=lambda rate: losses[rate])
+
+
+def _cells() -> Iterable[tuple[str, str]]:
+  """Methods and formats; the baseline without quantization has one of its own."""
+  return [(BF16, "none"), *((method, format) for format in FORMATS for method in METHODS)]
+
+
+def runs(rows: Rows, steps: int) -> list[Run]:
+  """The runs that are wanted once `rows` are finished, those that say most first.
+
+  Args:
+    rows: finished runs.
+    steps: of the config.
+
+  Returns:
+    Seed 0 of every method at every learning rate; then, as these are finished, other seeds of
+    `DECIDING` at their best one, and the longer runs.
+  """
+  keys = [Key(*cell, rate, 0, 1) for rate in LEARNING_RATES for cell in _cells()]
+  for seed in SEEDS[1:]:
+    for method, format in _cells():
+      rate = best(rows, method, format)
+      if rate is not None and (method in DECIDING or method == BF16):
+        keys.append(Key(method, format, rate, seed, 1))
+  for format in FORMATS:
+    for method in longer(rows, format):
+      rate = best(rows, method, format)
+      if rate is not None:
+        keys.append(Key(method, format, rate, 0, LONGER))
+  return [_run(key, steps) for key in keys]
+
+
+def longer(rows: Rows, format: str) -> list[str]:
+  """The two best methods without memory, and the baselines; none until all have been tried."""
+  memory_free = [method for method in METHODS if method.startswith("ECO")]
+  means = {method: mean(rows, method, format)[0] for method in memory_free}
+  if any(best(rows, method, format) is None for method in memory_free):
+    return []
+  return [BASELINE, "naive SR", *sorted(memory_free, key=lambda method: means[method])[:2]]
+
+
+def mean(rows: Rows, method: str, format: str, tokens: int = 1) -> tuple[float, float, int]:
+  """Mean loss at the best learning rate, its standard error over seeds, and how many there are.
+
+  The loss is infinite if a run diverged, the error NaN of one seed.
+  """
+  rate = best(rows, method, format)
+  keys = [Key(method, format, rate or 0.0, seed, tokens).name for seed in SEEDS]
+  found = [rows[key]["validation_loss"] for key in keys if key in rows]
+  losses = [math.inf if loss is None else loss for loss in found]
+  if not losses:
+    return math.nan, math.nan, 0
+  if len(losses) == 1 or math.inf in losses:
+    return statistics.fmean(losses), math.nan, len(losses)
+  return (
+    statistics.fmean(losses),
+    statistics.stdev(losses) / math.sqrt(len(losses)),
+    len(losses),
+  )
+
+
+def _shown(loss: float | None, digits: int = 4) -> str:
+  if loss is None or math.isnan(loss):
+    return "–"
+  return "diverged" if math.isinf(loss) else f"{loss:.{digits}f}"
+
+
+def table(rows: Rows) -> str:
+  """What came out, in Markdown: a table per format."""
+  out = []
+  rates = sorted(LEARNING_RATES)
+  for format in FORMATS:
+    reference, naive = mean(rows, BASELINE, format)[0], mean(rows, NAIVE, format)[0]
+    head = ["method", "bytes", *(f"lr {rate:g}" for rate in rates), "at its best", "seeds"]
+    head += ["against master weights + RTN", "of naive RTN's gap recovered", f"{LONGER} × tokens"]
+    out += ["", f"**{format}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method, own in [(BF16, "none"), *((method, format) for method in METHODS)]:
+      found = [rows.get(Key(method, own, rate, 0, 1).name) for rate in rates]
+      used = next((row["bytes_per_parameter"]["total"] for row in found if row), math.nan)
+      losses = [
+        "–" if row is None else _shown(math.inf if (x := row["validation_loss"]) is None else x)
+        for row in found
+      ]
+      value, error, seeds = mean(rows, method, own)
+      at_best = _shown(value) + ("" if math.isnan(error) else f" ± {error:.4f}")
+      gap = value - reference
+      share = (naive - value) / (naive - reference)
+      long = mean(rows, method, own, LONGER)[0]
+      cells = [method, f"{used:.2f}", *losses, at_best, str(seeds)]
+      cells += [f"{gap:+.4f}" if math.isfinite(gap) else "–"]
+      cells += [f"{share:.0%}" if math.isfinite(share) else "–", _shown(long)]
+      out.append(f"| {' | '.join(cells)} |")
+  return "\n".join(out[1:]) + "\n"
+
+
+def plot(rows: Rows, folder: pathlib.Path) -> None:
+  """Draws bytes against loss (pareto.png), learning rates (rates.png) and training (curves.png)."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
+  panels = lambda: plt.subplots(
+    1, len(FORMATS), figsize=(6 * len(FORMATS), 4.4), layout="constrained", squeeze=False
+  )
+
+  figure, axes = panels()
+  for ax, format in zip(axes[0], FORMATS, strict=True):
+    for method, color in colors.items():
+      value, error, _ = mean(rows, method, format)
+      rate = best(rows, method, format)
+      if rate is None or not math.isfinite(value):
+        continue
+      used = rows[Key(method, format, rate, 0, 1).name]["bytes_per_parameter"]["total"]
+      bar = 0.0 if math.isnan(error) else 2 * error
+      ax.errorbar(used, value, bar, marker="o", capsize=3, ls="", color=color, label=method)
+    ax.set(title=format, xlabel="bytes per parameter: weights, moments, residual")
+    ax.set_ylabel("validation loss at its best learning rate (nats per token)")
+    ax.grid(alpha=0.25)
+  axes[0][-1].legend(frameon=False, fontsize=8)
+  figure.savefig(folder / "pareto.png", dpi=140)
+  plt.close(figure)
+
+  figure, axes = panels()
+  for ax, format in zip(axes[0], FORMATS, strict=True):
+    for method, color in colors.items():
+      points = [
+        (rate, row["validation_loss"])
+        for rate in sorted(LEARNING_RATES)
+        if (row := rows.get(Key(method, format, rate, 0, 1).name)) and row["validation_loss"]
+      ]
+      if points:
+        ax.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
+    ax.set(title=format, xlabel="peak learning rate", xscale="log")
+    ax.set_ylabel("validation loss (nats per token)")
+    ax.grid(alpha=0.25)
+  axes[0][-1].legend(frameon=False, fontsize=8)
+  figure.savefig(folder / "rates.png", dpi=140)
+  plt.close(figure)
+
+  figure, axes = panels()
+  for ax, format in zip(axes[0], FORMATS, strict=True):
+    for method, color in colors.items():
+      rate = best(rows, method, format)
+      row = rows.get(Key(method, format, rate or 0.0, 0, 1).name)
+      if row and row["training_curve"]:
+        ax.plot(*zip(*row["training_curve"], strict=True), color=color, lw=1, label=method)
+    ax.set(title=format, xlabel="step", ylabel="training loss (nats per token)")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, min(high, low + 2))
+    ax.grid(alpha=0.25)
+  axes[0][-1].legend(frameon=False, fontsize=8)
+  figure.savefig(folder / "curves.png", dpi=140)
+  plt.close(figure)
