@@ -69,12 +69,12 @@ SMALL: dict[str, Any] = {
   "model.vocabulary": 512,
   "batch_size": 4,
   "length": 32,
-  "steps": 200,
+  "steps": 240,
   "log_every": 5,
   "evaluate_every": 50,
   "evaluate_batches": 4,
   "optimizer.learning_rate": 1e-2,
-  "checkpoint.every": 10,
+  "checkpoint.every": 40,
   "checkpoint.keep": 3,
 }
 
@@ -201,7 +201,7 @@ class Bench:
     if rows != wanted_rows:
       first = next((a, b) for a, b in zip(rows, wanted_rows, strict=False) if a != b)
       raise AssertionError(f"{name} has other metrics: {first[0]} for {first[1]}")
-    return "end bit for bit as undisturbed"
+    return "ended bit for bit as the undisturbed run"
 
 
 def poison(step: str) -> None:
@@ -448,7 +448,7 @@ def _second_job(bench: Bench) -> str:
   _until_step(bench, "twice", 5, process)
   said = _refused(bench, "twice", "is in use by process")
   process.communicate(timeout=300)
-  return f"the second {said}; the first came to its {bench.check_same_end('twice')}"
+  return f"the second {said}; the first {bench.check_same_end('twice')}"
 
 
 def _other_devices(bench: Bench) -> str:
@@ -469,7 +469,7 @@ def _nan_gradient(bench: Bench) -> str:
   assert bench.steps("nan")[-1] < 77
   bench.finish("nan", poison="0")
   bench.finish("weighted", poison="0")
-  return f"{said}; without the bad batch, {bench.check_same_end('nan', 'weighted')}"
+  return f"{said}; without the bad batch it {bench.check_same_end('nan', 'weighted')}"
 
 
 def _nan_gradient_skipped(bench: Bench) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -108,27 +108,41 @@ def evaluate(
   return float(nats / max(targets, 1))
 
 
-def first_bad(rows: list[dict[str, Any]], state: step_lib.State) -> tuple[int, str] | None:
-  """The number of the first row that is not finite, and what is not; None if all are."""
+class Bad(NamedTuple):
+  """What was not finite in a step."""
+
+  row: int  # Number of the step's row of metrics.
+  what: str
+  is_undone: bool  # Whether the step left weights and moments as they were.
+
+
+def first_bad(rows: list[dict[str, Any]], state: step_lib.State) -> Bad | None:
+  """The first row whose weights are not finite, or else whose gradient is not; None if all are."""
+  is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
+  flat = jax.tree_util.tree_flatten_with_path(state.params, is_leaf=is_packed)[0]
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+  for i, row in enumerate(rows):
+    if (leaf := int(row["bad_weight"])) >= 0:
+      return Bad(i, f"an update too large for the weights, first of {names[leaf]},", False)
   for i, row in enumerate(rows):
     if not metrics.is_finite(row["loss"], row["grad_norm"]):
-      is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
-      flat = jax.tree_util.tree_flatten_with_path(state.params, is_leaf=is_packed)[0]
-      names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
       leaf = int(row["bad_leaf"])
       where = f", first in the gradient of {names[leaf]}," if leaf >= 0 else ""
-      return i, f"loss {row['loss']} and gradient norm {row['grad_norm']}{where}"
+      return Bad(i, f"loss {row['loss']} and gradient norm {row['grad_norm']}{where}", True)
   return None
 
 
-def report_bad(config: ml_collections.ConfigDict, step: int, what: str) -> str:
-  """A line on what is not finite, or an error where the config wants the run to stop.
+def report_bad(
+  config: ml_collections.ConfigDict, step: int, what: str, is_undone: bool = True
+) -> str:
+  """A line on what is not finite, or an error where the run has to stop.
 
   Raises:
-    FloatingPointError: naming the step, where `config.nonfinite` is "stop".
+    FloatingPointError: naming the step, where `config.nonfinite` is "stop", or "skip" and the step
+      cannot be undone.
   """
   line = f"{what} at step {step} with method {config.method!r}"
-  if config.nonfinite == "stop":
+  if config.nonfinite == "stop" or not (is_undone or config.nonfinite == "record"):
     raise FloatingPointError(
       f"{line}: lower config.optimizer.learning_rate, or set config.nonfinite to 'skip' or"
       " 'record'; what is saved is from before that step"
@@ -231,10 +245,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
       speed, rate = clock.tokens_per_second, float(schedule(step - 1))
       timing = {"tokens_per_second": speed, "seconds": clock.seconds}
       if bad := first_bad(rows, state):
-        at = step - len(rows) + 1 + bad[0]
-        show(report_bad(config, at, bad[1]))
+        at = step - len(rows) + 1 + bad.row
+        show(report_bad(config, at, bad.what, bad.is_undone))
         if config.nonfinite == "record":
-          record(at, **_shown(rows[bad[0]]), diverged=True, **timing)
+          record(at, **_shown(rows[bad.row]), diverged=True, **timing)
           break
       validation = None
       if logs:
@@ -271,4 +285,4 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
   """What is recorded of a step."""
-  return {name: value for name, value in row.items() if name != "bad_leaf"}
+  return {name: value for name, value in row.items() if name not in ("bad_leaf", "bad_weight")}

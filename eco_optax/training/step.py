@@ -72,7 +72,8 @@ def make_train_step(
   A step whose loss or gradient is not finite leaves parameters and moments as they are, adds one to
   `state.skipped`, and tells in the metric `bad_leaf` which leaf of the gradient is the first that
   is not finite, by its number in the order of `jax.tree.leaves(params)` with packed leaves as one;
-  −1 where all are.
+  −1 where all are. The metric `bad_weight` tells the same of the parameters after the step: an
+  update of finite gradients may still be too large for float32.
 
   Args:
     config: of the run.
@@ -144,13 +145,23 @@ def make_train_step(
       return State(eco.apply_updates(state.params, updates), opt_state, state.skipped)
 
     # Of a leaf without a norm, some element is not finite, or their squares' sum is not.
-    is_bad = jnp.stack([~jnp.isfinite(methods.global_norm(g)) for g in jax.tree.leaves(grads)])
-    metrics["bad_leaf"] = jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1).astype(jnp.int32)
+    metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     state = jax.lax.cond(is_finite, update, lambda: state._replace(skipped=state.skipped + 1))
+    # Codes are finite; what is not shows in their scales.
+    is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
+    leaves = jax.tree.leaves(state.params, is_leaf=is_packed)
+    values = [leaf.float_scale() if is_packed(leaf) else leaf for leaf in leaves]
+    metrics["bad_weight"] = _first_without_norm(values)
     return state, metrics | {"skipped": state.skipped}
 
   return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None))
+
+
+def _first_without_norm(leaves: list[jax.Array]) -> jax.Array:
+  """Number of the first array whose norm is not finite, int32; −1 if all are."""
+  is_bad = jnp.stack([~jnp.isfinite(methods.global_norm(leaf)) for leaf in leaves])
+  return jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1).astype(jnp.int32)
 
 
 def make_eval_step(config: ml_collections.ConfigDict) -> Any:

@@ -17,7 +17,7 @@ def bench(tmp_path_factory):
 def test_a_run_that_is_killed_ends_as_one_that_is_not(bench):
   killed, _ = faults.kill(bench, "killed", 4)
   assert killed >= 2  # The others had ended before they were to be killed.
-  assert bench.check_same_end("killed") == "end bit for bit as undisturbed"
+  assert bench.check_same_end("killed") == "ended bit for bit as the undisturbed run"
 
 
 def test_a_difference_is_seen(bench):

@@ -266,6 +266,17 @@ def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
   assert "1, because they were not finite" in out
 
 
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_an_update_beyond_float32_is_never_saved(nonfinite, tmp_path):
+  config = get_config(steps=5, nonfinite=nonfinite, **{"checkpoint.every": 1, "log_every": 1})
+  config.optimizer.update(learning_rate=3e38, start_fraction=1.0, weight_decay=1e6)
+  with pytest.raises(
+    FloatingPointError, match=r"too large for the weights, first of .* at step 1 "
+  ):
+    loop.train(config, tmp_path)
+  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
 def test_prepared_data_that_do_not_fit_are_refused(tmp_path, monkeypatch):
   data = corpus.standard_library_dataset()
   monkeypatch.setattr(shards, "load", lambda *_: data._replace(vocabulary=1000))
