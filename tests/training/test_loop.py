@@ -170,24 +170,24 @@ def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
 
 
 def test_a_run_that_diverges_says_where(tmp_path):
-  # One step at this rate leaves weights whose gradient is no number; steps 20 and 40 are logged.
+  # One step at this rate leaves weights whose square is no number; steps 20 and 40 are logged.
   config = get_config(steps=40, **{"optimizer.learning_rate": 1e38})
-  with pytest.raises(FloatingPointError, match=r"at step 2 with method 'eco_sr'"):
+  with pytest.raises(FloatingPointError, match=r"at step 1 with method 'eco_sr'"):
     loop.train(config, tmp_path)
   config.nonfinite = "record"
   summary = loop.train(config, tmp_path)
-  assert summary["diverged_at_step"] == 2
-  assert "none, diverged at step 2" in report.closing_table(summary)
+  assert summary["diverged_at_step"] == 1
+  assert "none, diverged at step 1" in report.closing_table(summary)
 
   # JSON has no NaN, and readers other than Python's refuse it.
   refuse = lambda name: pytest.fail(f"{name} is not JSON")
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   for text in [(tmp_path / "summary.json").read_text(), *lines]:
     json.loads(text, parse_constant=refuse)
-  rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
-  assert [(row["step"], row["grad_norm"]) for row in rows] == [(2, None)]
+  (only,) = metrics.read_metrics(tmp_path / "metrics.jsonl")
+  assert (only["step"], only["diverged"]) == (1, 1)
   row = {"run": "a", **summary}
-  assert "| a | diverged at step 2 |  | 9.11 |" in comparison.table([row])
+  assert "| a | diverged at step 1 |  | 9.11 |" in comparison.table([row])
 
 
 def stop_before(monkeypatch, step):
