@@ -1,0 +1,112 @@
+"""A sweep runs what has no line yet, and the claims ask for what the lines so far call for."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from eco_optax.training import claims, config, sweep
+from eco_optax.training.data import prepare
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+  """A config of runs that take seconds, and their text."""
+  monkeypatch.delenv("XLA_FLAGS")  # Of the tests' own eight devices.
+  (tmp_path / "text").write_text("".join(f"line number {i} of a few\n" for i in range(100)))
+  sources = prepare.from_files([str(tmp_path / "text")])
+  prepare.prepare(
+    tmp_path / "data", sources, format="lines", name="a", tokenizer="bytes", percent=9
+  )
+  c = config.small()
+  c.data.path = str(tmp_path / "data")
+  c.model.update(layers=1, width=16, heads=1, mlp_width=32)
+  c.batch_size, c.length, c.steps, c.evaluate_every, c.evaluate_batches = 2, 16, 4, 2, 1
+  return c
+
+
+def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
+  runs = [sweep.Run(f"seed {seed}", {"seed": seed, "model.layers": 1}) for seed in range(2)]
+  lines, said = tmp_path / "runs.jsonl", []
+  rows = sweep.sweep(base, runs, tmp_path / "w", lines, processes=2, show=said.append)
+  assert set(rows) == {"seed 0", "seed 1"}
+  assert rows["seed 0"]["validation_loss"] == pytest.approx(math.log(256), abs=0.3)
+  assert rows["seed 0"]["validation_loss"] != rows["seed 1"]["validation_loss"]
+  assert [step for step, _ in rows["seed 0"]["validation_curve"]] == [2, 4]
+  assert not list((tmp_path / "w").iterdir())  # What is kept is the line.
+  assert sweep.missing(runs, lines, base) == []
+
+  begun = len(said)
+  assert sweep.sweep(base, runs, tmp_path / "w", lines, show=said.append) == rows
+  assert len(said) == begun
+  base.steps = 6  # A line of another config is none.
+  assert sweep.missing(runs, lines, base) == runs
+  assert sweep.sweep(base, runs, tmp_path / "w", lines, minutes=0, show=said.append) == rows
+
+
+def test_a_run_that_cannot_be_is_reported_with_its_words(base, tmp_path):
+  bad = [sweep.Run("bad", {"batch_size": 3, "accumulation": 2})]
+  with pytest.raises(RuntimeError, match=r"bad ended with 1: .*accumulation 2 does not divide"):
+    sweep.sweep(base, bad, tmp_path / "w", tmp_path / "runs.jsonl", show=lambda text: None)
+
+
+def line(key, loss):
+  row = {"validation_loss": loss, "bytes_per_parameter": {"total": 9.0}}
+  return {key.name: row | {"training_curve": [(1, 5.0), (2, loss or 5.0)]}}
+
+
+@pytest.fixture
+def rows():
+  """Every method at every rate: the later in the table and the lower the rate the worse."""
+  found = {}
+  for rate in claims.LEARNING_RATES:
+    for i, (method, format) in enumerate(claims._cells()):
+      loss = None if method == claims.NAIVE and rate == 6e-3 else 3 + 0.01 * i - 10 * rate
+      found |= line(claims.Key(method, format, rate, 0, 1), loss)
+  return found
+
+
+def test_other_seeds_wait_for_the_best_rate(rows):
+  first = claims.runs({}, 100)
+  assert len(first) == 3 * len(list(claims._cells()))
+  assert {run.changes["steps"] for run in first} == {100}
+  then = claims.runs(rows, 100)
+  assert then[: len(first)] == first
+  names = [run.name for run in then[len(first) :]]
+  seeds = [f"master weights + SR, INT4, lr 0.006, seed {seed}" for seed in (1, 2)]
+  assert set(seeds) <= set(names)
+  assert not any("naive RTN" in name for name in names)
+  longer = [run for run in then if run.changes["steps"] == 400]
+  assert len(longer) == 8
+  assert {run.changes["optimizer.learning_rate"] for run in longer} == {6e-3}
+  # The two of ECO's that come first in the table are the two best here.
+  eco = {
+    name.split(", FP8")[0] for name in names if "ECO" in name and "FP8" in name and "×" in name
+  }
+  assert eco == {"ECO + RTN, paper's rule", "ECO + RTN, schedule-aware"}
+
+
+def test_a_mean_has_its_standard_error(rows):
+  method, losses = (
+    "naive SR",
+    [rows["naive SR, FP8, lr 0.006, seed 0"]["validation_loss"], 2.9, 3.1],
+  )
+  for seed in (1, 2):
+    rows |= line(claims.Key(method, "FP8", 6e-3, seed, 1), losses[seed])
+  value, error, count = claims.mean(rows, method, "FP8")
+  assert (value, count) == (pytest.approx(statistics.fmean(losses)), 3)
+  assert error == pytest.approx(statistics.stdev(losses) / 3**0.5)
+  assert claims.best(rows, claims.NAIVE, "FP8") == 2e-3  # It diverged at the highest.
+
+
+def test_the_table_says_what_is_there(rows, tmp_path):
+  text = claims.table(rows)
+  assert "| naive RTN | 9.00 |" in text
+  assert "diverged" in text
+  gap = 0.01 * 7  # ECO + SR, schedule-aware, is seven places behind the baseline.
+  (row,) = [x for x in text.splitlines() if x.startswith("| ECO + SR, schedule")][:1]
+  assert f"{gap:+.4f}" in row
+  claims.plot(rows, tmp_path)
+  assert {path.name for path in tmp_path.iterdir()} == {"pareto.png", "rates.png", "curves.png"}
+  json.dumps(rows)
