@@ -317,8 +317,24 @@ def _stopped(bench: Bench) -> None:
     process.communicate(timeout=120)
 
 
-def _largest_file(folder: pathlib.Path) -> pathlib.Path:
-  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
+  """The files that hold a checkpoint's arrays: all, because some may be ones that nobody reads."""
+  return sorted(path for path in checkpoint.rglob("d/*") if path.is_file())
+
+
+def cut_in_half(path: pathlib.Path) -> None:
+  """Truncates a file to its first half."""
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def _each_data_file(damage: Callable[[pathlib.Path], Any]) -> Callable[[pathlib.Path], None]:
+  """Damages each of a checkpoint's data files."""
+
+  def change(checkpoint: pathlib.Path) -> None:
+    for path in data_files(checkpoint):
+      damage(path)
+
+  return change
 
 
 def _damaged(bench: Bench, name: str, damage: Callable[[pathlib.Path], None]) -> str:
@@ -334,22 +350,21 @@ def _damaged(bench: Bench, name: str, damage: Callable[[pathlib.Path], None]) ->
   return f"{named}went on from the one before; {bench.check_same_end(name)}"
 
 
-def _truncated_file(bench: Bench) -> str:
-  return _damaged(
-    bench, "truncated", lambda x: os.truncate(f := _largest_file(x), f.stat().st_size // 2)
-  )
+def _truncated_files(bench: Bench) -> str:
+  return _damaged(bench, "truncated", _each_data_file(cut_in_half))
 
 
-def flip_bit(path: pathlib.Path, draw: random.Random) -> None:
-  """Flips a bit of a file."""
+def flip_bits(path: pathlib.Path, draw: random.Random, times: int) -> None:
+  """Flips bits of a file."""
   content = bytearray(path.read_bytes())
-  content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+  for _ in range(times):
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
   path.write_bytes(content)
 
 
-def _flipped_bit(bench: Bench) -> str:
+def _flipped_bits(bench: Bench) -> str:
   draw = random.Random(bench.seed)
-  return _damaged(bench, "flipped", lambda x: flip_bit(_largest_file(x), draw))
+  return _damaged(bench, "flipped", _each_data_file(lambda x: flip_bits(x, draw, 10)))
 
 
 def _changed_record(bench: Bench) -> str:
@@ -362,7 +377,7 @@ def _changed_record(bench: Bench) -> str:
 
 def _link_out_of_folder(bench: Bench) -> str:
   def change(checkpoint: pathlib.Path) -> None:
-    path = _largest_file(checkpoint)
+    path = data_files(checkpoint)[0]
     moved = bench.folder / "elsewhere"
     shutil.move(path, moved)
     path.symlink_to(moved)
@@ -376,7 +391,7 @@ def _half_written(bench: Bench) -> str:
   bench.copy("half", "stopped")
   newest, before = bench.newest("half"), bench.steps("half")[-2]
   (newest / "commit_success.txt").unlink()
-  _largest_file(newest).unlink()
+  data_files(newest)[0].unlink()
   newest.rename(newest.with_name(f"{newest.name}.orbax-checkpoint-tmp"))
   output = bench.finish("half")
   assert f"from step {before}" in output, output
@@ -387,7 +402,7 @@ def _all_damaged(bench: Bench) -> str:
   _stopped(bench)
   bench.copy("all", "stopped")
   for step in bench.steps("all"):
-    os.truncate(_largest_file(bench.folder / "all" / "checkpoints" / str(step)), 10)
+    _each_data_file(cut_in_half)(bench.folder / "all" / "checkpoints" / str(step))
   return _refused(bench, "all", "every checkpoint in")
 
 
@@ -537,15 +552,15 @@ def _large_token(folder: pathlib.Path) -> None:
 
 
 def _flip_in(path: pathlib.Path) -> None:
-  flip_bit(path, random.Random(0))
+  flip_bits(path, random.Random(0), 1)
 
 
 FAULTS: dict[str, Callable[[Bench], str]] = {
   "kill -9, 20 times": _random_kills,
   "SIGTERM": _sigterm,
   "half-written newest checkpoint": _half_written,
-  "truncated file in the newest checkpoint": _truncated_file,
-  "flipped bit in the newest checkpoint": _flipped_bit,
+  "truncated files in the newest checkpoint": _truncated_files,
+  "flipped bits in the newest checkpoint": _flipped_bits,
   "changed record in the newest checkpoint": _changed_record,
   "link in the newest checkpoint": _link_out_of_folder,
   "all checkpoints damaged": _all_damaged,
