@@ -23,9 +23,12 @@ import ml_collections
 from eco_optax.training import config as config_lib
 from eco_optax.training import metrics
 
+# Cores are chosen before JAX counts them to make its threads.
 _RUN = """
 import json
+import os
 import sys
+os.sched_setaffinity(0, json.loads(sys.argv[3]))
 from eco_optax.training import config, jobs, loop
 changed = config.defaults()
 changed.update_from_flattened_dict(json.loads(sys.argv[1]))
@@ -146,11 +149,9 @@ def _start(
   flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
   with (folder / "log").open("w") as log:
     return subprocess.Popen(
-      [sys.executable, "-c", _RUN, json.dumps(flat), str(folder)],
+      [sys.executable, "-c", _RUN, json.dumps(flat), str(folder), json.dumps(cores)],
       stdout=log,
       stderr=subprocess.STDOUT,
-      # Before JAX counts the cores to make its threads.
-      preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
 
 
