@@ -152,6 +152,9 @@ def _start(
       [sys.executable, "-c", _RUN, json.dumps(flat), str(folder), json.dumps(cores)],
       stdout=log,
       stderr=subprocess.STDOUT,
+      # In pages of 2 MiB a step of a small model takes a quarter less time: XLA asks for its memory
+      # anew at every step, and the kernel gives it page by page. Others than glibc do not read it.
+      env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ,
     )
 
 
