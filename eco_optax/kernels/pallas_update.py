@@ -36,7 +36,14 @@ from eco_optax.quantized_array import (
 
 _LANES = 128  # Columns of a panel.
 _TILE = 256  # Rows that are computed at a time, at least.
-_VMEM = 64 * 2**20  # What the panels of two programs may take: one computes, one is on its way.
+
+
+def _vmem() -> int:
+  """Bytes that the panels of two programs may take: one computes, the other is on its way."""
+  kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+  # These have 16 MiB; those since, which programs compiled ahead of time are taken to be for, more.
+  small = kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+  return (12 if small else 64) * 2**20
 
 
 class _Plan(NamedTuple):
@@ -70,7 +77,7 @@ def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
     tile = tile if m.rows % tile == 0 else m.rows
   moments = 2 * sum(x.dtype.itemsize for x in leaf.moments)
   panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
-  if m.rows % tile or tile % height or tile > 8 * _TILE or 2 * panel > _VMEM:
+  if m.rows % tile or tile % height or tile > 8 * _TILE or 2 * panel > _vmem():
     return None
   return _Plan(step, rounding, format, m, fused.first_matrix(leaf) is not None, tile, height)
 
@@ -229,7 +236,7 @@ def _call(
     out_shape=results,
     input_output_aliases=in_place,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM + 2**24
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
     ),
     interpret=interpret,
   )(*scalars, *operands)
