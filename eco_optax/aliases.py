@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from eco_optax import fused
 from eco_optax.error_feedback import error_feedback_to_momentum
 from eco_optax.formats import Format
 from eco_optax.quantize_params import quantize_params
@@ -14,15 +15,25 @@ from eco_optax.quantized_array import Rounding, Where
 
 def _without_master_weights(
   optimizer: optax.GradientTransformation,
+  closed: fused.Closed | None,
   learning_rate: optax.ScalarOrSchedule,
   max_norm: float | None,
   keep_error: bool,
-  quantizer: optax.GradientTransformation,
+  *,
+  format: Format | None,
+  where: Where | None,
+  rounding: Rounding,
+  seed: int,
+  **decay: Any,
 ) -> optax.GradientTransformationExtraArgs:
   # Clipped before the momentum, never after: the momentum also holds what is owed to the weights.
   if max_norm is not None:
     optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
-  return error_feedback_to_momentum(optimizer, quantizer, learning_rate, keep_error)
+  quantizer = quantize_params(format, where, rounding, seed)
+  general = error_feedback_to_momentum(optimizer, quantizer, learning_rate, keep_error)
+  if closed is None or keep_error or learning_rate is None:
+    return general
+  return fused.fuse(general, closed, rounding, seed, max_norm, **decay)
 
 
 def adamw(
@@ -77,8 +88,13 @@ def adamw(
   optimizer = optax.adamw(
     learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
   )
-  quantizer = quantize_params(format, where, rounding, seed)
-  return _without_master_weights(optimizer, learning_rate, max_norm, keep_error, quantizer)
+  closed = None
+  if not callable(weight_decay):
+    closed = fused.adamw(learning_rate, b1, b2, eps, eps_root, nesterov)
+  return _without_master_weights(
+    optimizer, closed, learning_rate, max_norm, keep_error,
+    format=format, where=where, rounding=rounding, seed=seed, decay=weight_decay, mask=mask,
+  )  # fmt: skip
 
 
 def sgd(
@@ -120,5 +136,8 @@ def sgd(
     Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 2.
   """
   optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-  quantizer = quantize_params(format, where, rounding, seed)
-  return _without_master_weights(optimizer, learning_rate, max_norm, keep_error, quantizer)
+  closed = fused.sgd(learning_rate, momentum, nesterov) if momentum else None
+  return _without_master_weights(
+    optimizer, closed, learning_rate, max_norm, keep_error,
+    format=format, where=where, rounding=rounding, seed=seed,
+  )  # fmt: skip

@@ -34,7 +34,7 @@ from eco_optax.quantize_params import (
 from eco_optax.quantized_array import dequantize, is_quantized
 
 # Below this |J| the update does not feel the momentum, so that nothing is worth injecting.
-_SMALLEST_DERIVATIVE = np.float32(1e-30)
+SMALLEST_DERIVATIVE = np.float32(1e-30)
 
 # Momenta below float32 are rounded stochastically, with random bits of their own stream.
 _INJECTION_SEED = 0x9E3779B97F4A7C15
@@ -94,7 +94,7 @@ def refuse_packed(path: str, leaf: Any) -> None:
     )
 
 
-def _rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Array) -> jax.Array:
+def rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Array) -> jax.Array:
   """η_{t+1} / η_t; infinite where the rate was zero."""
   if learning_rate is None or not callable(learning_rate):
     return jnp.ones([], jnp.float32)
@@ -102,13 +102,35 @@ def _rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Arr
   return jnp.asarray(learning_rate(count + 1), jnp.float32) / now
 
 
-def _bias_ratio(decay: jax.Array, count: jax.Array) -> jax.Array:
+def bias_ratio(decay: jax.Array, count: jax.Array) -> jax.Array:
   """(1 − B^t) / (1 − B^{t+1}): how bias correction changes J from step t to the next."""
   # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
   # to another, in the last place.
   decay = decay.ravel()[0]
   t = count.astype(jnp.float32)
   return (1 - decay**t) / (1 - decay ** (t + 1))
+
+
+def decay_ratio(by_weight: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """P and P' from ∂u/∂θ̂, which follows the learning rate; where that was zero P' does not count."""
+  ratio = jnp.where(jnp.isfinite(ratio), ratio, 1)
+  return 1 + by_weight, 1 + by_weight * ratio
+
+
+def inject(
+  error: jax.Array,
+  old: jax.Array,
+  j: jax.Array,
+  b: jax.Array,
+  p: jax.Array,
+  p_next: jax.Array,
+  j_ratio: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """What the rule adds to m̃: P' e_{t+1} / J' − B P e_t / J, and where it can be trusted at all."""
+  usable = (jnp.abs(j) > SMALLEST_DERIVATIVE) & (j_ratio > 0) & jnp.isfinite(j_ratio)
+  safe_j, safe_ratio = jnp.where(usable, j, 1), jnp.where(usable, j_ratio, 1)
+  added = (p_next / safe_ratio * error - b * p * old) / safe_j
+  return jnp.where(usable, added, 0), usable
 
 
 def build(
@@ -181,24 +203,19 @@ def build(
     last_error = momentum_lib.flat(state.error) if keep_error else {}
 
     count = momentum_lib.inner_count(state.inner)
-    rate_ratio = _rate_ratio(learning_rate, state.step if count is None else count)
+    ratio = rate_ratio(learning_rate, state.step if count is None else count)
     bias_counts = where.counts(step.state) if aware else {}
     injection, stored = {}, {}
     for path in paths:
       j, b = step.by_momentum[path], step.decay[path]
-      j_ratio = jnp.ones([], jnp.float32) if path in early else rate_ratio  # J' / J
+      j_ratio = jnp.ones([], jnp.float32) if path in early else ratio  # J' / J
       if path in bias_counts:
-        j_ratio = j_ratio * _bias_ratio(b, bias_counts[path])
+        j_ratio = j_ratio * bias_ratio(b, bias_counts[path])
       p = p_next = jnp.ones([], jnp.float32)
       if step.by_weight is not None:
-        # A decay follows the learning rate too; where that was zero nothing is injected anyway.
-        p = 1 + step.by_weight[path]
-        p_next = 1 + step.by_weight[path] * jnp.where(jnp.isfinite(rate_ratio), rate_ratio, 1)
-      usable = (jnp.abs(j) > _SMALLEST_DERIVATIVE) & (j_ratio > 0) & jnp.isfinite(j_ratio)
-      safe_j, safe_ratio = jnp.where(usable, j, 1), jnp.where(usable, j_ratio, 1)
+        p, p_next = decay_ratio(step.by_weight[path], ratio)
       old = last_error.get(path, error[path])
-      added = (p_next / safe_ratio * error[path] - b * p * old) / safe_j
-      injection[path] = jnp.where(usable, added, 0)
+      injection[path], usable = inject(error[path], old, j, b, p, p_next, j_ratio)
       if keep_error:  # Without a step, what is owed stays owed.
         error[path] = jnp.where(usable, error[path], old)
       dtype = where.get(step.state)[path].dtype

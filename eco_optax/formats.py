@@ -125,7 +125,7 @@ class Format:
   @property
   def bits(self) -> int:
     """Bits per code: 8 or 4."""
-    return 4 if self.dtype.name in ("int4", "float4_e2m1fn") else 8
+    return grid_bits(self.dtype)
 
   @property
   def max(self) -> float:
@@ -168,6 +168,16 @@ class Format:
 def grid(dtype: np.dtype) -> tuple[int, int | None]:
   """`(mantissa bits, exponent of the smallest normal)` of a code dtype; integers: `(0, None)`."""
   return _FLOATS.get(np.dtype(dtype).name, (0, None))
+
+
+def grid_bits(dtype: np.dtype) -> int:
+  """Bits per code: 8 or 4."""
+  return 4 if np.dtype(dtype).name in ("int4", "float4_e2m1fn") else 8
+
+
+def grid_nan(dtype: np.dtype) -> int | None:
+  """The smallest magnitude, as a code's bits, that is NaN; None where there is none."""
+  return {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7D}.get(np.dtype(dtype).name)
 
 
 def grid_max(dtype: np.dtype) -> float:

@@ -79,25 +79,27 @@ class QuantizedArray:
     return sum(x.nbytes for x in (self.qvalue, self.scale, self.tensor_scale) if x is not None)
 
   @property
-  def codes(self) -> jax.Array:
-    """The codes, unpacked: an array of `format.dtype` in the tensor's shape."""
+  def code_bits(self) -> jax.Array:
+    """The codes' bit patterns, unpacked: uint8 in the tensor's shape, above 4-bit codes zeros."""
     if self.format.bits == 8:
-      return self.qvalue
+      return jax.lax.bitcast_convert_type(self.qvalue, jnp.uint8)
     axis = _pack_axis(self.ndim)
     nibbles = jnp.stack([self.qvalue & np.uint8(15), self.qvalue >> np.uint8(4)], axis=axis)
     shape = list(self.qvalue.shape)
     shape[axis] *= 2
-    nibbles = jax.lax.slice_in_dim(
-      nibbles.reshape(shape), 0, self.shape[axis], axis=axis % self.ndim
-    )
-    return jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint4), self.format.dtype)
+    return jax.lax.slice_in_dim(nibbles.reshape(shape), 0, self.shape[axis], axis=axis % self.ndim)
+
+  @property
+  def codes(self) -> jax.Array:
+    """The codes, unpacked: an array of `format.dtype` in the tensor's shape."""
+    if self.format.bits == 8:
+      return self.qvalue
+    return jax.lax.bitcast_convert_type(self.code_bits.astype(jnp.uint4), self.format.dtype)
 
   def float_scale(self) -> jax.Array:
     """The float32 factor of the codes, still in the scale's own shape."""
     scale = self.scale.astype(jnp.float32)
-    if self.tensor_scale is not None:
-      scale = jnp.where(jnp.isnan(scale), scale, scale * self.tensor_scale)
-    return scale
+    return scale if self.tensor_scale is None else times_scale(self.tensor_scale, scale)
 
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """The stored values, `codes × scale` computed in float32.
@@ -119,10 +121,16 @@ class QuantizedArray:
   def apply_scale(self, y: jax.Array) -> jax.Array:
     """`y × scale` for float32 values of the tensor's shape."""
     scale = _spread(self.float_scale(), self.format)
-    # The select keeps compilers from fusing this product with a following sum into one operation
-    # that rounds once: the stored value must be the same number wherever it is read.
-    value = jnp.where(jnp.isnan(scale), scale, _grouped(y, self.format) * scale)
-    return value.reshape(y.shape)
+    return times_scale(_grouped(y, self.format), scale).reshape(y.shape)
+
+
+def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:
+  """`y × scale`.
+
+  The select keeps compilers from fusing this product with a following sum into one operation that
+  rounds once: the stored value must be the same number wherever it is read.
+  """
+  return jnp.where(jnp.isnan(scale), scale, y * scale)
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:
@@ -134,15 +142,15 @@ def _pack_axis(ndim: int) -> int:
   return -2 if ndim >= 2 else -1
 
 
-def _pack(codes: jax.Array, format: Format) -> tuple[jax.Array, bool]:
-  """Stores codes of a 4-bit format two to a byte; others as they are."""
+def pack(code: jax.Array, format: Format) -> tuple[jax.Array, bool]:
+  """Codes, see `rounding.code_bits`, as they are stored; whether the last byte holds but one."""
   if format.bits == 8:
-    return codes, False
-  axis = _pack_axis(codes.ndim) % codes.ndim
-  nibbles = jax.lax.bitcast_convert_type(codes, jnp.uint4).astype(jnp.uint8)
-  odd = codes.shape[axis] % 2 == 1
+    return rounding_lib.from_code_bits(code, format.dtype), False
+  axis = _pack_axis(code.ndim) % code.ndim
+  nibbles = (code & np.int32(15)).astype(jnp.uint8)
+  odd = code.shape[axis] % 2 == 1
   if odd:
-    nibbles = jnp.pad(nibbles, [(0, int(a == axis)) for a in range(codes.ndim)])
+    nibbles = jnp.pad(nibbles, [(0, int(a == axis)) for a in range(code.ndim)])
   shape = nibbles.shape
   pairs = nibbles.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
   low = jax.lax.index_in_dim(pairs, 0, axis + 1, keepdims=False)
@@ -167,7 +175,7 @@ def _spread(scale: jax.Array, format: Format) -> jax.Array:
   return jnp.expand_dims(scale, tuple(range(-2 * len(format.granularity) + 1, 0, 2)))
 
 
-def _largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> jax.Array:
+def largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> jax.Array:
   """Max |x| in float32, NaN wherever there is one.
 
   As integers, the bits of magnitudes are in order and NaN is above infinity. A floating-point
@@ -177,7 +185,7 @@ def _largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> j
   return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
 
 
-def _divide(x: jax.Array, divisor: jax.Array | np.float32) -> jax.Array:
+def divide(x: jax.Array, divisor: jax.Array | np.float32) -> jax.Array:
   """X / divisor, as IEEE division.
 
   Compilers turn a division by a constant or by a broadcast value into a product with its
@@ -206,26 +214,40 @@ def _smallest_block_scale(format: Format) -> np.float32:
 
 
 def _round_scale(scale: jax.Array, format: Format, rounding: Rounding) -> jax.Array:
-  """Rounds float32 scales to `format.scale_dtype`: to nearest, or up under stochastic rounding.
+  """float32 scales that `format.scale_dtype` has: nearest, or above under stochastic rounding.
 
   A scale that is too small makes the largest weight saturate, which to nearest is its own code
   again, but biases a stochastic rounding.
   """
   dtype = format.scale_dtype
-  nearest = scale.astype(dtype)
-  if rounding == "nearest" or dtype == np.float32:
-    return nearest
-  bits = jax.lax.bitcast_convert_type(nearest, jnp.dtype(f"uint{8 * dtype.itemsize}"))
-  up = jax.lax.bitcast_convert_type(bits + np.ones([], bits.dtype), dtype)
-  # A scale that was stored before comes back with a few float32 roundings and must stay.
-  is_small = nearest.astype(jnp.float32) * np.float32(1 + 2.0**-20) < scale
-  return jnp.where(is_small, up, nearest)
+  if dtype == np.float32 or format.power_of_two:  # These are exact in all dtypes.
+    return scale
+  if dtype.name == "bfloat16":
+    nearest = scale.astype(dtype).astype(jnp.float32)
+    raw = jax.lax.bitcast_convert_type(nearest, jnp.int32)
+    up = jax.lax.bitcast_convert_type(raw + np.int32(0x10000), jnp.float32)
+  else:
+    code = rounding_lib.code_bits(scale, dtype)
+    nearest, up = (rounding_lib.decode(code + np.int32(k), dtype) for k in (0, 1))
+  if rounding == "stochastic":
+    # A scale that was stored before comes back with a few float32 roundings and must stay.
+    nearest = jnp.where(nearest * np.float32(1 + 2.0**-20) < scale, up, nearest)
+  return jnp.where(jnp.isnan(scale), scale, nearest)
 
 
-def _scale(
+def matrix_scale(whole: jax.Array, format: Format) -> jax.Array:
+  """The `tensor_scale` of a two-level format, from its matrix's largest magnitude."""
+  most = np.float32(format.max * grid_max(format.scale_dtype))
+  # The product of both scales must not be flushed to zero either.
+  floor = _SMALLEST_NORMAL / _smallest_block_scale(format)
+  scale = jnp.maximum(divide(whole, most), floor)
+  return jnp.where(jnp.isfinite(whole), scale, np.float32(np.nan))
+
+
+def group_scale(
   largest: jax.Array, unit: jax.Array | None, format: Format, rounding: Rounding
 ) -> jax.Array:
-  """Scales in `format.scale_dtype`, in units of the matrix's scale if that is given.
+  """Scales, in units of the matrix's scale if that is given.
 
   Args:
     largest: each group's largest magnitude, float32.
@@ -234,8 +256,8 @@ def _scale(
     rounding: of the codes.
 
   Returns:
-    Scales of largest's shape; NaN where the group has a NaN or an infinity, which then shows in the
-    whole group: integers have no other way.
+    float32 scales of largest's shape, exact in `format.scale_dtype`; NaN where the group has a NaN
+    or an infinity, which then shows in the whole group: integers have no other way.
   """
   top = np.float32(format.max)
   if format.power_of_two:
@@ -243,17 +265,48 @@ def _scale(
     # step beyond it still comes back. With that limit a stored group finds its own scale again.
     if rounding == "nearest":
       top += np.float32(grid_top_step(format.dtype) / 2)
-    raw = jax.lax.bitcast_convert_type(_divide(largest, top), jnp.int32)
+    raw = jax.lax.bitcast_convert_type(divide(largest, top), jnp.int32)
     exponent = (raw >> 23) + (raw & 0x7FFFFF != 0).astype(jnp.int32)
     scale = jax.lax.bitcast_convert_type(jnp.minimum(exponent, 254) << 23, jnp.float32)
     scale = jnp.clip(scale, _SMALLEST_NORMAL, _largest_scale(format))
   elif unit is not None:
     # Among subnormal scales a stored block would not find its own scale again.
-    scale = jnp.maximum(_divide(largest, unit * top), _smallest_block_scale(format))
+    scale = jnp.maximum(divide(largest, unit * top), _smallest_block_scale(format))
   else:
-    scale = jnp.clip(_divide(largest, top), _SMALLEST_NORMAL, _largest_scale(format))
+    scale = jnp.clip(divide(largest, top), _SMALLEST_NORMAL, _largest_scale(format))
   scale = jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
   return _round_scale(scale, format, rounding)
+
+
+def scaled(
+  x: jax.Array, format: Format, rounding: Rounding, largest: jax.Array | None = None
+) -> tuple[QuantizedArray, jax.Array]:
+  """The scales of a float32 array, and the array divided by them.
+
+  Args:
+    x: an array that `format.check` accepts.
+    format: of the codes.
+    rounding: of the codes.
+    largest: where x is a part of its matrix only, what x does not tell: the largest magnitude of
+      the whole of each scale's group, in the scale's shape; of the matrix if `format.two_level`.
+
+  Returns:
+    A QuantizedArray whose `qvalue` is still x itself, and x / scale, in the range of the codes.
+  """
+  unit = None
+  if format.two_level:
+    matrix = tuple(range(-min(2, x.ndim), 0))
+    whole = largest_magnitude(x, matrix, keepdims=True) if largest is None else largest
+    unit = matrix_scale(whole, format)
+  grouped = _grouped(x, format)
+  if not isinstance(format.granularity, str):
+    within = tuple(range(-2 * len(format.granularity) + 1, 0, 2))
+    largest = largest_magnitude(grouped, within, keepdims=False)
+  elif largest is None:
+    largest = largest_magnitude(grouped, format.reduce_axes(x.ndim), keepdims=True)
+  scale = group_scale(largest, unit, format, rounding).astype(format.scale_dtype)
+  holder = QuantizedArray(x, scale, format, unit)
+  return holder, divide(grouped, _spread(holder.float_scale(), format)).reshape(x.shape)
 
 
 def quantize_array(
@@ -263,26 +316,9 @@ def quantize_array(
   bits: jax.Array | None = None,
 ) -> QuantizedArray:
   """Quantizes one array that `format.check` accepts; `bits` as in `rounding.round_to_codes`."""
-  x = x.astype(jnp.float32)
-  tensor_scale = None
-  if format.two_level:
-    whole = _largest_magnitude(x, tuple(range(-min(2, x.ndim), 0)), keepdims=True)
-    most = np.float32(format.max * grid_max(format.scale_dtype))
-    # The product of both scales must not be flushed to zero either.
-    floor = _SMALLEST_NORMAL / _smallest_block_scale(format)
-    tensor_scale = jnp.maximum(_divide(whole, most), floor)
-    tensor_scale = jnp.where(jnp.isfinite(whole), tensor_scale, np.float32(np.nan))
-  grouped = _grouped(x, format)
-  if isinstance(format.granularity, str):
-    largest = _largest_magnitude(grouped, format.reduce_axes(x.ndim), keepdims=True)
-  else:
-    within = tuple(range(-2 * len(format.granularity) + 1, 0, 2))
-    largest = _largest_magnitude(grouped, within, keepdims=False)
-  scale = _scale(largest, tensor_scale, format, rounding)
-  packed = QuantizedArray(x, scale, format, tensor_scale)
-  y = _divide(grouped, _spread(packed.float_scale(), format)).reshape(x.shape)
-  qvalue, odd = _pack(rounding_lib.round_to_codes(y, format.dtype, bits), format)
-  return dataclasses.replace(packed, qvalue=qvalue, odd=odd)
+  holder, y = scaled(x.astype(jnp.float32), format, rounding)
+  qvalue, odd = pack(rounding_lib.code_bits(y, format.dtype, bits), format)
+  return dataclasses.replace(holder, qvalue=qvalue, odd=odd)
 
 
 def _seed(key: Any) -> int | jax.Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,100 @@ def grid_step(y: jax.Array, dtype: np.dtype) -> jax.Array:
   return _power_of_two(_biased_exponent(jnp.abs(y), dtype) - np.int32(mantissa))
 
 
+def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
+  """`round_to_codes` before the codes are given their dtype.
+
+  Args:
+    y: as in `round_to_codes`.
+    dtype: as in `round_to_codes`.
+    bits: as in `round_to_codes`.
+
+  Returns:
+    int32: the bit patterns of floating-point codes, and integer codes themselves.
+  """
+  mantissa, minimum = formats.grid(dtype)
+  largest = formats.grid_max(dtype)
+  magnitude = jnp.abs(y)
+  if bits is not None:
+    # y is a quotient, so a point of the grid arrives up to three float32 ulps beside it, and a
+    # dither would then move it once in a million draws. Keep 21 of the 24 significant bits.
+    raw = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    magnitude = jax.lax.bitcast_convert_type((raw + np.int32(4)) & np.int32(-8), jnp.float32)
+  magnitude = jnp.minimum(magnitude, np.float32(largest))
+
+  if minimum is None:
+    units = magnitude
+  else:
+    exponent = _biased_exponent(magnitude, dtype)
+    units = magnitude * _power_of_two(np.int32(254 + mantissa) - exponent)  # |y| / ulp, exactly.
+
+  if bits is None:
+    count = jnp.round(units).astype(jnp.int32)  # Ties to even.
+  else:
+    # Fixed point: floor(units + U) with every bit of the sum kept. A float sum would round to
+    # nearest after the dither, which biases the values just above a power of two.
+    integer_bits = mantissa + 1 if minimum is not None else int(largest).bit_length()
+    fraction_bits = 31 - integer_bits
+    fixed = (units * np.float32(2.0**fraction_bits)).astype(jnp.int32)
+    dither = jax.lax.bitcast_convert_type(bits >> _UINT32(32 - fraction_bits), jnp.int32)
+    # The sum may reach 2^31, which the unsigned shift reads as what it is.
+    count = jax.lax.shift_right_logical(fixed + dither, np.int32(fraction_bits))
+
+  if minimum is None:
+    return jnp.where(y < 0, -count, count)
+  # Code bits: the count of ulps added to the binade's first code; a carry moves to the next binade.
+  code = ((exponent - np.int32(minimum + 127)) << mantissa) + count
+  width = formats.grid_bits(dtype)
+  sign = jax.lax.bitcast_convert_type(y, jnp.int32) >> 31
+  return code | (sign & np.int32(1 << (width - 1)))
+
+
+def decode(code: jax.Array, dtype: np.dtype) -> jax.Array:
+  """The float32 values of codes: what a cast to float32 gives, by arithmetic on their bits.
+
+  Compilers for devices without instructions for such floats take a longer way.
+
+  Args:
+    code: int32, as `code_bits` returns them, or with any bits above the code's own.
+    dtype: of the codes.
+
+  Returns:
+    float32 of the same shape.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from eco_optax import rounding
+    >>> rounding.decode(jnp.array([0x38, 0xB9]), jnp.dtype("float8_e4m3fn"))
+    Array([ 1.   , -1.125], dtype=float32)
+  """
+  mantissa, minimum = formats.grid(dtype)
+  width = formats.grid_bits(dtype)
+  if minimum is None:
+    return ((code << (32 - width)) >> (32 - width)).astype(jnp.float32)  # Extends the sign.
+  magnitude = code & np.int32((1 << (width - 1)) - 1)
+  normal = (magnitude << (23 - mantissa)) + np.int32((minimum + 126) << 23)
+  # Below the first binade a code counts steps; as a float32 it would be subnormal, which some
+  # devices take for zero.
+  steps = magnitude.astype(jnp.float32) * np.float32(2.0 ** (minimum - mantissa))
+  raw = jnp.where(
+    magnitude < np.int32(1 << mantissa), jax.lax.bitcast_convert_type(steps, jnp.int32), normal
+  )
+  if nan := formats.grid_nan(dtype):
+    if np.dtype(dtype).name == "float8_e5m2":  # The code before it is infinity.
+      raw = jnp.where(magnitude == np.int32(nan - 1), np.int32(0x7F800000), raw)
+    raw = jnp.where(magnitude >= np.int32(nan), np.int32(0x7FC00000), raw)
+  sign = (code << (32 - width)) & np.int32(-(2**31))
+  return jax.lax.bitcast_convert_type(raw | sign, jnp.float32)
+
+
+def from_code_bits(code: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Gives int32 codes, as `code_bits` returns them, their dtype."""
+  if formats.grid(dtype)[1] is None:
+    return code.astype(dtype)
+  unsigned = jnp.dtype(f"uint{formats.grid_bits(dtype)}")
+  return jax.lax.bitcast_convert_type(code.astype(unsigned), dtype)
+
+
 def round_to_codes(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
   """Rounds scaled values to codes, to nearest (ties to even) or stochastically.
 
@@ -65,41 +160,7 @@ def round_to_codes(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None)
   References:
     Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, section 2 (Q_RTN and Q_SR).
   """
-  mantissa, minimum = formats.grid(dtype)
-  largest = formats.grid_max(dtype)
-  magnitude = jnp.abs(y)
-  if bits is not None:
-    # y is a quotient, so a point of the grid arrives up to three float32 ulps beside it, and a
-    # dither would then move it once in a million draws. Keep 21 of the 24 significant bits.
-    raw = jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
-    magnitude = jax.lax.bitcast_convert_type((raw + _UINT32(4)) & _UINT32(0xFFFFFFF8), jnp.float32)
-  magnitude = jnp.minimum(magnitude, np.float32(largest))
-
-  if minimum is None:
-    units = magnitude
-  else:
-    exponent = _biased_exponent(magnitude, dtype)
-    units = magnitude * _power_of_two(np.int32(254 + mantissa) - exponent)  # |y| / ulp, exactly.
-
-  if bits is None:
-    count = jnp.round(units).astype(jnp.int32)  # Ties to even.
-  else:
-    # Fixed point: floor(units + U) with every bit of the sum kept. A float sum would round to
-    # nearest after the dither, which biases the values just above a power of two.
-    integer_bits = mantissa + 1 if minimum is not None else int(largest).bit_length()
-    fraction_bits = 31 - integer_bits
-    fixed = (units * np.float32(2.0**fraction_bits)).astype(jnp.int32).astype(jnp.uint32)
-    dither = bits >> _UINT32(32 - fraction_bits)
-    count = ((fixed + dither) >> _UINT32(fraction_bits)).astype(jnp.int32)
-
-  if minimum is None:
-    return jnp.where(y < 0, -count, count).astype(dtype)
-  # Code bits: the count of ulps added to the binade's first code; a carry moves to the next binade.
-  code = ((exponent - np.int32(minimum + 127)) << mantissa) + count
-  sign = jnp.signbit(y).astype(jnp.int32)
-  if np.dtype(dtype).name == "float4_e2m1fn":
-    return jax.lax.bitcast_convert_type((code | (sign << 3)).astype(jnp.uint4), dtype)
-  return jax.lax.bitcast_convert_type((code | (sign << 7)).astype(jnp.uint8), dtype)
+  return from_code_bits(code_bits(y, dtype, bits), dtype)
 
 
 def stochastic_cast(x: jax.Array, dtype: np.dtype, bits: jax.Array) -> jax.Array:
@@ -156,6 +217,23 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
   return jnp.stack([first, second])
 
 
+def element_bits(key: Any, element: jax.Array, matrix: jax.Array | None = None) -> jax.Array:
+  """Random bits of elements told by their index.
+
+  Args:
+    key: two uint32, see `stream_key`.
+    element: uint32 indices in their matrix, row after row.
+    matrix: uint32 numbers of their matrices in the stack, or None where there is no stack.
+
+  Returns:
+    uint32 of element's shape.
+  """
+  word = _mix(element ^ key[0]) + key[1]
+  if matrix is not None:
+    word = word + _mix(matrix + key[1])
+  return _mix(word)
+
+
 def counter_bits(
   key: jax.Array, shape: tuple[int, ...], layer: jax.Array | None = None
 ) -> jax.Array:
@@ -189,11 +267,9 @@ def counter_bits(
     return index
 
   lead = max(len(shape) - 2, 0)
-  word = _mix(linear_index(range(lead, len(shape))) ^ key[0]) + key[1]
+  matrix = linear_index(range(lead)) if lead else None
   if layer is not None:
     matrices = math.prod(shape[:lead])
     first = jnp.asarray(layer).astype(jnp.uint32) * _UINT32(matrices & 0xFFFFFFFF)
-    word = word + _mix(linear_index(range(lead)) + first + key[1])
-  elif lead:
-    word = word + _mix(linear_index(range(lead)) + key[1])
-  return _mix(word)
+    matrix = linear_index(range(lead)) + first
+  return element_bits(key, linear_index(range(lead, len(shape))), matrix)

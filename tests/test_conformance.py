@@ -407,10 +407,15 @@ def test_one_call_is_the_long_form():
     ),
   ]
   for short, long in pairs:
-    assert_equal(
-      jax.jit(make_step(short))(params, short.init(params), grads),
-      jax.jit(make_step(long))(params, long.init(params), grads),
-    )
+    found = jax.jit(make_step(short))(params, short.init(params), grads)
+    wanted = jax.jit(make_step(long))(params, long.init(params), grads)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+      # Codes and counts are equal; of floats, whose step is fused, the last places may differ.
+      tolerance = dict(rtol=1e-5, atol=1e-7) if x.dtype == jnp.float32 else dict(rtol=0, atol=0)
+      np.testing.assert_allclose(
+        np.asarray(x).astype(np.float64), np.asarray(y).astype(np.float64), **tolerance
+      )
 
 
 def test_watching_does_not_change_the_run():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import statistics
 import time
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax.sharding import SingleDeviceSharding
 
 import eco_optax as eco
 from eco_optax import rounding
+from eco_optax.kernels import fused_update, pallas_update, steps
 from eco_optax.training import checkpoints, loop, memory, sharding
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
@@ -110,6 +113,9 @@ def optimizer_step(size: int, repeats: int) -> dict[str, dict[str, float]]:
       "ECO, stochastic": runner(
         eco.error_feedback_to_momentum(adamw, quantizers["stochastic"]), packed
       ),
+      "ECO fused (adamw), nearest": runner(eco.adamw(1e-3, rounding="nearest"), packed),
+      "ECO fused (adamw), stochastic": runner(eco.adamw(1e-3), packed),
+      "ECO fused (sgd), stochastic": runner(eco.sgd(1e-3), packed),
       "master weights, stochastic": runner(
         eco.master_weights(adamw, quantizers["stochastic"]), packed
       ),
@@ -136,7 +142,7 @@ def checkpoint(
   tx, mesh = loop.prepare(config)
   split = sharding.batch_sharding(mesh)
   draw = np.random.default_rng(0)
-  steps: dict[str, list[float]] = {"alone": [], "saving": []}
+  times: dict[str, list[float]] = {"alone": [], "saving": []}
   stopped, whole = [], []
   with jax.set_mesh(mesh), checkpoints.manager(folder, keep=2) as store:
     state = step_lib.init_state(config, tx, mesh)
@@ -149,7 +155,7 @@ def checkpoint(
       nonlocal state
       start = time.perf_counter()
       state, _ = jax.block_until_ready(train_step(state, pipeline.Batch(tokens)))
-      steps[kind].append(time.perf_counter() - start)
+      times[kind].append(time.perf_counter() - start)
 
     for number in range(saves):
       for _ in range(between):
@@ -168,9 +174,58 @@ def checkpoint(
     "parameters": transformer.count_params(config_lib.model(config), embedding=True),
     "state_bytes": sum(leaf.array.nbytes for leaf in memory.leaves(state)),
     "bytes_on_disk": on_disk,
-    "seconds_per_step": median(steps["alone"]),
-    "seconds_per_step_while_saving": median(steps["saving"]),
+    "seconds_per_step": median(times["alone"]),
+    "seconds_per_step_while_saving": median(times["saving"]),
     "seconds_stopped_per_save": median(stopped),
     "seconds_until_whole": median(whole),
     "saves": saves,
   }
+
+
+# The presets whose steps have a kernel on TPUs.
+KERNELS = ("FP8", "FP8_E5M2", "INT8", "INT4", "FP8_BLOCK128", "MXFP8", "MXFP4", "NVFP4")
+
+
+def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
+  """Bytes per parameter of fused AdamW steps compiled for a TPU, which need not be there.
+
+  Args:
+    device: of a topology, see `compile.topology_devices`.
+    shape: of the parameter; its gradient is bfloat16.
+
+  Returns:
+    By preset, the bytes that the kernels load and store, and the program's temporaries.
+  """
+  scalars = steps.AdamScalars(*[jnp.zeros([], jnp.float32)] * len(steps.AdamScalars._fields))
+  size, figures = shape[0] * shape[1], {}
+
+  def leaf(format: eco.Format) -> fused_update.Leaf:
+    moment = jnp.zeros(shape)
+    return fused_update.Leaf(
+      scalars,
+      rounding.stream_key(0, 0, "kernel"),
+      None,
+      eco.quantize(moment, format),
+      moment.astype(jnp.bfloat16),
+      (moment, moment),
+    )
+
+  for name in KERNELS:
+    operands = jax.eval_shape(functools.partial(leaf, getattr(eco, name)))
+    here = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+      operands,
+    )
+    step = jax.jit(
+      lambda weight, moments, rest: fused_update.fused_update(
+        steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+      ),
+      donate_argnums=(0, 1),
+    )
+    rest = here._replace(weight=None, moments=None)  # type: ignore[arg-type]
+    used: Any = step.lower(here.weight, here.moments, rest).compile().memory_analysis()
+    figures[name] = {
+      "moved": pallas_update.bytes_moved(steps.ADAMW, "stochastic", operands) / size,
+      "temporaries": used.temp_size_in_bytes / size,
+    }
+  return figures

@@ -1,0 +1,217 @@
+"""ECO over AdamW and SGD with momentum in closed form: the steps of `adamw` and `sgd`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eco_optax import error_feedback, trees
+from eco_optax import momentum as momentum_lib
+from eco_optax import rounding as rounding_lib
+from eco_optax.error_feedback import ErrorFeedbackState
+from eco_optax.kernels import steps
+from eco_optax.kernels.fused_update import Leaf, fused_update
+from eco_optax.quantize_params import PackedTransformation, float_gradients, require_params
+from eco_optax.quantized_array import Rounding, is_quantized
+
+
+class Closed(NamedTuple):
+  """A stock optimizer whose step and rule are known in closed form."""
+
+  step: steps.Step
+  state_type: type  # Of the link of the optimizer's state that has the moments.
+  fields: tuple[str, ...]  # Of its moments, the momentum first.
+  # (that state, count of the schedule, factor of the gradients, weight decay) → scalars of `step`
+  scalars: Callable[[Any, jax.Array | None, jax.Array, Any], Any]
+
+
+def _rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array | None) -> jax.Array:
+  rate = learning_rate(count) if callable(learning_rate) else learning_rate
+  return jnp.asarray(rate, jnp.float32)
+
+
+def _per_error(
+  learning_rate: optax.ScalarOrSchedule,
+  count: jax.Array | None,
+  j: jax.Array,
+  b: Any,
+  by_weight: jax.Array,
+  bias_ratio: Any = 1,
+) -> tuple[jax.Array, jax.Array]:
+  """What the rule adds to the momentum per error where J = `j`, and whether it adds anything."""
+  ratio = jnp.ones([], jnp.float32)
+  if count is not None:
+    ratio = error_feedback.rate_ratio(learning_rate, count)  # type: ignore[arg-type]
+  one = jnp.ones([], jnp.float32)
+  p, p_next = error_feedback.decay_ratio(by_weight, ratio)
+  return error_feedback.inject(one, one, j, b, p, p_next, ratio * bias_ratio)
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: Any,
+  b2: Any,
+  eps: Any,
+  eps_root: Any,
+  nesterov: bool,
+) -> Closed:
+  """`optax.adamw` in closed form."""
+
+  def scalars(
+    state: optax.ScaleByAdamState, count: jax.Array | None, clip: jax.Array, decay: Any
+  ) -> steps.AdamScalars:
+    t = optax.safe_increment(state.count).astype(jnp.float32)
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    keep1, keep2, rate = f32(b1), f32(b2), _rate_at(learning_rate, count)
+    debias1, lookahead = 1 / (1 - keep1**t), f32(0)
+    if nesterov:
+      debias1, lookahead = keep1 / (1 - keep1 ** (t + 1)), f32(1 - b1) * debias1
+    # J is this over the denominator.
+    j = -rate * keep1 * debias1
+    injection, usable = _per_error(
+      learning_rate, count, j, keep1, -rate * f32(decay), error_feedback.bias_ratio(keep1, t)
+    )
+    limit = jnp.where(usable, jnp.abs(j) / error_feedback.SMALLEST_DERIVATIVE, 0)
+    return steps.AdamScalars(
+      clip, f32(1 - b1), keep1, f32(1 - b2), keep2, debias1, lookahead, 1 / (1 - keep2**t),
+      f32(eps_root), f32(eps), f32(decay), rate, injection, limit,
+    )  # fmt: skip
+
+  return Closed(
+    steps.NADAMW if nesterov else steps.ADAMW, optax.ScaleByAdamState, ("mu", "nu"), scalars
+  )
+
+
+def sgd(learning_rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool) -> Closed:
+  """`optax.sgd` with momentum in closed form."""
+
+  def scalars(
+    state: optax.TraceState, count: jax.Array | None, clip: jax.Array, decay: Any
+  ) -> steps.SgdScalars:
+    del state, decay
+    keep, rate = jnp.asarray(momentum, jnp.float32), _rate_at(learning_rate, count)
+    j = -rate * keep * (keep if nesterov else 1)
+    injection, _ = _per_error(learning_rate, count, j, keep, jnp.zeros([], jnp.float32))
+    return steps.SgdScalars(clip, keep, rate, injection)
+
+  return Closed(steps.NESTEROV if nesterov else steps.SGD, optax.TraceState, ("trace",), scalars)
+
+
+def _clip_factor(updates: Any, max_norm: Any) -> jax.Array:
+  """What `optax.clip_by_global_norm` multiplies gradients by."""
+  if max_norm is None:
+    return jnp.ones([], jnp.float32)
+  norm = optax.tree.norm(updates).astype(jnp.float32)
+  return jnp.where(norm < max_norm, np.float32(1), jnp.asarray(max_norm, jnp.float32) / norm)
+
+
+def _decays(decay: Any, mask: Any, updates: Any) -> dict[str, Any]:
+  """Weight decay by path."""
+  flags = jax.tree.map(lambda _: True, updates)
+  if mask is not None:
+    tree = mask(updates) if callable(mask) else mask
+    flags = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, updates)
+  return {path: decay if flag else 0.0 for path, flag in momentum_lib.flat(flags).items()}
+
+
+def _is_masked(leaf: Any) -> bool:
+  return isinstance(leaf, optax.MaskedNode)
+
+
+def fuse(
+  general: optax.GradientTransformationExtraArgs,
+  closed: Closed,
+  rounding: Rounding,
+  seed: int,
+  max_norm: Any = None,
+  decay: Any = 0.0,
+  mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  """`general` with the steps of packed leaves in closed form, each in one pass.
+
+  Args:
+    general: `error_feedback_to_momentum` over the optimizer, schedule-aware, perhaps behind a clip.
+    closed: the optimizer.
+    rounding: as in `quantize_params`.
+    seed: as in `quantize_params`.
+    max_norm: of the clip, or None.
+    decay: decoupled weight decay.
+    mask: of the decay, as in `optax.adamw`.
+
+  Returns:
+    A transformation with the same state and, but for roundings of the last place, the same steps.
+    Leaves that are not packed, or whose moments are not float32, take those of `general`.
+  """
+  is_moments = lambda node: isinstance(node, closed.state_type)
+
+  def on_moments(fn: Callable[[str, Any], Any], inner: Any) -> Any:
+    """The optimizer's state with `fn(field, moment)` in place of its moments."""
+    change = lambda node: node._replace(**{f: fn(f, getattr(node, f)) for f in closed.fields})
+    return jax.tree.map(
+      lambda node: change(node) if is_moments(node) else node, inner, is_leaf=is_moments
+    )
+
+  def update(
+    updates: Any, state: ErrorFeedbackState, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, ErrorFeedbackState]:
+    require_params(params)
+    weights: dict[str, Any] = {}
+    trees.map_with_path(weights.__setitem__, params, is_leaf=is_quantized)
+    gradients = momentum_lib.flat(updates)
+    nodes = [x for x in jax.tree.leaves(state.inner, is_leaf=is_moments) if is_moments(x)]
+    moments = [momentum_lib.flat(getattr(nodes[0], field)) for field in closed.fields]
+    fused = [
+      path
+      for path, leaf in weights.items()
+      if is_quantized(leaf) and all(m[path].dtype == jnp.float32 for m in moments)
+    ]
+
+    clip = _clip_factor(float_gradients(updates, params), max_norm)
+    count = momentum_lib.inner_count(state.inner)
+    decays = _decays(decay, mask, updates)
+    done = {}
+    for path in fused:
+      leaf = Leaf(
+        closed.scalars(nodes[0], count, clip, decays[path]),
+        rounding_lib.stream_key(seed, state.quantizer.step, path),
+        extra_args.get("layer"),
+        weights[path],
+        gradients[path],
+        tuple(m[path] for m in moments),
+      )
+      done[path] = fused_update(closed.step, rounding, leaf)
+
+    def rest(tree: Any) -> Any:
+      """Without the leaves that are done."""
+      return trees.map_with_path(
+        lambda path, leaf: optax.MaskedNode() if path in done else leaf, tree, is_leaf=is_quantized
+      )
+
+    if max_norm is not None:
+      # A second clip of what was clipped together finds nothing to do.
+      updates = jax.tree.map(lambda g: g * clip.astype(g.dtype), updates)
+    inner = on_moments(lambda _, moment: rest(moment), state.inner)
+    new_updates, new_state = general.update(
+      rest(updates), state._replace(inner=inner), rest(params), **extra_args
+    )
+
+    def fill(tree: Any, leaves: dict[str, Any]) -> Any:
+      return trees.map_with_path(
+        lambda path, leaf: leaves.get(path, leaf),
+        tree,
+        is_leaf=lambda leaf: is_quantized(leaf) or _is_masked(leaf),
+      )
+
+    def new_moment(field: str, moment: Any) -> Any:
+      i = closed.fields.index(field)
+      return fill(moment, {path: new[1][i] for path, new in done.items()})
+
+    new_updates = fill(new_updates, {path: new[0] for path, new in done.items()})
+    return new_updates, new_state._replace(inner=on_moments(new_moment, new_state.inner))
+
+  return PackedTransformation(general.init, update)

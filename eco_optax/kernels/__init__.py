@@ -1,0 +1,1 @@
+"""Fused optimizer steps, each kernel beside the plain function that defines it."""

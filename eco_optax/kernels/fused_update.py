@@ -1,0 +1,356 @@
+"""One leaf's whole ECO step: optimizer, rounding, error and injection, fused.
+
+`definition` says what is computed, in plain `jnp`. On one device it runs as a kernel that touches
+memory as little as that device allows; elsewhere, and wherever no kernel fits, as it stands, for
+XLA to partition. Which of them is a matter of lowering: a traced program serves every platform.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from eco_optax import rounding as rounding_lib
+from eco_optax.formats import Format
+from eco_optax.kernels.steps import Moments, Step
+from eco_optax.quantize_params import add_update
+from eco_optax.quantized_array import QuantizedArray, Rounding, largest_magnitude, pack, scaled
+
+
+class Leaf(NamedTuple):
+  """Operands of one leaf's step."""
+
+  scalars: Any  # Of the step, float32.
+  key: jax.Array  # Of the random bits, see `rounding.stream_key`.
+  layer: jax.Array | None  # Where the leaf is one layer of a stack: its index.
+  weight: QuantizedArray
+  gradient: jax.Array
+  moments: Moments
+
+
+class Rounded(NamedTuple):
+  """Proposals on the grid."""
+
+  code: jax.Array  # int32, see `rounding.code_bits`.
+  holder: QuantizedArray  # Their scales.
+  stored: jax.Array  # The float32 values that will be read back.
+
+
+def put_on_grid(
+  proposal: jax.Array,
+  format: Format,
+  rounding: Rounding,
+  bits: jax.Array | None,
+  largest: jax.Array | None = None,
+) -> Rounded:
+  """Rounds proposals θ̃; arguments as in `quantized_array.scaled` and `rounding.code_bits`."""
+  holder, y = scaled(proposal, format, rounding, largest)
+  code = rounding_lib.code_bits(y, format.dtype, bits)
+  return Rounded(code, holder, holder.apply_scale(rounding_lib.decode(code, format.dtype)))
+
+
+def stored_weight(weight: QuantizedArray) -> jax.Array:
+  """`weight.dequantize()`, by arithmetic on the bits of the codes."""
+  code = weight.code_bits.astype(jnp.int32)
+  return weight.apply_scale(rounding_lib.decode(code, weight.format.dtype))
+
+
+def injected(
+  step: Step,
+  scalars: Any,
+  moments: Moments,
+  weight: jax.Array,
+  stored: jax.Array,
+  update: jax.Array,
+) -> Moments:
+  """The moments with the error θ̃ − θ̂' in the momentum."""
+  # In the order that keeps an update far below the weight's own precision.
+  error = add_update(weight - stored, update)
+  return moments[0] + step.inject(scalars, moments, error), *moments[1:]
+
+
+def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """The step of one leaf in plain `jnp`.
+
+  Args:
+    step: the optimizer, see `steps`.
+    rounding: of the codes.
+    leaf: a packed weight of any format and shape, its gradient and moments.
+
+  Returns:
+    The new weight and the new moments.
+  """
+  weight = stored_weight(leaf.weight)
+  update, moments = step.propose(leaf.scalars, leaf.gradient, leaf.moments, weight)
+  bits = None
+  if rounding == "stochastic":
+    bits = rounding_lib.counter_bits(leaf.key, leaf.weight.shape, leaf.layer)
+  format = leaf.weight.format
+  code, holder, stored = put_on_grid(add_update(weight, update), format, rounding, bits)
+  qvalue, odd = pack(code, format)
+  moments = injected(step, leaf.scalars, moments, weight, stored, update)
+  return dataclasses.replace(holder, qvalue=qvalue, odd=odd), moments
+
+
+class Matrices(NamedTuple):
+  """A leaf as a stack of matrices."""
+
+  stack: int
+  rows: int
+  columns: int
+  unit: int  # Rows that stay together: those of a block, or of the codes in a byte.
+
+
+def matrices(weight: QuantizedArray) -> Matrices | None:
+  """The leaf as matrices; None where scales are not those of columns, matrices or their blocks."""
+  format, shape = weight.format, weight.shape
+  unit = 8 // format.bits
+  if weight.odd or weight.ndim < 2:
+    return None
+  if isinstance(format.granularity, tuple):
+    if len(format.granularity) != 2:
+      return None
+    unit = math.lcm(unit, format.granularity[0])
+  elif format.granularity == "channel" and format.contraction_axis != -2:
+    return None
+  return Matrices(math.prod(shape[:-2]), shape[-2], shape[-1], unit)
+
+
+def first_matrix(leaf: Leaf) -> jax.Array | None:
+  """The number, int32, of a leaf's first matrix in its stack; None where there is no stack."""
+  if leaf.layer is None:
+    return jnp.zeros([], jnp.int32) if leaf.weight.ndim > 2 else None
+  return leaf.layer.astype(jnp.int32) * np.int32(math.prod(leaf.weight.shape[:-2]))
+
+
+def tile_bits(
+  key: Any,
+  matrix: jax.Array | None,
+  columns: int,
+  row: jax.Array,
+  column: jax.Array | int,
+  shape: tuple[int, ...],
+) -> jax.Array:
+  """The part of `rounding.counter_bits` that starts at `row` and `column` of a matrix."""
+  row, column = (
+    jax.lax.broadcasted_iota(jnp.int32, shape, axis) + first
+    for axis, first in enumerate((row, column))
+  )
+  unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+  element = unsigned(row * np.int32(columns) + column)
+  return rounding_lib.element_bits(key, element, None if matrix is None else unsigned(matrix))
+
+
+# Elements of a chunk: a CPU's caches hold a few such arrays, and its threads are worth starting.
+_CHUNK = 2**18
+_SMALLEST_CHUNK = 2**14
+
+
+def _chunk_rows(m: Matrices) -> int | None:
+  """Rows of the largest chunk of whole units that divides a matrix, if there is a good one."""
+  fits = [n for n in range(m.unit, m.rows, m.unit) if m.rows % n == 0]
+  fits = [n for n in fits if _SMALLEST_CHUNK <= n * m.columns <= _CHUNK]
+  return max(fits, default=None)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+  """Float8 as integers: XLA's CPU compiler would widen all of an array to change a part of it."""
+  return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
+
+
+def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """`definition` in place, chunk by chunk of rows, for CPUs, whose compiler makes a loop per array.
+
+  What lies between a chunk's gradient and its new code stays in the caches. Where scales depend on
+  a whole column or matrix, a first loop over the chunks finds its largest proposal.
+  """
+  weight, format = leaf.weight, leaf.weight.format
+  m = matrices(weight)
+  size = _chunk_rows(m) if m else None
+  if m is None or size is None:
+    return definition(step, rounding, leaf)
+  chunks, shape = m.rows // size, (size, m.columns)
+  blocked = isinstance(format.granularity, tuple)
+
+  names = ("qvalue", "scale", "tensor_scale")
+  fields = {name: x for name in names if (x := getattr(weight, name)) is not None}
+  dtypes = {name: x.dtype for name, x in fields.items()}
+  # What has rows of its own for each chunk, and what belongs to a matrix.
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  stores = {name: flat(_as_bits(x)) for name, x in fields.items() if name == "qvalue" or blocked}
+  stores.pop("tensor_scale", None)
+  scales = {
+    name: x.reshape(m.stack, 1, x.shape[-1]) for name, x in fields.items() if name not in stores
+  }
+  gradient, moments = flat(leaf.gradient), tuple(flat(x) for x in leaf.moments)
+
+  def place(x: jax.Array, matrix: jax.Array, i: jax.Array) -> tuple[jax.Array, int]:
+    """Where the chunk's rows of an array begin, and how many it has."""
+    rows = x.shape[0] // m.stack
+    return matrix * rows + i * (rows // chunks), rows // chunks
+
+  def packed(stores: dict[str, jax.Array], scales: dict[str, jax.Array]) -> QuantizedArray:
+    typed: dict[str, Any] = {
+      name: x if x.dtype == dtypes[name] else jax.lax.bitcast_convert_type(x, dtypes[name])
+      for name, x in (stores | scales).items()
+    }
+    return QuantizedArray(format=format, **typed)
+
+  def read(
+    stores: dict[str, jax.Array], moments: Moments, matrix: jax.Array, i: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Moments]:
+    """θ̂, update and new moments of a chunk."""
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
+    old = packed(jax.tree.map(part, stores), {name: x[matrix] for name, x in scales.items()})
+    theta = stored_weight(old)
+    own = tuple(part(x) for x in moments)
+    return theta, *step.propose(leaf.scalars, part(gradient), own, theta)
+
+  def largest_proposals(matrix: jax.Array, stores: Any, moments: Moments) -> jax.Array:
+    def chunk(i: jax.Array, largest: jax.Array) -> jax.Array:
+      theta, update, _ = read(stores, moments, matrix, i)
+      # Magnitudes are in the order of their bits, with NaN above all.
+      bits = jax.lax.bitcast_convert_type(jnp.abs(add_update(theta, update)), jnp.int32)
+      return jnp.maximum(largest, bits)
+
+    largest = jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(shape, jnp.int32))
+    axes = (-2,) if format.granularity == "channel" else (-2, -1)
+    return largest_magnitude(jax.lax.bitcast_convert_type(largest, jnp.float32), axes, True)
+
+  def one_matrix(matrix: jax.Array, carry: Any) -> Any:
+    stores, new_scales, moments = carry
+    # Block scales alone do without.
+    largest = largest_proposals(matrix, stores, moments) if scales else None
+
+    def rounded(stores: Any, moments: Moments, i: jax.Array) -> Any:
+      theta, update, new_moments = read(stores, moments, matrix, i)
+      bits = None
+      if rounding == "stochastic":
+        number = first_matrix(leaf)
+        number = None if number is None else number + matrix
+        bits = tile_bits(leaf.key, number, m.columns, i * size, 0, shape)
+      code, holder, _ = put_on_grid(add_update(theta, update), format, rounding, bits, largest)
+      whole = dataclasses.replace(holder, qvalue=pack(code, format)[0])
+      new = {name: _as_bits(getattr(whole, name)) for name in fields}
+      return new, theta, update, new_moments
+
+    def write(stores: Any, moments: Moments, done: Any, i: jax.Array) -> Any:
+      new, theta, update, new_moments = done
+      parts = {name: new[name] for name in stores}
+      stored = stored_weight(packed(parts, {name: new[name] for name in scales}))
+      new_moments = injected(step, leaf.scalars, new_moments, theta, stored, update)
+      put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, place(x, matrix, i)[0], 0)
+      return jax.tree.map(put, (stores, moments), (parts, new_moments))
+
+    # Each turn writes what the one before it computed, and then reads: an array of which nothing
+    # else is read while it changes is one that the compiler does not copy.
+    def turn(i: jax.Array, carry: Any) -> Any:
+      stores, moments, done = carry
+      stores, moments = write(stores, moments, done, i - 1)
+      return stores, moments, rounded(stores, moments, jnp.minimum(i, chunks - 1))
+
+    first = rounded(stores, moments, jnp.zeros([], jnp.int32))
+    stores, moments, done = jax.lax.fori_loop(1, chunks + 1, turn, (stores, moments, first))
+    new_scales = {name: x.at[matrix].set(done[0][name]) for name, x in new_scales.items()}
+    return stores, new_scales, moments
+
+  carry = (stores, scales, moments)
+  if m.stack == 1:
+    stores, new_scales, moments = one_matrix(jnp.zeros([], jnp.int32), carry)
+  else:
+    stores, new_scales, moments = jax.lax.fori_loop(0, m.stack, one_matrix, carry)
+  whole = packed(stores, new_scales)
+  new = {name: getattr(whole, name).reshape(x.shape) for name, x in fields.items()}
+  shaped = tuple(x.reshape(old.shape) for x, old in zip(moments, leaf.moments, strict=True))
+  return dataclasses.replace(weight, **new), shaped
+
+
+_fused_update_p = Primitive("fused_update")
+_fused_update_p.multiple_results = True
+
+
+def fused_update(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """One leaf's step as `definition` has it, by the kernel that suits the device.
+
+  Args:
+    step: as in `definition`.
+    rounding: as in `definition`.
+    leaf: as in `definition`.
+
+  Returns:
+    As `definition`.
+  """
+  flat, treedef = jax.tree.flatten(leaf)
+  out_shape = jax.eval_shape(functools.partial(definition, step, rounding), leaf)
+  out, out_treedef = jax.tree.flatten(out_shape)
+  del out
+  results = _fused_update_p.bind(*flat, step=step, rounding=rounding, treedef=treedef)
+  return jax.tree.unflatten(out_treedef, results)
+
+
+def _flat(implementation: Any) -> Any:
+  """An implementation as a function of flat operands."""
+
+  def fn(*flat: jax.Array, step: Step, rounding: Rounding, treedef: Any) -> list[jax.Array]:
+    return jax.tree.leaves(implementation(step, rounding, jax.tree.unflatten(treedef, flat)))
+
+  return fn
+
+
+@functools.cache
+def _compiled(**params: Any) -> Any:
+  return jax.jit(functools.partial(_fused_update_p.bind, **params))
+
+
+@_fused_update_p.def_impl
+def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
+  return _compiled(**params)(*flat)
+
+
+@_fused_update_p.def_abstract_eval
+def _abstract_eval(*flat: Any, **params: Any) -> list[Any]:
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+  out = jax.eval_shape(functools.partial(_flat(definition), **params), *shapes)
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in out]
+
+
+def _batched(flat: Any, axes: Any, **params: Any) -> tuple[list[jax.Array], list[int]]:
+  results = jax.vmap(functools.partial(_flat(definition), **params), in_axes=axes)(*flat)
+  return results, [0] * len(results)
+
+
+batching.primitive_batchers[_fused_update_p] = _batched
+
+
+def _on_one_device(implementation: Any) -> Any:
+  """Lowers to `implementation` in a program of one device, and to `definition` in others.
+
+  A kernel sees local indices and is not partitioned; the definition is, with the bits of global
+  indices.
+  """
+
+  def lower(ctx: Any, *args: Any, **params: Any) -> Any:
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+    chosen = implementation if devices == 1 else definition
+    return mlir.lower_fun(_flat(chosen), multiple_results=True)(ctx, *args, **params)
+
+  return lower
+
+
+def _by_panels(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  from eco_optax.kernels import pallas_update  # It stands on this module.
+
+  return pallas_update.by_panels(step, rounding, leaf)
+
+
+mlir.register_lowering(_fused_update_p, _on_one_device(definition))
+mlir.register_lowering(_fused_update_p, _on_one_device(by_rows), platform="cpu")
+mlir.register_lowering(_fused_update_p, _on_one_device(_by_panels), platform="tpu")

@@ -1,0 +1,329 @@
+"""The fused update as Pallas kernels for TPUs, which read and write every array once.
+
+One program takes a panel, all rows of 128 columns of a matrix, and works through it tile by tile.
+Where a scale depends on all rows a first loop over the tiles finds the largest proposals, and where
+it depends on other columns too, a kernel before does. The arithmetic is that of
+`fused_update.definition`, by the same functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from eco_optax import rounding as rounding_lib
+from eco_optax.formats import Format
+from eco_optax.kernels import fused_update as fused
+from eco_optax.kernels.steps import Moments, Step
+from eco_optax.quantize_params import add_update
+from eco_optax.quantized_array import (
+  QuantizedArray,
+  Rounding,
+  divide,
+  group_scale,
+  largest_magnitude,
+  matrix_scale,
+  times_scale,
+)
+
+_LANES = 128  # Columns of a panel.
+_TILE = 256  # Rows that are computed at a time, at least.
+
+
+def _vmem() -> int:
+  """Bytes that the panels of two programs may take: one computes, the other is on its way."""
+  kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+  # These have 16 MiB; those since, which programs compiled ahead of time are taken to be for, more.
+  small = kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+  return (12 if small else 64) * 2**20
+
+
+class _Plan(NamedTuple):
+  """What a kernel is made for."""
+
+  step: Step
+  rounding: Rounding
+  format: Format
+  m: fused.Matrices
+  stacked: bool  # Whether random bits depend on the matrix.
+  tile: int  # Rows of a tile.
+  height: int  # Rows of a tile that share a scale.
+
+  @property
+  def whole(self) -> bool:
+    """Whether a scale depends on other columns."""
+    return self.format.granularity == "tensor" or self.format.two_level
+
+
+def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
+  """None where no kernel covers the leaf, which then keeps to the definition."""
+  format, m = leaf.weight.format, fused.matrices(leaf.weight)
+  if m is None or m.columns % _LANES:
+    return None
+  tile = height = _TILE
+  if isinstance(format.granularity, tuple):
+    height, width = format.granularity
+    if width not in (1, _LANES) or height % 8:
+      return None
+    tile = max(_TILE, 8 * height)  # Scales are stored eight rows at a time.
+    tile = tile if m.rows % tile == 0 else m.rows
+  moments = 2 * sum(x.dtype.itemsize for x in leaf.moments)
+  panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
+  if m.rows % tile or tile % height or tile > 8 * _TILE or 2 * panel > _vmem():
+    return None
+  return _Plan(step, rounding, format, m, fused.first_matrix(leaf) is not None, tile, height)
+
+
+def applies(leaf: fused.Leaf) -> bool:
+  """Whether a kernel covers a leaf: its format and moments, and a shape of whole tiles."""
+  return _plan(None, "nearest", leaf) is not None  # type: ignore[arg-type]
+
+
+def _unpack(stored: jax.Array, format: Format) -> jax.Array:
+  """int32 codes from what is stored: two to a byte if they have four bits."""
+  return pltpu.bitcast(stored, jnp.int4 if format.bits == 4 else jnp.int8).astype(jnp.int32)
+
+
+def _pack(code: jax.Array, format: Format) -> jax.Array:
+  """The reverse of `_unpack`."""
+  if format.bits == 4:
+    return pltpu.bitcast(code.astype(jnp.int4), jnp.uint8)
+  return pltpu.bitcast(code.astype(jnp.int8), format.dtype)
+
+
+class _Panel(NamedTuple):
+  """One program's blocks: references to int32, float32 and the stored arrays."""
+
+  integers: Any  # Key of the random bits, and number of the first matrix.
+  scalars: Any
+  largest: Any  # Of the matrix, where it is needed.
+  scale: Any
+  qvalue: Any
+  gradient: Any
+  moments: tuple[Any, ...]
+
+  def read(self, plan: _Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
+    """θ̂, update and new moments of a tile."""
+    rows = pl.ds(i * plan.tile, plan.tile)
+    per_byte = 8 // plan.format.bits
+    stored = self.qvalue[0, pl.ds(i * (plan.tile // per_byte), plan.tile // per_byte), :]
+    value = rounding_lib.decode(_unpack(stored, plan.format), plan.format.dtype)
+    scale = self.scale[0] if self.scale.shape[1] == 1 else self.scale[0, _groups(plan, i), :]
+    weight = times_scale(_grouped(plan, value), scale[:, None, :]).reshape(value.shape)
+    s = plan.step.scalars(*(self.scalars[k] for k in range(self.scalars.shape[0])))
+    moments = tuple(m[0, rows, :] for m in self.moments)
+    return weight, *plan.step.propose(s, self.gradient[0, rows, :], moments, weight)
+
+  def largest_of_columns(self, plan: _Plan) -> jax.Array:
+    """float32 of shape (1, 128)."""
+
+    def find(i: jax.Array, largest: jax.Array) -> jax.Array:
+      weight, update, _ = self.read(plan, i)
+      proposal = largest_magnitude(add_update(weight, update), (0,), keepdims=True)
+      # As integers, which are in the same order, with NaN above all.
+      bits = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (largest, proposal))
+      return jax.lax.bitcast_convert_type(jnp.maximum(*bits), jnp.float32)
+
+    zeros = jnp.zeros((1, _LANES), jnp.float32)
+    return jax.lax.fori_loop(0, plan.m.rows // plan.tile, find, zeros)
+
+
+def _groups(plan: _Plan, i: jax.Array) -> Any:
+  """The rows of a tile's scales."""
+  count = plan.tile // plan.height
+  return pl.ds(i * count, count)
+
+
+def _grouped(plan: _Plan, x: jax.Array) -> jax.Array:
+  return x.reshape(-1, plan.height, _LANES)
+
+
+def _find(plan: _Plan, *refs: Any) -> None:
+  """Kernel: the largest proposal of each column."""
+  integers, scalars, *operands, out = refs
+  scale, qvalue, gradient, *moments = operands
+  panel = _Panel(integers, scalars, None, scale, qvalue, gradient, tuple(moments))
+  out[0] = panel.largest_of_columns(plan)
+
+
+def _update(plan: _Plan, *refs: Any) -> None:
+  """Kernel: the whole step."""
+  count = (len(refs) - 8) // 2
+  integers, scalars, whole, scale, qvalue, gradient = refs[:6]
+  panel = _Panel(integers, scalars, whole, scale, qvalue, gradient, refs[6 : 6 + count])
+  new_scale, new_qvalue, *new_moments = refs[6 + count :]
+  format, granularity = plan.format, plan.format.granularity
+  s = plan.step.scalars(*(panel.scalars[k] for k in range(panel.scalars.shape[0])))
+  key = tuple(jax.lax.bitcast_convert_type(panel.integers[k], jnp.uint32) for k in (0, 1))
+  matrix = panel.integers[2] + pl.program_id(0) if plan.stacked else None
+  column = pl.program_id(1) * _LANES
+  largest = unit = None
+  if plan.whole:
+    largest = panel.largest[0, :, :1]
+    unit = matrix_scale(largest, format) if format.two_level else None
+  elif granularity == "channel":
+    largest = panel.largest_of_columns(plan)
+
+  def write(i: jax.Array, carry: None) -> None:
+    weight, update, moments = panel.read(plan, i)
+    proposal = _grouped(plan, add_update(weight, update))
+    if isinstance(granularity, tuple):
+      within = (1,) if granularity[1] == 1 else (1, 2)
+      of_group = largest_magnitude(proposal, within, keepdims=True)
+    else:
+      of_group = largest[None]  # type: ignore[index]
+    scale = group_scale(of_group, unit if unit is None else unit[None], format, plan.rounding)
+    factor = scale if unit is None else times_scale(unit[None], scale)
+    bits = None
+    if plan.rounding == "stochastic":
+      bits = fused.tile_bits(key, matrix, plan.m.columns, i * plan.tile, column, weight.shape)
+    y = divide(proposal, factor).reshape(weight.shape)
+    code = rounding_lib.code_bits(y, format.dtype, bits)
+    value = _grouped(plan, rounding_lib.decode(code, format.dtype))
+    stored = times_scale(value, factor).reshape(weight.shape)
+    moments = fused.injected(plan.step, s, moments, weight, stored, update)
+
+    rows = _groups(plan, i) if isinstance(granularity, tuple) else slice(None)
+    new_scale[0, rows, :] = jnp.broadcast_to(scale[:, 0], (scale.shape[0], _LANES))
+    packed = _pack(code, format)
+    new_qvalue[0, pl.ds(i * packed.shape[0], packed.shape[0]), :] = packed
+    for ref, moment in zip(new_moments, moments, strict=True):
+      ref[0, pl.ds(i * plan.tile, plan.tile), :] = moment
+
+  jax.lax.fori_loop(0, plan.m.rows // plan.tile, write, None)
+
+
+def _place(plan: _Plan, x: Any) -> tuple[tuple[int, int, int], Callable[..., tuple]]:
+  """The part of an array that one program has: its shape, and its place by program."""
+  of_matrix = x.shape[-1] == _LANES != plan.m.columns
+  return (1, x.shape[1], _LANES), lambda i, j: (i, 0, 0 if of_matrix else j)
+
+
+def _block(plan: _Plan, x: Any) -> pl.BlockSpec:
+  return pl.BlockSpec(*_place(plan, x))
+
+
+def _grid(plan: _Plan) -> tuple[int, int]:
+  return plan.m.stack, plan.m.columns // _LANES
+
+
+def _call(
+  kernel: Callable[..., None],
+  plan: _Plan,
+  scalars: list[jax.Array],
+  operands: list[jax.Array],
+  results: list[jax.ShapeDtypeStruct],
+  in_place: dict[int, int],
+  interpret: bool,
+) -> list[jax.Array]:
+  """Runs a kernel on all panels."""
+  return pl.pallas_call(
+    functools.partial(kernel, plan),
+    grid=_grid(plan),
+    in_specs=[
+      *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars),
+      *(_block(plan, x) for x in operands),
+    ],
+    out_specs=[_block(plan, x) for x in results],
+    out_shape=results,
+    input_output_aliases=in_place,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
+    ),
+    interpret=interpret,
+  )(*scalars, *operands)
+
+
+def _operands(plan: _Plan, leaf: fused.Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
+  """A kernel's scalars, and the leaf's arrays as stacks of matrices."""
+  number = fused.first_matrix(leaf)
+  number = jnp.zeros([], jnp.int32) if number is None else number
+  integers = jnp.concatenate([jax.lax.bitcast_convert_type(leaf.key, jnp.int32), number[None]])
+  scalars = [integers, jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])]
+  stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
+  # Scales are few: one of each column for each of their rows, in float32.
+  scale = stack(leaf.weight.float_scale())
+  scale = jnp.repeat(scale, plan.m.columns // scale.shape[-1], axis=-1)
+  return scalars, [scale, *(stack(x) for x in (leaf.weight.qvalue, leaf.gradient, *leaf.moments))]
+
+
+def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, Any, list[Any]]:
+  """Shapes of a matrix's largest proposal, of its columns', and of the step's results."""
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  scale, qvalue, _, *moments = operands
+  one = lambda width: jax.ShapeDtypeStruct((plan.m.stack, 1, width), jnp.float32)
+  return one(_LANES), one(plan.m.columns), [shape(x) for x in (scale, qvalue, *moments)]
+
+
+def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
+  """What the kernels load and store for a leaf (of shapes, or of arrays), by their blocks.
+
+  A block is loaded or stored once for as long as consecutive programs have the same one.
+
+  Returns:
+    Bytes.
+  """
+  plan = _plan(step, rounding, leaf)
+  if plan is None:
+    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
+  _, operands = jax.eval_shape(functools.partial(_operands, plan), leaf)
+  largest, columns, results = _shapes(plan, operands)
+  arrays = [largest, *operands, *results, *([*operands, columns] if plan.whole else [])]
+  programs = list(itertools.product(*(range(n) for n in _grid(plan))))
+
+  def moved(x: Any) -> int:
+    shape, place = _place(plan, x)
+    places = [place(*program) for program in programs]
+    changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
+    return changes * math.prod(shape) * x.dtype.itemsize
+
+  return sum(moved(x) for x in arrays)
+
+
+def by_panels(
+  step: Step, rounding: Rounding, leaf: fused.Leaf, interpret: bool = False
+) -> tuple[QuantizedArray, Moments]:
+  """`fused_update.definition` by kernels for TPUs, where these apply.
+
+  Args:
+    step: as in `fused_update.definition`.
+    rounding: as in `fused_update.definition`.
+    leaf: as in `fused_update.definition`.
+    interpret: whether to run the kernels in plain JAX, on any device.
+
+  Returns:
+    As `fused_update.definition`.
+  """
+  plan = _plan(step, rounding, leaf)
+  if plan is None:
+    return fused.definition(step, rounding, leaf)
+  weight, format = leaf.weight, plan.format
+  scalars, operands = _operands(plan, leaf)
+  of_matrix, of_columns, results = _shapes(plan, operands)
+  largest = jnp.zeros(of_matrix.shape, jnp.float32)
+  if plan.whole:
+    (columns,) = _call(_find, plan, scalars, operands, [of_columns], {}, interpret)
+    largest = jnp.broadcast_to(largest_magnitude(columns, (-2, -1), True), largest.shape)
+  in_place = {3: 0, 4: 1} | {6 + k: 2 + k for k in range(len(leaf.moments))}
+  scale, qvalue, *moments = _call(
+    _update, plan, scalars, [largest, *operands], results, in_place, interpret
+  )
+  scale = scale[..., :: plan.m.columns // weight.scale.shape[-1]]
+  tensor_scale = weight.tensor_scale
+  if tensor_scale is not None:
+    tensor_scale = matrix_scale(largest[..., :1], format).reshape(tensor_scale.shape)
+  new = QuantizedArray(
+    qvalue.reshape(weight.qvalue.shape),
+    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
+    format,
+    tensor_scale,
+  )
+  return new, tuple(x.reshape(old.shape) for x, old in zip(moments, leaf.moments, strict=True))

@@ -1,0 +1,81 @@
+"""Leaves to try a fused update on, and a program that compares implementations without FMA."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eco_optax as eco
+from eco_optax import rounding
+from eco_optax.kernels import fused_update, pallas_update, steps
+
+STEPS = {
+  "adamw": steps.ADAMW,
+  "nadamw": steps.NADAMW,
+  "sgd": steps.SGD,
+  "nesterov": steps.NESTEROV,
+}
+FORMATS = {
+  name: getattr(eco, name)
+  for name in ("FP8", "FP8_E5M2", "INT8", "INT4", "FP8_BLOCK128", "MXFP8", "MXFP4", "NVFP4")
+}
+
+
+def make(step, format, shape, layer=None, gradient_dtype=jnp.float32):
+  """A leaf in the middle of a training run."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  draw = lambda key, scale: scale * jax.random.normal(key, shape)
+  weight = eco.quantize({"w": draw(keys[0], 0.02)}, format)["w"]
+  moments = (draw(keys[1], 1e-3), draw(keys[2], 1e-3) ** 2)
+  if step.scalars is steps.SgdScalars:
+    scalars, moments = (0.5, 0.9, 1e-1, -3.0), moments[:1]
+  else:
+    scalars = (0.5, 0.1, 0.9, 0.01, 0.99, 2.4, 0.7, 25.0, 0.0, 1e-8, 0.1, 1e-3, -100.0, 1e20)
+  return fused_update.Leaf(
+    step.scalars(*(jnp.float32(x) for x in scalars)),
+    rounding.stream_key(3, 7, "w"),
+    None if layer is None else jnp.int32(layer),
+    weight,
+    draw(keys[3], 1e-3).astype(gradient_dtype),
+    moments,
+  )
+
+
+def run(implementation, step, how, leaf):
+  """Codes, scales and moments as NumPy arrays."""
+  out = jax.jit(lambda leaf: implementation(step, how, leaf))(leaf)
+  return [np.asarray(x) for x in jax.tree.leaves(out)]
+
+
+def by_interpreted_panels(step, how, leaf):
+  return pallas_update.by_panels(step, how, leaf, interpret=True)
+
+
+def main():
+  """Exits with what is not equal to the bit."""
+  cases = [("adamw", name) for name in FORMATS] + [
+    (name, "FP8") for name in STEPS if name != "adamw"
+  ]
+  differ = []
+  for name, preset in cases:
+    # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically.
+    for how, shape, layer, dtype in (
+      ("nearest", (512, 128), None, jnp.float32),
+      ("stochastic", (2, 256, 256), 5, jnp.bfloat16),
+    ):
+      leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype)
+      assert pallas_update.applies(leaf)
+      wanted = run(fused_update.definition, STEPS[name], how, leaf)
+      for other in (fused_update.by_rows, by_interpreted_panels):
+        found = run(other, STEPS[name], how, leaf)
+        if not all(
+          np.array_equal(a.view(np.uint8), b.view(np.uint8))
+          for a, b in zip(found, wanted, strict=True)
+        ):
+          differ.append(f"{name} {preset} {how} {other.__name__}")
+  sys.exit("\n".join(differ) or None)
+
+
+if __name__ == "__main__":
+  main()

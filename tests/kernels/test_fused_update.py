@@ -1,0 +1,238 @@
+"""The fused update: its definition against the general path, its kernels against the definition."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import fused_leaves
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import eco_optax as eco
+from eco_optax.kernels import fused_update, pallas_update, steps
+
+# Optax's schedules compare an int32 count with Python floats.
+pytestmark = pytest.mark.standard_promotion
+
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 8, 0.0)
+MASK = {"blocks": {"up": True, "down": False}, "head": True, "bias": False}
+LAST_STEPS = optax.linear_schedule(1e-2, 1e-3, 5)
+
+
+def long_form(optimizer, rate, how, max_norm=None):
+  if max_norm:
+    optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+  return eco.error_feedback_to_momentum(optimizer, eco.quantize_params(rounding=how, seed=3), rate)
+
+
+# Each the short form, whose steps are fused, and the long form, whose are not.
+PAIRS = {
+  "adamw": lambda how: (
+    eco.adamw(1e-2, b2=0.98, rounding=how, seed=3),
+    long_form(optax.adamw(1e-2, b2=0.98), 1e-2, how),
+  ),
+  "adamw, schedule from zero to zero, mask, clip": lambda how: (
+    eco.adamw(
+      SCHEDULE, eps_root=1e-12, weight_decay=0.3, mask=MASK, max_norm=1.0, rounding=how, seed=3
+    ),
+    long_form(
+      optax.adamw(SCHEDULE, eps_root=1e-12, weight_decay=0.3, mask=MASK), SCHEDULE, how, 1.0
+    ),
+  ),
+  "adamw, callable mask, nesterov": lambda how: (
+    eco.adamw(
+      LAST_STEPS, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree), nesterov=True,
+      weight_decay=0.3, rounding=how, seed=3,
+    ),
+    long_form(
+      optax.adamw(
+        LAST_STEPS, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree), nesterov=True,
+        weight_decay=0.3,
+      ),
+      LAST_STEPS,
+      how,
+    ),
+  ),
+  "adamw, bfloat16 momentum": lambda how: (
+    eco.adamw(1e-2, mu_dtype=jnp.bfloat16, rounding=how, seed=3),
+    long_form(optax.adamw(1e-2, mu_dtype=jnp.bfloat16), 1e-2, how),
+  ),
+  "sgd, schedule": lambda how: (
+    eco.sgd(SCHEDULE, rounding=how, seed=3),
+    long_form(optax.sgd(SCHEDULE, 0.9), SCHEDULE, how),
+  ),
+  "sgd, nesterov, clip": lambda how: (
+    eco.sgd(1e-2, 0.8, nesterov=True, max_norm=1.0, rounding=how, seed=3),
+    long_form(optax.sgd(1e-2, 0.8, nesterov=True), 1e-2, how, 1.0),
+  ),
+}  # fmt: skip
+
+
+def tree(format):
+  generator = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)
+  params = {
+    "blocks": {"up": draw(3, 32, 64), "down": draw(3, 64, 32)},
+    "head": draw(64, 512),  # Two chunks of rows.
+    "bias": draw(64),
+  }
+  return eco.quantize(params, format, where=lambda path, leaf: leaf.ndim > 1)
+
+
+def code_arrays(params):
+  is_packed = lambda x: isinstance(x, eco.QuantizedArray)
+  leaves = jax.tree.leaves(params, is_leaf=is_packed)
+  return [np.asarray(x.codes.astype(jnp.float32)) for x in leaves if is_packed(x)]
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_steps_are_those_of_the_general_path(name, how):
+  """From one state, both take the same step: equal codes, moments equal to some last places.
+
+  A code may differ where the last place of a proposal decides it, about once in a million.
+  """
+  short, long = PAIRS[name](how)
+  params = tree(eco.FP8)
+  state = short.init(params)
+  assert jax.tree.structure(state) == jax.tree.structure(long.init(params))
+  steps_of = [jax.jit(tx.update) for tx in (short, long)]
+  for i in range(8):
+    dtype = jnp.bfloat16 if i % 2 else jnp.float32
+    grads = jax.tree.map(lambda x, i=i, d=dtype: jnp.sin(x + i).astype(d), eco.dequantize(params))
+    grads["bias"] = grads["bias"].astype(jnp.float32)
+    (found, found_state), (wanted, wanted_state) = (step(grads, state, params) for step in steps_of)
+    new = eco.apply_updates(params, found)
+    pairs = zip(code_arrays(new), code_arrays(eco.apply_updates(params, wanted)), strict=True)
+    assert sum(np.sum(a != b) for a, b in pairs) <= 1
+    for a, b in zip(jax.tree.leaves(found_state), jax.tree.leaves(wanted_state), strict=True):
+      assert a.dtype == b.dtype
+      a, b = (np.asarray(x, np.float32) for x in (a, b))
+      scale = np.max(np.abs(b), initial=1e-30)
+      # A last place of a scale is one of its weights', and their errors are divided by the learning
+      # rate. Where a code differs the momentum owes another error.
+      assert np.sum(np.abs(a - b) > 1e-4 * scale) <= 1
+    params, state = new, found_state
+
+
+@pytest.mark.parametrize("format", fused_leaves.FORMATS)
+def test_every_format_takes_the_step_of_the_general_path(format):
+  short, long = PAIRS["adamw"]("stochastic")
+  params = eco.quantize(
+    {"w": jax.random.normal(jax.random.key(0), (256, 128))}, fused_leaves.FORMATS[format]
+  )
+  grads = {"w": jnp.sin(eco.dequantize(params)["w"])}
+  state = short.init(params)
+  for _ in range(3):
+    (found, new_state), (wanted, _) = (
+      jax.jit(tx.update)(grads, state, params) for tx in (short, long)
+    )
+    pairs = zip(code_arrays(found), code_arrays(wanted), strict=True)
+    assert sum(np.sum(a != b) for a, b in pairs) <= 1
+    params, state = found, new_state
+
+
+def test_kernels_equal_the_definition_to_the_bit():
+  """Without fused multiply-adds, which a compiler puts where it likes; in a process of its own."""
+  program = pathlib.Path(fused_leaves.__file__)
+  flags = os.environ | {"XLA_FLAGS": "--xla_cpu_max_isa=AVX", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, program], env=flags, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_shapes_that_do_not_tile_keep_to_the_definition():
+  for format, shape in [
+    (eco.FP8, (100, 128)),
+    (eco.FP8, (256, 100)),
+    (eco.FP8, (2**16, 128)),
+    (eco.Format("int8", (4, 4)), (256, 128)),
+    (eco.Format("float8_e4m3fn", contraction_axis=-1), (256, 128)),
+  ]:
+    leaf = jax.eval_shape(lambda f=format, s=shape: fused_leaves.make(steps.SGD, f, s))
+    assert not pallas_update.applies(leaf)
+  leaf = fused_leaves.make(steps.ADAMW, eco.FP8, (100, 128))
+  found, wanted = (
+    fused_leaves.run(f, steps.ADAMW, "stochastic", leaf)
+    for f in (fused_leaves.by_interpreted_panels, fused_update.definition)
+  )
+  for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+def test_a_sharded_leaf_takes_the_same_step():
+  """In a program of several devices the definition is partitioned: the same codes."""
+  leaf = fused_leaves.make(steps.ADAMW, eco.FP8, (512, 256))
+  step = jax.jit(lambda leaf: fused_update.fused_update(steps.ADAMW, "stochastic", leaf))
+  wanted, _ = step(leaf)
+  mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+  spread = lambda x: NamedSharding(mesh, P("x", "y") if x.shape == (512, 256) else P())
+  found, _ = step(jax.tree.map(lambda x: jax.device_put(x, spread(x)), leaf))
+  assert len(found.qvalue.sharding.device_set) == 8
+  differ = np.asarray(found.qvalue).view(np.uint8) != np.asarray(wanted.qvalue).view(np.uint8)
+  assert np.sum(differ) <= 1
+
+
+def test_a_cpu_holds_no_float32_copy():
+  """Beside the codes once more, as bytes, temporaries are those of a chunk of rows."""
+  shape = (4096, 4096)
+  tx = eco.adamw(1e-3)
+  params = jax.eval_shape(lambda: {"w": eco.quantize(jnp.ones(shape), eco.FP8)})
+  step = lambda grads, state, params: tx.update(grads, state, params)
+  compiled = (
+    jax.jit(step, donate_argnums=(1, 2))
+    .lower({"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, jax.eval_shape(tx.init, params), params)
+    .compile()
+  )
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * shape[0] * shape[1]
+
+
+@pytest.fixture(scope="module")
+def tpu():
+  """A TPU that is not there."""
+  pytest.importorskip("libtpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+  from eco_optax.training import compile as compile_lib
+
+  return compile_lib.topology_devices("v5p:2x2x1")[0]
+
+
+@pytest.mark.parametrize("format", fused_leaves.FORMATS)
+def test_kernels_compile_for_tpus_and_work_in_place(tpu, format):
+  shape = (4096, 16384)
+  preset = fused_leaves.FORMATS[format]
+  leaf = jax.eval_shape(
+    lambda: fused_leaves.make(steps.ADAMW, preset, shape, gradient_dtype=jnp.bfloat16)
+  )
+  size = shape[0] * shape[1]
+  moved = pallas_update.bytes_moved(steps.ADAMW, "stochastic", leaf) / size
+  scale_bytes = 8 * leaf.weight.scale.size / size
+  once = 18 + 2 * preset.bits / 8  # Gradient; moments and codes, read and written.
+  if preset.granularity == "tensor" or preset.two_level:  # Read once more, for the largest.
+    assert once + 10 < moved < once + 10 + preset.bits / 8 + 3 * scale_bytes + 0.01
+  else:
+    assert once < moved < once + 2 * scale_bytes + 0.1
+
+  here = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(tpu)), leaf
+  )
+  step = lambda weight, moments, rest: fused_update.fused_update(
+    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+  )
+  lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+    here.weight, here.moments, here._replace(weight=None, moments=None)
+  )
+  compiled = lowered.compile()
+  assert "tpu_custom_call" in compiled.as_text()
+  used = compiled.memory_analysis()
+  assert used.alias_size_in_bytes >= size * (8 + preset.bits / 8)
+  # Block scales are in float32 and one for each column on their way in and out.
+  assert used.temp_size_in_bytes / size < 0.01 + 2 * 4 / (
+    preset.granularity[0] if isinstance(preset.granularity, tuple) else 4096
+  )
