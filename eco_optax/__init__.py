@@ -16,6 +16,7 @@ from eco_optax.formats import MXFP8 as MXFP8
 from eco_optax.formats import NVFP4 as NVFP4
 from eco_optax.formats import Format as Format
 from eco_optax.layer_by_layer import layer_by_layer as layer_by_layer
+from eco_optax.low_bit_moments import low_bit_moments as low_bit_moments
 from eco_optax.master_weights import master_weights as master_weights
 from eco_optax.matmul import matmul as matmul
 from eco_optax.quantize_params import chain as chain

@@ -186,6 +186,12 @@ def grid_max(dtype: np.dtype) -> float:
   return float(info(dtype).max)
 
 
+def grid_smallest(dtype: np.dtype) -> float:
+  """The smallest code of `dtype` above zero."""
+  mantissa, minimum = grid(dtype)
+  return 1.0 if minimum is None else 2.0 ** (minimum - mantissa)
+
+
 def grid_top_step(dtype: np.dtype) -> float:
   """Spacing of the codes just below the largest."""
   mantissa, minimum = grid(dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from eco_optax import eager, trees
+from eco_optax.quantized_array import is_quantized
 
 # Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.
 _FIELDS = ("trace", "mu", "momentum", "m", "m1", "ema", "exp_avg")
@@ -30,24 +32,29 @@ _BIAS_CORRECTED = (
   "ScaleByAdemamixState",
 )
 
+# Fields that hold a mean or a sum of squares, or what else is not negative.
+_SECOND_FIELDS = ("nu", "nu_max", "v", "exp_avg_sq", "sum_of_squares")
+
+# Slower momenta, of which an update has more than one.
+_SLOW_FIELDS = ("m2",)
+
 Leaves = dict[str, jax.Array]  # Arrays by the `/`-joined path of their parameter.
+Kind = Literal["first", "second"]
 
 
 def flat(tree: Any) -> Leaves:
-  """The arrays of a tree by `/`-joined path."""
-  return {
-    trees.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  }
+  """The arrays of a tree by `/`-joined path, a packed leaf being one."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
+  return {trees.path_name(path): leaf for path, leaf in leaves}
 
 
-def _momentum_field(node: Any, shapes: dict[str, tuple[int, ...]]) -> str | None:
-  """The field of a state that holds a momentum for (some of) the parameters of `shapes`."""
+def _holds(node: Any, fields: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+  """Those of a state's fields that hold an array for each of (some of) the parameters."""
   is_record = (isinstance(node, tuple) and hasattr(node, "_fields")) or (
     dataclasses.is_dataclass(node) and not isinstance(node, type)
   )
-  if not is_record:
-    return None
-  for field in _EXCEPTIONS.get(type(node).__name__, _FIELDS):
+  found = []
+  for field in fields if is_record else ():
     value = getattr(node, field, None)
     leaves = flat(value) if value is not None else {}
     # A parameter may be called `mu` too, but its statistics have not all the parameters' shapes.
@@ -55,8 +62,57 @@ def _momentum_field(node: Any, shapes: dict[str, tuple[int, ...]]) -> str | None
       path in shapes and getattr(leaf, "shape", None) == shapes[path]
       for path, leaf in leaves.items()
     ):
-      return field
-  return None
+      found.append(field)
+  return found
+
+
+def _momentum_field(node: Any, shapes: dict[str, tuple[int, ...]]) -> str | None:
+  """The field of a state that holds a momentum for (some of) the parameters of `shapes`."""
+  fields = _EXCEPTIONS.get(type(node).__name__, _FIELDS)
+  return next(iter(_holds(node, fields, shapes)), None)
+
+
+def _moment_fields(node: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Kind]:
+  """All fields of a state that hold moments; not those whose difference is a variance."""
+  first = _EXCEPTIONS.get(type(node).__name__, _FIELDS + _SLOW_FIELDS)
+  second = tuple(field for field in _SECOND_FIELDS if first and field not in first)
+  kinds: dict[str, Kind] = {field: "first" for field in _holds(node, first, shapes)}
+  return kinds | {field: "second" for field in _holds(node, second, shapes)}
+
+
+def map_moments(
+  fn: Callable[[str, Kind, Any], Any], state: Any, shapes: dict[str, tuple[int, ...]]
+) -> Any:
+  """An optimizer's state with `fn(path, kind, array)` in place of every moment.
+
+  Args:
+    fn: its first argument is the moment's path in the state.
+    state: of an optimizer; its moments may be packed.
+    shapes: of all parameters by path.
+
+  Returns:
+    The state.
+  """
+
+  def change(path: str, node: Any) -> Any:
+    new = {
+      field: trees.map_with_path(
+        lambda leaf, x, field=field, kind=kind: fn(f"{path}/{field}/{leaf}", kind, x),
+        getattr(node, field),
+        is_leaf=is_quantized,
+      )
+      for field, kind in _moment_fields(node, shapes).items()
+    }
+    replace = getattr(type(node), "_replace", dataclasses.replace)
+    return replace(node, **new) if new else node
+
+  return trees.map_with_path(change, state, is_leaf=lambda node: bool(_moment_fields(node, shapes)))
+
+
+def has_moments(state: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+  """Whether `map_moments` finds any."""
+  found = jax.tree.leaves(state, is_leaf=lambda node: bool(_moment_fields(node, shapes)))
+  return any(_moment_fields(node, shapes) for node in found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ def defaults() -> config_dict.ConfigDict:
   config.method = "eco_sr"  # bf16_mw, mw_rtn, mw_sr, naive_rtn, naive_sr, eco_rtn or eco_sr.
   config.schedule_aware = True  # The rule follows the learning rate; False is the paper's rule.
   config.residual = "float32"  # Of mw_*: float32, bfloat16 or int8.
+  # What moments are stored in, see eco_optax.low_bit_moments.
+  config.moments = {"mu": "float32", "nu": "float32"}
   config.format = "FP8"  # Of the quantized linear weights: a preset of eco_optax.
   config.activation_format = "FP8_TOKEN"  # Of their inputs; "none" leaves them float.
 

@@ -54,6 +54,15 @@ def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
   return optax.adamw(schedule(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
 
 
+def _low_bit(
+  config: ml_collections.ConfigDict, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """The optimizer with its moments stored as the config says."""
+  if set(config.moments.values()) == {"float32"}:
+    return tx
+  return eco.low_bit_moments(tx, **config.moments)
+
+
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
   """The optimizer of `config.method`, layer by layer behind a clip by global norm.
 
@@ -62,7 +71,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   inner = stock_optimizer(config)
   clip = clip_by_global_norm(config.optimizer.max_norm)
   if config.method == "bf16_mw":
-    return optax.with_extra_args_support(optax.chain(clip, inner))
+    return optax.with_extra_args_support(optax.chain(clip, _low_bit(config, inner)))
   family, rounding = config.method.split("_")
   quantizer = eco.quantize_params(rounding=_ROUNDING[rounding], seed=config.seed)  # type: ignore[arg-type]
   if family == "mw":
@@ -72,4 +81,5 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   else:
     learning_rate = schedule(config) if config.schedule_aware else None
     tx = eco.error_feedback_to_momentum(inner, quantizer, learning_rate)
-  return optax.with_extra_args_support(optax.chain(clip, eco.layer_by_layer(tx)))
+  tx = eco.layer_by_layer(_low_bit(config, tx))
+  return optax.with_extra_args_support(optax.chain(clip, tx))
