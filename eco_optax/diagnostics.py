@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from eco_optax import error_feedback
+from eco_optax.low_bit_moments import LowBitMomentsState, MomentDtype, codec, shapes_of
 from eco_optax.momentum import Leaves
 from eco_optax.quantize_params import PackedTransformation
 from eco_optax.quantized_array import is_quantized
@@ -119,6 +120,33 @@ def lost_injection(proposed: Any, injection: Any, stored: Any) -> jax.Array:
   return _ratio(_norm(jax.tree.leaves(lost)), _norm(jax.tree.leaves(injection)))
 
 
+def kept_injection(proposed: Any, injection: Any, stored: Any) -> jax.Array:
+  """How much of an injection a momentum holds once it is stored: 1 is all of it.
+
+  Rounding to nearest swallows what is small, so that this falls below 1; stochastic rounding keeps
+  it in the mean, whatever noise `lost_injection` finds beside it.
+
+  Args:
+    proposed: the momentum m̃ that the optimizer proposed, a float32 tree.
+    injection: what the rule adds to it, float32.
+    stored: the momentum as it is kept, in any dtype.
+
+  Returns:
+    float32 scalar ⟨stored − m̃, injection⟩ / ‖injection‖²; NaN where nothing is injected.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from eco_optax import diagnostics
+    >>> diagnostics.kept_injection(jnp.ones(1), jnp.ones(1), jnp.full(1, 1.5))
+    Array(0.5, dtype=float32)
+  """
+  kept = jax.tree.map(
+    lambda m, i, s: jnp.sum((s.astype(jnp.float32) - m) * i), proposed, injection, stored
+  )
+  total = sum(jax.tree.leaves(kept), jnp.zeros([], jnp.float32))
+  return _ratio(total, jnp.square(_norm(jax.tree.leaves(injection))))
+
+
 class Metrics(NamedTuple):
   """What `watch` measures at each step; float32 scalars over all quantized leaves."""
 
@@ -127,12 +155,13 @@ class Metrics(NamedTuple):
   error_cosine: jax.Array  # cos(e_t, e_{t+1})
   injection_to_momentum: jax.Array  # ‖injection‖ / ‖m̃‖
   lost_injection: jax.Array  # ‖m − m̃ − injection‖ / ‖injection‖
+  kept_injection: jax.Array  # ⟨m − m̃, injection⟩ / ‖injection‖²
 
 
 class WatchState(NamedTuple):
   """State of `watch`."""
 
-  inner: error_feedback.ErrorFeedbackState
+  inner: error_feedback.ErrorFeedbackState | LowBitMomentsState
   error: Leaves  # float32, by path.
   metrics: Metrics
 
@@ -142,6 +171,8 @@ def watch(
   quantizer: optax.GradientTransformation,
   learning_rate: optax.ScalarOrSchedule | None = None,
   keep_error: bool = False,
+  mu: MomentDtype = "float32",
+  nu: MomentDtype = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   """`error_feedback_to_momentum` that also measures itself; the trajectory is the same.
 
@@ -153,6 +184,8 @@ def watch(
     quantizer: as in `error_feedback_to_momentum`.
     learning_rate: as in `error_feedback_to_momentum`.
     keep_error: as in `error_feedback_to_momentum`.
+    mu: as in `low_bit_moments`, to see what it leaves of the injection.
+    nu: as in `low_bit_moments`.
 
   Returns:
     A `GradientTransformationExtraArgs` whose state has `.metrics`.
@@ -165,11 +198,9 @@ def watch(
     >>> state.metrics.error_norm.shape
     ()
   """
-
-  def observe(seen: error_feedback.Observation) -> error_feedback.Observation:
-    return seen
-
-  tx = error_feedback.build(inner, quantizer, learning_rate, keep_error, observe)
+  tx = error_feedback.build(inner, quantizer, learning_rate, keep_error, observe=lambda seen: seen)
+  moments = codec(mu, nu)
+  is_low_bit = (mu, nu) != ("float32", "float32")
 
   def init(params: Any) -> WatchState:
     state = tx.init(params)
@@ -177,14 +208,26 @@ def watch(
     paths = error_feedback.moved_paths(
       optax.with_extra_args_support(quantizer), quantizer.init(params), params
     )
-    shapes = error_feedback.momentum_lib.flat(error_feedback.dequantize(params))
-    error = {path: jnp.zeros(shapes[path].shape, jnp.float32) for path in paths}
+    shapes = shapes_of(params)
+    if is_low_bit:
+      step = jnp.zeros([], jnp.int32)
+      state = LowBitMomentsState(step, moments.store(state, shapes, step))
+    error = {path: jnp.zeros(shapes[path], jnp.float32) for path in paths}
     return WatchState(state, error, Metrics(*[nan] * len(Metrics._fields)))
 
   def update(
     updates: Any, state: WatchState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, WatchState]:
-    updates, (new_state, seen) = tx.update(updates, state.inner, params, **extra_args)
+    inner_state, shapes = state.inner, shapes_of(params)
+    if is_low_bit:
+      inner_state = moments.read(state.inner.inner, shapes)
+    updates, (new_state, seen) = tx.update(updates, inner_state, params, **extra_args)
+    if is_low_bit:
+      step = state.inner.step
+      stored = moments.store(new_state, shapes, step, extra_args.get("layer"))
+      new_state = LowBitMomentsState(optax.safe_increment(step), stored)
+      where = error_feedback.Momentum(shapes, tuple(seen.stored))
+      seen = seen._replace(stored=where.get(moments.read(stored.inner, shapes)))
     norm_ratio, cosine = error_similarity(state.error, seen.error)
     metrics = Metrics(
       error_norm=_norm(jax.tree.leaves(seen.error)),
@@ -194,6 +237,7 @@ def watch(
         _norm(jax.tree.leaves(seen.injection)), _norm(jax.tree.leaves(seen.momentum))
       ),
       lost_injection=lost_injection(seen.momentum, seen.injection, seen.stored),
+      kept_injection=kept_injection(seen.momentum, seen.injection, seen.stored),
     )
     return updates, WatchState(new_state, seen.error, metrics)
 

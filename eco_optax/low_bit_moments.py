@@ -21,7 +21,7 @@ from eco_optax.quantized_array import QuantizedArray, is_quantized, pack, quanti
 
 MomentDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
 
-_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 _LONGEST_BLOCK, _SHORTEST_BLOCK = 128, 16
 
 # Of the random bits with which moments are rounded.
@@ -102,6 +102,11 @@ def store(x: jax.Array, kind: momentum_lib.Kind, dtype: str, bits: jax.Array) ->
   return quantize_array(x, format, "stochastic", bits)
 
 
+def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes of all parameters by path, by which an optimizer's moments are found."""
+  return {path: leaf.shape for path, leaf in momentum_lib.flat(params).items()}
+
+
 class Codec(NamedTuple):
   """How an optimizer's state is stored and read back."""
 
@@ -112,8 +117,8 @@ class Codec(NamedTuple):
 def codec(mu: MomentDtype, nu: MomentDtype) -> Codec:
   """Stores first moments as `mu` and second ones as `nu`; see `low_bit_moments`."""
   for name, dtype in (("mu", mu), ("nu", nu)):
-    if dtype not in _DTYPES:
-      raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+      raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}")
   dtypes = {"first": mu, "second": nu}
 
   def store_state(state: Any, shapes: Any, step: jax.Array, layer: Any = None) -> Any:
@@ -179,9 +184,6 @@ def low_bit_moments(
   """
   inner_update = optax.with_extra_args_support(inner).update
   moments = codec(mu, nu)
-
-  def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in momentum_lib.flat(params).items()}
 
   def init(params: Any) -> LowBitMomentsState:
     step, state = jnp.zeros([], jnp.int32), inner.init(params)

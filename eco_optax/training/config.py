@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import config_dict
 
 import eco_optax as eco
+from eco_optax.low_bit_moments import DTYPES as MOMENT_DTYPES
 from eco_optax.training import sharding
 from eco_optax.training.models.config import TransformerConfig
 
@@ -131,6 +132,7 @@ RANGES: dict[str, _Check] = {
   "seed": (lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
   "method": _one_of(*METHODS),
   "residual": _one_of("float32", "bfloat16", "int8"),
+  **{f"moments.{name}": _one_of(*MOMENT_DTYPES) for name in ("mu", "nu")},
   "format": _one_of(*sorted(FORMATS)),
   "activation_format": _one_of("none", *sorted(FORMATS)),
   "model.layers": _positive,

@@ -60,17 +60,22 @@ def missing(
   runs: Sequence[Run], path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> list[Run]:
   """The runs that have no line yet, or one of another config, in their order."""
-  done = read(path)
+  done, usual = read(path), _kept(config_lib.flat(config_lib.defaults()))
   return [
     run
     for run in runs
-    if run.name not in done or done[run.name]["config"] != _settings(config, run)
+    # What a line does not have yet had its default.
+    if run.name not in done or usual | done[run.name]["config"] != _settings(config, run)
   ]
 
 
 def _settings(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
   """Everything that a run's numbers depend on but its data, as it comes back from JSON."""
   flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
+  return _kept(flat)
+
+
+def _kept(flat: dict[str, Any]) -> dict[str, Any]:
   flat = {key: value for key, value in flat.items() if not key.startswith(("data.", "checkpoint."))}
   return json.loads(json.dumps(flat))
 

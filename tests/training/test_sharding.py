@@ -157,7 +157,7 @@ def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
   w = jax.random.normal(jax.random.key(0), (3, 64, 64))
   params = eco.quantize({"blocks": {"up": {"kernel": w}}}, eco.FP8)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
-  tx = eco.layer_by_layer(eco.adamw(1e-2, seed=3))
+  tx = eco.layer_by_layer(eco.low_bit_moments(eco.adamw(1e-2, seed=3)))
   grads = {"blocks": {"up": {"kernel": jnp.sin(w)}}}
 
   def run(params):
@@ -165,8 +165,9 @@ def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
     for _ in range(3):
       updates, state = jax.jit(tx.update)(grads, state, params)
       params = eco.apply_updates(params, updates)
-    return params["blocks"]["up"]["kernel"]
+    moments = state.inner.inner[0]
+    return [tree["blocks"]["up"]["kernel"] for tree in (params, moments.mu, moments.nu)]
 
-  one, many = run(params), run(placed)
-  assert many.qvalue.sharding.shard_shape(many.shape) == (3, 8, 64)
-  np.testing.assert_array_equal(one.qvalue.view(jnp.uint8), many.qvalue.view(jnp.uint8))
+  for one, many in zip(run(params), run(placed), strict=True):
+    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 8, 64)
+    np.testing.assert_array_equal(one.qvalue.view(jnp.uint8), many.qvalue.view(jnp.uint8))
