@@ -3,23 +3,26 @@
 import pathlib
 import runpy
 import time
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training import claims, comparison, sweep
+from eco_optax.training import claims, comparison, storage, sweep
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "stdlib_1m.py"))
+# Studies of many runs, with their configs.
+_SWEEPS = {"claims": (claims, "packages_1m"), "storage": (storage, "stdlib_1m")}
 _STUDY = flags.DEFINE_enum(
   "study",
   "methods",
-  ["methods", "families", "claims"],
-  "All methods on one config; ECO and master weights on a model of each family; or the paper's"
-  " claims, at several learning rates and seeds.",
+  ["methods", "families", *_SWEEPS],
+  "All methods on one config; ECO and master weights on a model of each family; the paper's"
+  " claims, at several learning rates and seeds; or what moments and residuals are stored in.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of --study=claims.")
-_MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which --study=claims stops for now.")
+_PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
+_MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Folder of the runs themselves.")
 _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
 
@@ -30,8 +33,8 @@ def main(_: list[str]) -> None:
   if _STUDY.value == "methods":
     print(comparison.table(comparison.compare(_CONFIG.value, workdir, results / "stdlib_1m")))
     return
-  if _STUDY.value == "claims":
-    _claims(workdir, results / "claims")
+  if _STUDY.value in _SWEEPS:
+    _sweep(*_SWEEPS[_STUDY.value], workdir, results / _STUDY.value)
     return
   rows = {}
   for name in comparison.FAMILIES:
@@ -42,13 +45,13 @@ def main(_: list[str]) -> None:
   print(comparison.family_table(rows))
 
 
-def _claims(workdir: pathlib.Path, out: pathlib.Path) -> None:
+def _sweep(study: Any, config_name: str, workdir: pathlib.Path, out: pathlib.Path) -> None:
   """Goes on with the runs as long as it may, and says how many are left."""
   config = _CONFIG.value
-  if "config" not in flags.FLAGS or not flags.FLAGS["config"].present:
-    config = runpy.run_path(str(_ROOT / "configs" / "packages_1m.py"))["get_config"]()
+  if not flags.FLAGS["config"].present:
+    config = runpy.run_path(str(_ROOT / "configs" / f"{config_name}.py"))["get_config"]()
   lines, end = out / "runs.jsonl", time.monotonic() + 60 * _MINUTES.value
-  left = lambda: sweep.missing(claims.runs(sweep.read(lines), config.steps), lines, config)
+  left = lambda: sweep.missing(study.runs(sweep.read(lines), config.steps), lines, config)
   while left() and (minutes := (end - time.monotonic()) / 60) > 0:
     sweep.sweep(
       config,
@@ -60,9 +63,9 @@ def _claims(workdir: pathlib.Path, out: pathlib.Path) -> None:
       show=lambda text: print(text, flush=True),
     )
   rows = sweep.read(lines)
-  (out / "table.md").write_text(claims.table(rows))
-  claims.plot(rows, out)
-  print(claims.table(rows))
+  (out / "table.md").write_text(study.table(rows))
+  study.plot(rows, out)
+  print(study.table(rows))
   print(f"{len(rows)} runs are finished, {len(left())} are left")
 
 

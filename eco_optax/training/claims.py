@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import pathlib
-import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from eco_optax.training import sweep
 from eco_optax.training.sweep import Run
 
 Rows = Mapping[str, Mapping[str, Any]]  # Finished runs by name, see `sweep.read`.
@@ -142,15 +142,7 @@ def mean(rows: Rows, method: str, format: str, tokens: int = 1) -> tuple[float, 
   keys = [Key(method, format, rate or 0.0, seed, tokens).name for seed in SEEDS]
   found = [rows[key]["validation_loss"] for key in keys if key in rows]
   losses = [math.inf if loss is None else loss for loss in found]
-  if not losses:
-    return math.nan, math.nan, 0
-  if len(losses) == 1 or math.inf in losses:
-    return statistics.fmean(losses), math.nan, len(losses)
-  return (
-    statistics.fmean(losses),
-    statistics.stdev(losses) / math.sqrt(len(losses)),
-    len(losses),
-  )
+  return sweep.mean_and_error(losses)
 
 
 def _shown(loss: float | None, digits: int = 4) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -67,6 +69,19 @@ def missing(
     # What a line does not have yet had its default.
     if run.name not in done or usual | done[run.name]["config"] != _settings(config, run)
   ]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
+  """The mean, its standard error over the values, and how many there are.
+
+  The mean of none is NaN, as is the error of one; the mean is infinite if a value is.
+  """
+  if not values:
+    return math.nan, math.nan, 0
+  mean = statistics.fmean(values)
+  if len(values) == 1 or math.inf in values:
+    return mean, math.nan, len(values)
+  return mean, statistics.stdev(values) / math.sqrt(len(values)), len(values)
 
 
 def _settings(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
