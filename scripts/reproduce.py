@@ -8,7 +8,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training import claims, comparison, storage, sweep
+from eco_optax.training.studies import claims, comparison, storage, sweep
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "stdlib_1m.py"))

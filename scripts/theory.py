@@ -5,7 +5,7 @@ import runpy
 
 from absl import app, flags
 
-from eco_optax.training import bounds, similarity, stationary
+from eco_optax.training.studies import bounds, similarity, stationary
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STUDIES = ("stationary", "bounds", "similarity")

@@ -45,7 +45,7 @@ def test_readmes_table_is_the_studys():
   folder = ROOT / "results" / "stdlib_1m"
   assert (folder / "comparison.md").read_text().strip() in (ROOT / "README.md").read_text()
   rows = json.loads((folder / "comparison.json").read_text())
-  from eco_optax.training import comparison
+  from eco_optax.training.studies import comparison
 
   assert comparison.table(rows) == (folder / "comparison.md").read_text()
 
@@ -54,8 +54,8 @@ def test_readmes_table_is_the_studys():
 def test_readmes_other_tables_are_the_studies(name):
   folder = ROOT / "results" / name
   assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
-  from eco_optax.training import comparison
   from eco_optax.training import compile as compile_lib
+  from eco_optax.training.studies import comparison
 
   load = lambda path: json.loads(path.read_text())
   if name == "families":

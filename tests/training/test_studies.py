@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from eco_optax import diagnostics
-from eco_optax.training import bounds, similarity, stationary
+from eco_optax.training.studies import bounds, similarity, stationary
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "theory"

@@ -6,8 +6,9 @@ import statistics
 
 import pytest
 
-from eco_optax.training import claims, config, sweep
+from eco_optax.training import config
 from eco_optax.training.data import prepare
+from eco_optax.training.studies import claims, sweep
 
 
 @pytest.fixture

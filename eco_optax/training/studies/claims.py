@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from eco_optax.training import sweep
-from eco_optax.training.sweep import Run
+from eco_optax.training.studies import sweep
+from eco_optax.training.studies.sweep import Run
 
 Rows = Mapping[str, Mapping[str, Any]]  # Finished runs by name, see `sweep.read`.
 

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eco_optax.training import sweep
-from eco_optax.training.sweep import Run
+from eco_optax.training.studies import sweep
+from eco_optax.training.studies.sweep import Run
 
 LEARNING_RATES = (2e-3, 2e-4)
 SEEDS = (0, 1, 2)

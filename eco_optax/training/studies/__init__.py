@@ -1,0 +1,1 @@
+"""Studies: questions, the runs that answer them, and the tables and figures of what came out."""
