@@ -8,18 +8,24 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training.studies import claims, comparison, storage, sweep
+from eco_optax.training.studies import claims, comparison, nearest, optimizers, storage, sweep
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "stdlib_1m.py"))
 # Studies of many runs, with their configs.
-_SWEEPS = {"claims": (claims, "packages_1m"), "storage": (storage, "stdlib_1m")}
+_SWEEPS = {
+  "claims": (claims, "packages_1m"),
+  "storage": (storage, "stdlib_1m"),
+  "nearest": (nearest, "stdlib_1m"),
+  "optimizers": (optimizers, "stdlib_1m"),
+}
 _STUDY = flags.DEFINE_enum(
   "study",
   "methods",
   ["methods", "families", *_SWEEPS],
   "All methods on one config; ECO and master weights on a model of each family; the paper's"
-  " claims, at several learning rates and seeds; or what moments and residuals are stored in.",
+  " claims, at several learning rates and seeds; what moments and residuals are stored in; rules"
+  " for rounding to nearest; or ECO over several optimizers.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")

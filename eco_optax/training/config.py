@@ -17,6 +17,8 @@ from eco_optax.training.models.config import TransformerConfig
 # How each method keeps what rounding loses: in master weights, not at all, or in the momentum.
 METHODS = ("bf16_mw", "mw_rtn", "mw_sr", "naive_rtn", "naive_sr", "eco_rtn", "eco_sr")
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
+FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
+OPTIMIZERS = ("adamw", "nadamw", "amsgrad", "ademamix", "yogi", "radam", "sgd")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -27,6 +29,7 @@ def defaults() -> config_dict.ConfigDict:
 
   config.method = "eco_sr"  # bf16_mw, mw_rtn, mw_sr, naive_rtn, naive_sr, eco_rtn or eco_sr.
   config.schedule_aware = True  # The rule follows the learning rate; False is the paper's rule.
+  config.stochastic_after = 1.0  # Share of the steps after which *_rtn rounds stochastically.
   config.residual = "float32"  # Of mw_*: float32, bfloat16 or int8.
   # What moments are stored in, see eco_optax.low_bit_moments.
   config.moments = {"mu": "float32", "nu": "float32"}
@@ -63,6 +66,7 @@ def defaults() -> config_dict.ConfigDict:
   config.replicated_limit_mib = 64  # The largest array that a mesh may leave whole on each device.
 
   config.optimizer = {
+    "name": "adamw",  # Or nadamw, amsgrad, ademamix, yogi, radam or sgd; see methods.py.
     "learning_rate": 1e-3,  # The schedule's peak.
     "start_fraction": 0.01,  # Of the peak, where the linear warm-up starts.
     "warmup_fraction": 0.1,  # Of the steps.
@@ -162,6 +166,8 @@ RANGES: dict[str, _Check] = {
   "reduction_groups": _natural,
   "replicated_limit_mib": _natural,
   **{f"mesh.{axis}": (lambda n: n > 0 or n == -1, "above 0, or -1") for axis in sharding.AXES},
+  "stochastic_after": _fraction,
+  "optimizer.name": _one_of(*OPTIMIZERS),
   "optimizer.learning_rate": _positive,
   "optimizer.start_fraction": _fraction,
   "optimizer.warmup_fraction": _fraction,

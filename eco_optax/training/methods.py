@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+import optax.contrib
 
 import eco_optax as eco
+from eco_optax.quantize_params import PackedTransformation
 
 _ROUNDING = {"rtn": "nearest", "sr": "stochastic"}
 
@@ -49,9 +52,45 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with the settings of the config."""
+  """Optax's optimizer of the config's name, with decoupled weight decay."""
   o = config.optimizer
-  return optax.adamw(schedule(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
+  adam = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
+  directions: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.scale_by_adam(**adam),
+    "nadamw": lambda: optax.scale_by_adam(**adam, nesterov=True),
+    "amsgrad": lambda: optax.scale_by_amsgrad(**adam),
+    # Its slow momentum forgets within a short run too.
+    "ademamix": lambda: optax.contrib.scale_by_ademamix(**adam, b3=0.99, alpha=2.0),
+    "yogi": lambda: optax.scale_by_yogi(**adam),
+    "radam": lambda: optax.scale_by_radam(**adam),
+    "sgd": lambda: optax.trace(o.b1),
+  }
+  return optax.chain(
+    directions[o.name](),
+    optax.add_decayed_weights(o.weight_decay),
+    optax.scale_by_learning_rate(schedule(config)),
+  )
+
+
+def until(
+  step: int, first: optax.GradientTransformation, then: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """The quantizer `first` for so many steps, and `then` from there on; both have one state."""
+  first_update, then_update = first.update, then.update
+
+  def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    before, new_state = first_update(updates, state, params, **extra_args)
+    after, _ = then_update(updates, state, params, **extra_args)
+    choose = lambda a, b: jnp.where(state.step < step, a, b)
+
+    def leaf(old: Any, a: Any, b: Any) -> Any:
+      if a is old:  # What no quantizer moves has to be handed on as it is.
+        return a
+      return jax.tree.map(choose, a, b)
+
+    return jax.tree.map(leaf, updates, before, after), new_state
+
+  return PackedTransformation(first.init, update)
 
 
 def _low_bit(
@@ -73,7 +112,10 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   if config.method == "bf16_mw":
     return optax.with_extra_args_support(optax.chain(clip, _low_bit(config, inner)))
   family, rounding = config.method.split("_")
-  quantizer = eco.quantize_params(rounding=_ROUNDING[rounding], seed=config.seed)  # type: ignore[arg-type]
+  make = lambda rounding: eco.quantize_params(rounding=rounding, seed=config.seed)
+  quantizer = make(_ROUNDING[rounding])
+  if config.stochastic_after < 1:
+    quantizer = until(int(config.stochastic_after * config.steps), quantizer, make("stochastic"))
   if family == "mw":
     tx = eco.master_weights(inner, quantizer, config.residual)
   elif family == "naive":

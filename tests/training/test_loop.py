@@ -102,6 +102,56 @@ def test_one_step_of_each_method(method):
   assert used == pytest.approx((codes + scales, moments, residual))
 
 
+@pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
+def test_every_optimizer_is_optaxs_own(name):
+  """ECO takes it, and float parameters take the steps of Optax's optimizer of the same name."""
+  config = get_config(**{"optimizer.name": name, "optimizer.max_norm": 1e9})
+  make = {
+    "ademamix": lambda *a, **k: optax.contrib.ademamix(*a, b3=0.99, alpha=2.0, **k),
+    "nadamw": optax.nadamw,
+    "adamw": optax.adamw,
+  }
+  o, rate = config.optimizer, methods.schedule(config)
+  adam = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
+  decay = optax.chain(optax.add_decayed_weights(-o.weight_decay), optax.scale_by_schedule(rate))
+  if name in make:
+    stock = make[name](rate, **adam, weight_decay=o.weight_decay)
+  elif name == "sgd":
+    stock = optax.sgd(rate, o.b1)
+  else:
+    stock = getattr(optax, name)(rate, **adam)
+  params = {"w": jnp.array([[1.0, -2.0], [0.5, 4.0]])}
+  tx, mine, theirs = methods.stock_optimizer(config), params, params
+  state, stock_state, decay_state = tx.init(params), stock.init(params), decay.init(params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  for i in range(4):
+    grads = jax.tree.map(lambda x, i=i: jnp.sin(x + i), mine)
+    updates, state = tx.update(grads, state, mine)
+    stock_updates, stock_state = stock.update(grads, stock_state, theirs)
+    if name not in make:  # Optax's have no weight decay.
+      decayed, decay_state = decay.update(zeros, decay_state, theirs)
+      stock_updates = jax.tree.map(jnp.add, stock_updates, decayed)
+    mine, theirs = optax.apply_updates(mine, updates), optax.apply_updates(theirs, stock_updates)
+  np.testing.assert_allclose(mine["w"], theirs["w"], rtol=1e-5)
+  assert np.any(np.asarray(mine["w"]) != np.asarray(params["w"]))
+  packed = eco.quantize({"w": jnp.ones((16, 16))}, eco.FP8)
+  methods.optimizer(config).init(packed)  # The rule's own checks.
+
+
+def test_rounding_may_become_stochastic():
+  start = jnp.ones((64, 64)).at[0].set(1.75)  # The first row keeps the scales where they are.
+  rounded = eco.quantize({"w": start, "b": jnp.ones(3)}, eco.FP8)
+  quantizers = [eco.quantize_params(rounding=rounding) for rounding in ("nearest", "stochastic")]
+  tx = eco.chain(optax.sgd(1.0), methods.until(2, *quantizers))
+  state, grads = tx.init(rounded), {"w": jnp.full((64, 64), -0.01).at[0].set(0), "b": jnp.zeros(3)}
+  moved = []
+  for _ in range(4):
+    updates, state = jax.jit(tx.update)(grads, state, rounded)
+    rounded = eco.apply_updates(rounded, updates)
+    moved.append(bool(jnp.any(rounded["w"].dequantize() != start)))
+  assert moved == [False, False, True, True]
+
+
 def test_eco_bytes_at_the_default_size():
   config = get_config("stdlib_1m")
   tx, mesh = loop.prepare(config)

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
 
 from eco_optax.training import config
 from eco_optax.training.data import prepare
-from eco_optax.training.studies import claims, sweep
+from eco_optax.training.studies import claims, nearest, optimizers, storage, sweep
 
 
 @pytest.fixture
@@ -111,3 +112,49 @@ def test_the_table_says_what_is_there(rows, tmp_path):
   claims.plot(rows, tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {"pareto.png", "rates.png", "curves.png"}
   json.dumps(rows)
+
+
+@pytest.mark.parametrize("study", [storage, nearest, optimizers])
+def test_studies_compare_seed_by_seed(study, tmp_path):
+  """The methods' losses are known here, and each seed adds its own to all."""
+  rows = {}
+  for _ in range(3):  # Some runs are wanted once others are finished.
+    for run in study.runs(rows, 100):
+      own = {key: value for key, value in run.changes.items() if key != "seed"}
+      rank = sum(map(ord, json.dumps(own, sort_keys=True))) % 97
+      loss = 2 + 1e-3 * rank + 0.1 * run.changes["seed"]
+      rows[run.name] = {"validation_loss": loss, "bytes_per_parameter": {"total": 5.0}}
+      assert run.changes["steps"] == 100
+      # Each is a config that can be.
+      c = config.small()
+      c.model.update(layers=1, width=16, heads=1)
+      c.update_from_flattened_dict(run.changes)
+      config.validate(c)
+  assert {name.rsplit(" ", 1)[1] for name in rows} == {"0", "1", "2"}
+  text = study.table(rows)
+  table = [line.split(" | ") for line in text.splitlines() if "5.00" in line]
+  assert len(table) >= 7
+  for cells in table:
+    means, gaps = (
+      [x for x in cells if x[:2] == "2."],
+      [x for x in cells if x[:1] in "+-" and "±" in x],
+    )
+    # Seeds are 0.1 apart, which says nothing of a gap.
+    assert all(re.fullmatch(r"2\.\d{4} ± 0\.0577", x.rstrip(" |")) for x in means), cells
+    assert all(x.rstrip(" |").endswith("± 0.0000") for x in gaps), cells
+    assert means
+    assert gaps
+  study.plot(rows, tmp_path)
+  (figure,) = tmp_path.iterdir()
+  assert figure.stat().st_size > 10_000
+
+
+def test_a_run_that_diverged_has_no_gap():
+  rows = {
+    name: {"validation_loss": loss, "bytes_per_parameter": {"total": 9.0}}
+    for name, loss in {"a0": 2.0, "a1": None, "b0": 1.0, "b1": 1.5}.items()
+  }
+  assert sweep.compared(rows, ["a0", "a1"], ["b0", "b1"]) == ("diverged", "–")
+  assert sweep.compared(rows, ["a0", "a2"], ["b0", "b1"]) == ("2.0000", "+1.0000")
+  assert sweep.compared(rows, ["b0", "b1"], ["c0", "c1"]) == ("1.2500 ± 0.2500", "–")
+  assert sweep.compared(rows, ["c0"], ["b0"]) == ("–", "–")

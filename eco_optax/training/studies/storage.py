@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -68,24 +67,8 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
   return [Run(name, changes) for name, changes in found.items()]
 
 
-def _cell(rows: Mapping[str, Any], what: str, first: str, format: str, rate: float) -> list[str]:
-  """The mean loss, and the mean difference to `first` over the seeds that both have."""
-  pair = [
-    tuple(rows.get(_name(x, format, rate, seed), {}).get("validation_loss") for x in (what, first))
-    for seed in SEEDS
-  ]
-  loss, _, count = sweep.mean_and_error([one for one, _ in pair if one is not None])
-  gaps = [one - other for one, other in pair if one is not None and other is not None]
-  gap, error, _ = sweep.mean_and_error(gaps)
-  if not count:
-    return ["–", "–"]
-  shown = "–" if math.isnan(gap) else f"{gap:+.4f}"
-  return [f"{loss:.4f}", shown if math.isnan(error) else f"{shown} ± {error:.4f}"]
-
-
-def _bytes(rows: Mapping[str, Any], what: str, format: str) -> str:
-  own = [row for name, row in rows.items() if name.startswith(f"{what}, {format}, ")]
-  return f"{own[0]['bytes_per_parameter']['total']:.2f}" if own else "–"
+def _names(what: str, format: str, rate: float) -> list[str]:
+  return [_name(what, format, rate, seed) for seed in SEEDS]
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -97,7 +80,9 @@ def table(rows: Mapping[str, Any]) -> str:
     "|---|---|---|---|",
   ]
   for what in MOMENTS:
-    cells = [what, _bytes(rows, what, "FP8"), *_cell(rows, what, first, "FP8", rate)]
+    names, references = (_names(x, "FP8", rate) for x in (what, first))
+    used = sweep.used_bytes(rows, names)
+    cells = [what, used, *sweep.compared(rows, names, references)]
     lines.append(f"| {' | '.join(cells)} |")
   first = next(iter(RESIDUALS))
   for format in FORMATS:
@@ -106,9 +91,12 @@ def table(rows: Mapping[str, Any]) -> str:
       head += [f"peak {rate:g}", f"against {first}"]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for what in RESIDUALS:
-      cells = [what, _bytes(rows, what, format)]
+      cells = [what]
       for rate in LEARNING_RATES:
-        cells += _cell(rows, what, first, format, rate)
+        names, references = (_names(x, format, rate) for x in (what, first))
+        cells = [*cells, *sweep.compared(rows, names, references)]
+        if len(cells) == 3:
+          cells.insert(1, sweep.used_bytes(rows, names))
       lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 

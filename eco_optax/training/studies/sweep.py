@@ -13,11 +13,12 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -84,6 +85,45 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
   return mean, statistics.stdev(values) / math.sqrt(len(values)), len(values)
 
 
+def losses(rows: Mapping[str, Any], names: Sequence[str]) -> list[float | None]:
+  """Validation losses of runs, infinite where one diverged, None where there is none."""
+  found = [rows.get(name) for name in names]
+  loss = lambda row: math.inf if row["validation_loss"] is None else row["validation_loss"]
+  return [None if row is None else loss(row) for row in found]
+
+
+def compared(
+  rows: Mapping[str, Any], names: Sequence[str], references: Sequence[str]
+) -> tuple[str, str]:
+  """Two cells of a table: a mean loss, and its mean difference to others, with standard errors.
+
+  Args:
+    rows: finished runs.
+    names: of one run per seed.
+    references: of the runs to hold them against, in the same order of seeds.
+
+  Returns:
+    The mean over the seeds that there are, and of the differences where both have finished.
+  """
+  own, others = losses(rows, names), losses(rows, references)
+  mean, error, count = mean_and_error([x for x in own if x is not None])
+  pairs = [(x, y) for x, y in zip(own, others, strict=True) if x is not None and y is not None]
+  gap, gap_error, pairs_count = mean_and_error([x - y for x, y in pairs])
+  if not count:
+    return "–", "–"
+  if not math.isfinite(mean):
+    return "diverged", "–"
+  with_error = lambda text, error: text if math.isnan(error) else f"{text} ± {error:.4f}"
+  shown = with_error(f"{gap:+.4f}", gap_error) if pairs_count and math.isfinite(gap) else "–"
+  return with_error(f"{mean:.4f}", error), shown
+
+
+def used_bytes(rows: Mapping[str, Any], names: Sequence[str]) -> str:
+  """A cell of a table: bytes per quantized parameter, of the first of these runs that there is."""
+  own = [rows[name] for name in names if name in rows]
+  return f"{own[0]['bytes_per_parameter']['total']:.2f}" if own else "–"
+
+
 def _settings(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
   """Everything that a run's numbers depend on but its data, as it comes back from JSON."""
   flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
@@ -124,6 +164,8 @@ def sweep(
   """
   workdir, results = pathlib.Path(workdir), pathlib.Path(results)
   results.parent.mkdir(parents=True, exist_ok=True)
+  # Whoever ends the sweep ends its runs too, which save what they have.
+  previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
   todo = missing(runs, results, config)
   total, end = len(todo), time.monotonic() + 60 * minutes
   cores = sorted(os.sched_getaffinity(0))
@@ -158,6 +200,7 @@ def sweep(
       process.terminate()
     for _, process, _ in busy:
       process.wait()
+    signal.signal(signal.SIGTERM, previous)
   return read(results)
 
 
