@@ -124,7 +124,7 @@ def test_studies_compare_seed_by_seed(study, tmp_path):
       rank = sum(map(ord, json.dumps(own, sort_keys=True))) % 97
       loss = 2 + 1e-3 * rank + 0.1 * run.changes["seed"]
       rows[run.name] = {"validation_loss": loss, "bytes_per_parameter": {"total": 5.0}}
-      assert run.changes["steps"] == 100
+      assert run.changes["steps"] in (50, 100)
       # Each is a config that can be.
       c = config.small()
       c.model.update(layers=1, width=16, heads=1)

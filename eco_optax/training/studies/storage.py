@@ -29,7 +29,6 @@ RESIDUALS: dict[str, dict[str, Any]] = {
   "bfloat16 residual": {"method": "mw_rtn", "residual": "bfloat16"},
   "int12 residual": {"method": "mw_rtn", "residual": "int12"},
   "int8 residual": {"method": "mw_rtn", "residual": "int8"},
-  "int8 residual, FP8 moments": {"method": "mw_rtn", "residual": "int8"} | MOMENTS["FP8 moments"],
   "no residual: ECO + SR": {"method": "eco_sr"},
   "no residual: ECO + RTN": {"method": "eco_rtn"},
 }
@@ -44,7 +43,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
 
   Args:
     rows: finished runs; which runs there are does not depend on them.
-    steps: of the config, which all of them take.
+    steps: of the config; the many runs of residuals take half.
 
   Returns:
     The runs: those of moments, then those of residuals, one seed after another.
