@@ -61,7 +61,8 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
       for format, weights in FORMATS.items():
         for what, changes in RESIDUALS.items():
           found[_name(what, format, rate, seed)] = {
-            **weights, **changes, "optimizer.learning_rate": rate, "seed": seed, "steps": steps,
+            **weights, **changes, "optimizer.learning_rate": rate, "seed": seed,
+            "steps": steps // 2,
           }  # fmt: skip
   return [Run(name, changes) for name, changes in found.items()]
 
