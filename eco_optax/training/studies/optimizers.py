@@ -48,7 +48,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
 
   Args:
     rows: finished runs.
-    steps: of the config, which all of them take.
+    steps: of the config; all of them take half.
 
   Returns:
     Master weights at every rate; then, where the best is known, both methods there.
@@ -69,7 +69,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
         "optimizer.learning_rate": rate,
         "optimizer.weight_decay": _DECAY / rate,
         "seed": seed,
-        "steps": steps,
+        "steps": steps // 2,
       },
     )
     for optimizer, method, rate, seed in dict.fromkeys(wanted)
