@@ -334,12 +334,19 @@ def _probe(
       ) from failure
   if reports is None:
     return ()
-  for report in reports:
-    for path in paths:
-      if message := _refusal(path, report):
-        raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
+  usual, at_ten, at_large = reports
+  for path in paths:
+    message = _refusal(path, usual) or _refusal(path, at_large)
+    j, other = (np.asarray(report.by_momentum[path]) for report in (usual, at_ten))
+    # Where an update is clipped element by element it is 0.
+    if not message and np.any((other != 0) & ~np.isclose(j, other, rtol=0.05, atol=0)):
+      message = (
+        "the update is not linear in its momentum (its derivative changes with it), so a"
+        " quantization error put in it would not come back in full"
+      )
+    if message:
+      raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
   # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
-  usual = reports[0]
   return tuple(
     path
     for path in paths
@@ -365,7 +372,7 @@ class _Report(NamedTuple):
 def _try_out(
   inner: optax.GradientTransformationExtraArgs, where: Momentum, draw: Any, extra_args: Any
 ) -> list[_Report] | None:
-  """Reports at usual and at large momenta; None if the optimizer never makes a step."""
+  """Reports at usual, tenfold and huge momenta; None if the optimizer never makes a step."""
   weights = draw(1.0)
   state = inner.init(weights)
   one = {
@@ -402,12 +409,14 @@ def _try_out(
       break
   else:
     return None
+  momentum = where.get(before)
+  _, at_ten = step(grads, where.put(before, jax.tree.map(lambda m: 10 * m, momentum)))
   # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
   noise = flat(draw(1e4))
-  large = {path: noise[path].astype(m.dtype) for path, m in where.get(before).items()}
+  large = {path: noise[path].astype(m.dtype) for path, m in momentum.items()}
   _, at_large = step(grads, where.put(before, large))
-  report, at_large = jax.device_get((report, at_large))
-  return [report, at_large._replace(is_large=True)]
+  report, at_ten, at_large = jax.device_get((report, at_ten, at_large))
+  return [report, at_ten._replace(is_large=True), at_large._replace(is_large=True)]
 
 
 def _refusal(path: str, report: _Report) -> str | None:

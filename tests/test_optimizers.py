@@ -334,6 +334,23 @@ def test_others_that_cannot_be_paid_back_raise(name):
   expect_error(RAISES_ALONE[name](), "momentum")
 
 
+def after_momentum(fn):
+  return optax.chain(
+    optax.trace(0.9), optax.stateless(lambda u, _: jax.tree.map(fn, u)), optax.scale(-RATE)
+  )
+
+
+@pytest.mark.parametrize("fn", [jnp.tanh, jnp.arcsinh, lambda m: m**3])
+def test_an_update_that_is_not_linear_in_its_momentum_raises(fn):
+  expect_error(after_momentum(fn), "not linear in its momentum")
+
+
+def test_elements_may_be_clipped_after_the_momentum():
+  params = eco.quantize(problem()[0], FORMAT)
+  inner = after_momentum(lambda m: jnp.clip(m, -0.5, 0.5))
+  eco.error_feedback_to_momentum(inner, QUANTIZER).init(params)
+
+
 def test_clipping_before_the_momentum_is_fine():
   params = eco.quantize(problem()[0], FORMAT)
   inner = optax.chain(optax.clip_by_global_norm(1e-3), optax.adam(RATE))
