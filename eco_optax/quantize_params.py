@@ -28,6 +28,13 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
   All others are stock transformations and must see float32 in place of a packed leaf.
   """
 
+  # How far from its proposal it may put a weight, in steps of the grid.
+  largest_error = 1.0
+
+
+class _Nearest(PackedTransformation):
+  largest_error = 0.5
+
 
 class QuantizeParamsState(NamedTuple):
   """State of `quantize_params`."""
@@ -173,7 +180,8 @@ def quantize_params(
     updates = trees.map_with_path(put_on_grid, params, updates, is_leaf=is_quantized)
     return updates, QuantizeParamsState(step=optax.safe_increment(state.step))
 
-  return PackedTransformation(init, update)
+  kind = _Nearest if rounding == "nearest" else PackedTransformation
+  return kind(init, update)
 
 
 def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

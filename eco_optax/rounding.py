@@ -39,6 +39,35 @@ def grid_step(y: jax.Array, dtype: np.dtype) -> jax.Array:
   return _power_of_two(_biased_exponent(jnp.abs(y), dtype) - np.int32(mantissa))
 
 
+def _dithered(units: jax.Array, integer_bits: int, bits: jax.Array) -> jax.Array:
+  """floor(units + U) as int32, for units below 2^integer_bits.
+
+  In fixed point, with every bit of the sum kept: a float sum would round to nearest after the
+  dither, which biases the values just above a power of two.
+  """
+  fraction_bits = 31 - integer_bits
+  fixed = (units * np.float32(2.0**fraction_bits)).astype(jnp.int32)
+  dither = jax.lax.bitcast_convert_type(bits >> _UINT32(32 - fraction_bits), jnp.int32)
+  # The sum may reach 2^31, which the unsigned shift reads as what it is.
+  return jax.lax.shift_right_logical(fixed + dither, np.int32(fraction_bits))
+
+
+def round_to_integers(y: jax.Array, largest: int, bits: jax.Array) -> jax.Array:
+  """Rounds stochastically to the integers from −largest to largest, and saturates there.
+
+  Args:
+    y: float32 values, any shape.
+    largest: below 2^24.
+    bits: uint32 random bits of y's shape.
+
+  Returns:
+    int32 of y's shape; E[result] = y inside the range, and NaN becomes 0.
+  """
+  magnitude = jnp.where(jnp.isnan(y), 0, jnp.minimum(jnp.abs(y), np.float32(largest)))
+  count = _dithered(magnitude, largest.bit_length(), bits)
+  return jnp.where(y < 0, -count, count)
+
+
 def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
   """`round_to_codes` before the codes are given their dtype.
 
@@ -69,14 +98,8 @@ def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> j
   if bits is None:
     count = jnp.round(units).astype(jnp.int32)  # Ties to even.
   else:
-    # Fixed point: floor(units + U) with every bit of the sum kept. A float sum would round to
-    # nearest after the dither, which biases the values just above a power of two.
     integer_bits = mantissa + 1 if minimum is not None else int(largest).bit_length()
-    fraction_bits = 31 - integer_bits
-    fixed = (units * np.float32(2.0**fraction_bits)).astype(jnp.int32)
-    dither = jax.lax.bitcast_convert_type(bits >> _UINT32(32 - fraction_bits), jnp.int32)
-    # The sum may reach 2^31, which the unsigned shift reads as what it is.
-    count = jax.lax.shift_right_logical(fixed + dither, np.int32(fraction_bits))
+    count = _dithered(units, integer_bits, bits)
 
   if minimum is None:
     return jnp.where(y < 0, -count, count)

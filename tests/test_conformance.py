@@ -343,12 +343,20 @@ def test_emulation_on_bfloat16_weights_measures_what_bfloat16_holds():
   np.testing.assert_allclose(owed, wanted, rtol=2.0**-7, atol=2.0**-5)
 
 
-@pytest.mark.parametrize("format", [eco.FP8, eco.INT4, eco.NVFP4], ids=["FP8", "INT4", "NVFP4"])
-def test_a_sharded_step_is_the_same_step(format):
-  """ECO on 1, 2, 4 and 8 devices: all weights have the same codes after some steps."""
+@pytest.mark.parametrize(
+  ("format", "tx"),
+  [
+    (eco.FP8, eco.adamw(1e-2, seed=4)),
+    (eco.INT4, eco.adamw(1e-2, seed=4)),
+    (eco.NVFP4, eco.adamw(1e-2, seed=4)),
+    (eco.FP8, eco.master_weights(optax.adamw(1e-2), NEAREST, "int12")),
+  ],
+  ids=["FP8", "INT4", "NVFP4", "12-bit residual"],
+)
+def test_a_sharded_step_is_the_same_step(format, tx):
+  """On 1, 2, 4 and 8 devices all weights have the same codes after some steps."""
   params = {"w": make_params()["layers"]["kernel"]}
   params = eco.quantize({"w": jnp.tile(eco.dequantize(params)["w"], (1, 2, 2))}, format)
-  tx = eco.adamw(1e-2, seed=4)
   grads = grads_like(params)
   # Without donation, several steps in one program.
   run = jax.jit(lambda p, s, g: jax.lax.fori_loop(0, 5, lambda _, c: make_step(tx)(*c, g), (p, s)))

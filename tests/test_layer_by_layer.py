@@ -39,6 +39,9 @@ OPTIMIZERS = {
   "master weights": lambda rounding: eco.master_weights(
     optax.lion(1e-2), eco.quantize_params(rounding=rounding)
   ),
+  "12-bit residual": lambda rounding: eco.master_weights(
+    optax.adamw(1e-2), eco.quantize_params(rounding=rounding), "int12"
+  ),
   "naive": lambda rounding: eco.chain(optax.adamw(1e-2), eco.quantize_params(rounding=rounding)),
 }
 

@@ -30,7 +30,7 @@ def defaults() -> config_dict.ConfigDict:
   config.method = "eco_sr"  # bf16_mw, mw_rtn, mw_sr, naive_rtn, naive_sr, eco_rtn or eco_sr.
   config.schedule_aware = True  # The rule follows the learning rate; False is the paper's rule.
   config.stochastic_after = 1.0  # Share of the steps after which *_rtn rounds stochastically.
-  config.residual = "float32"  # Of mw_*: float32, bfloat16 or int8.
+  config.residual = "float32"  # Of mw_*: float32, int16, bfloat16, int12 or int8.
   # What moments are stored in, see eco_optax.low_bit_moments.
   config.moments = {"mu": "float32", "nu": "float32"}
   config.format = "FP8"  # Of the quantized linear weights: a preset of eco_optax.
@@ -135,7 +135,7 @@ _decay: _Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 RANGES: dict[str, _Check] = {
   "seed": (lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
   "method": _one_of(*METHODS),
-  "residual": _one_of("float32", "bfloat16", "int8"),
+  "residual": _one_of("float32", "int16", "bfloat16", "int12", "int8"),
   **{f"moments.{name}": _one_of(*MOMENT_DTYPES) for name in ("mu", "nu")},
   "format": _one_of(*sorted(FORMATS)),
   "activation_format": _one_of("none", *sorted(FORMATS)),

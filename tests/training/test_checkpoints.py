@@ -116,6 +116,8 @@ def test_what_comes_back_is_what_was_saved_on_any_mesh(mesh, state, tmp_path):
     {"format": "MXFP4"},
     {"format": "NVFP4"},
     {"method": "mw_sr", "residual": "int8"},
+    {"method": "mw_rtn", "residual": "int12"},
+    {"method": "mw_rtn", "residual": "int16", "moments.mu": "bfloat16"},
     {"moments.mu": "int8", "moments.nu": "float8_e4m3fn"},
     {"moments.mu": "bfloat16"},
     {"method": "bf16_mw"},
