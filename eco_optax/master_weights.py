@@ -109,10 +109,10 @@ def master_weights(
       update.
     residual: what r is stored in. `"float32"` is the full master weight, 4 more bytes per quantized
       weight; `"bfloat16"` takes 2. `"int16"`, `"int12"` and `"int8"` take 2, 1.5 and 1: they count
-      equal parts of the spacing of the weight's own grid, over which r is spread evenly, where a float
-      is coarse for the larger half of them (there int16 is 128 times finer than bfloat16). For nearest rounding,
-      which is off by half a step at most, a part is half of what it is otherwise: keep the
-      quantizer's rounding as long as the state. All below float32 are rounded stochastically.
+      equal parts of the spacing of the weight's own grid, over which r is spread evenly; a float is
+      coarse for the larger half of them (there int16 is 128 times finer than bfloat16). For nearest
+      rounding, which is off by half a step at most, a part is half of what it is otherwise: keep
+      the quantizer's rounding as long as the state. All below float32 are rounded stochastically.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
@@ -149,8 +149,8 @@ def master_weights(
         return optax.MaskedNode()
       if residual in _LARGEST and not is_quantized(leaf):
         raise ValueError(
-          f"{trees.leaf_name(path)} is not packed, so an {residual} residual has no step to count in:"
-          " use residual='bfloat16', or pack it with eco.quantize"
+          f"{trees.leaf_name(path)} is not packed, so an {residual} residual has no step to count"
+          " in: use residual='bfloat16', or pack it with eco.quantize"
         )
       zeros = jnp.zeros(leaf.shape, jnp.int32 if residual == "int12" else residual)
       return _pack_pairs(zeros) if residual == "int12" else zeros

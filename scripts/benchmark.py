@@ -1,63 +1,99 @@
-"""Times random bits and optimizer steps: python scripts/benchmark.py.
+"""Measures steps: python scripts/benchmark.py --backend=cpu|cuda|tpu-aot.
 
-With --config=configs/llama_3m.py it times that run's checkpoints. With --topology=v5p:2x2x1 it
-counts what fused steps move on a TPU, which need not be there.
+On this machine's CPU or GPU it times optimizer steps, random bits and whole training steps. For
+TPUs it compiles ahead of time, without one, and counts bytes. Figures go to results/benchmark/,
+where a table and a chart are made of all that lie there.
+With --config=configs/llama_3m.py it times that run's checkpoints instead.
 """
 
 import json
 import os
 import pathlib
+import runpy
 import tempfile
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from eco_optax.training import benchmark, report
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_SIZE = flags.DEFINE_integer("size", 2**25, "Elements per array; a multiple of 4096.")
-_REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds, of which the median counts.")
+_BACKEND = flags.DEFINE_enum("backend", "cpu", ["cpu", "cuda", "tpu-aot"], "What is measured.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "That tpu-aot compiles for.")
+_SIZE = flags.DEFINE_integer("size", 2**24, "Elements per array; a multiple of 4096.")
+_REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds of a timing.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of a run whose checkpoints are timed.")
 _SAVES = flags.DEFINE_integer("saves", 10, "Checkpoints, of which the median counts.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Of a TPU to compile for; nothing is timed.")
-_OUT = flags.DEFINE_string("out", None, "Where figures go; by default a file in results/.")
+_RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
   """Writes figures with the command, versions and machine."""
-  out = pathlib.Path(_OUT.value or _ROOT / "results" / f"{name}.json")
+  out = pathlib.Path(_RESULTS.value) / f"{name}.json"
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(json.dumps(figures | report.describe_machine(), indent=2) + "\n")
 
 
-def main(_: list[str]) -> None:
-  """Measures, prints and writes."""
-  if _CONFIG.value:
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-      figures = benchmark.checkpoint(_CONFIG.value, pathlib.Path(folder).absolute(), _SAVES.value)
-    write("checkpoint", figures)
-    return
-  if _TOPOLOGY.value:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    from eco_optax.training import compile as compile_lib
+def checkpoints() -> None:
+  """Times a run's checkpoints."""
+  with tempfile.TemporaryDirectory(dir=".") as folder:
+    figures = benchmark.checkpoint(_CONFIG.value, pathlib.Path(folder).absolute(), _SAVES.value)
+  write("checkpoint", figures)
+  for name, value in figures.items():
+    print(f"{name:<30} {value}")
 
-    device = compile_lib.topology_devices(_TOPOLOGY.value)[0]
-    traffic = benchmark.kernel_traffic(device, (4096, _SIZE.value // 4096))
-    for name, row in traffic.items():
-      print(f"{name:<14} {row['moved']:7.3f} bytes moved, {row['temporaries']:.4f} temporaries")
-    write("kernels", {"bytes_per_parameter": traffic, "compiled_for": device.device_kind})
-    return
+
+def compiled() -> None:
+  """Counts what steps move on a TPU that need not be there."""
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+  from eco_optax.training import compile as compile_lib
+
+  device = compile_lib.topology_devices(_TOPOLOGY.value)[0]
+  shape = (4096, _SIZE.value // 4096)
   figures = {
-    "random_bits": benchmark.random_bits(_SIZE.value, _REPEATS.value),
-    "optimizer_step": benchmark.optimizer_step(_SIZE.value, _REPEATS.value),
+    "elements": _SIZE.value,
+    "compiled_for": device.device_kind,
+    "optimizer_step": benchmark.compiled_step(device, shape),
+    "kernels": benchmark.kernel_traffic(device, shape),
   }
-  for study, rows in figures.items():
-    print(f"{study}, {_SIZE.value:,} elements")
-    for name, row in rows.items():
-      print(f"  {name:<30} {row['milliseconds']:9.1f} ms  {row['ratio']:6.2f}×")
-  write("benchmark", figures)
+  write(f"benchmark/tpu_{_TOPOLOGY.value.split(':')[0]}", figures)
+
+
+def timed() -> None:
+  """Times steps on this machine's devices."""
+  if (found := jax.default_backend()) != {"cuda": "gpu"}.get(_BACKEND.value, _BACKEND.value):
+    raise app.UsageError(
+      f"--backend={_BACKEND.value}, but JAX runs on {found}: set JAX_PLATFORMS, or install"
+      " eco_optax[cuda]"
+    )
+  config = runpy.run_path(str(_ROOT / "configs" / "stdlib_1m.py"))["get_config"]()
+  figures = {
+    "elements": _SIZE.value,
+    "rounds": _REPEATS.value,
+    "optimizer_step": benchmark.optimizer_step((4096, _SIZE.value // 4096), _REPEATS.value),
+    "random_bits": benchmark.random_bits(_SIZE.value, _REPEATS.value),
+    "training_step": benchmark.training_step(config, _REPEATS.value),
+  }
+  write(f"benchmark/{_BACKEND.value}", figures)
+
+
+def main(_: list[str]) -> None:
+  """Measures, writes and prints."""
+  if _CONFIG.value:
+    checkpoints()
+    return
+  if _BACKEND.value == "tpu-aot":
+    compiled()
+  else:
+    timed()
+  results = pathlib.Path(_RESULTS.value)
+  table = benchmark.table(results)
+  (results / "benchmark" / "table.md").write_text(table)
+  benchmark.plot(results)
+  print(table)
 
 
 if __name__ == "__main__":

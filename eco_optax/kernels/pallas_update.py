@@ -215,6 +215,22 @@ def _grid(plan: _Plan) -> tuple[int, int]:
   return plan.m.stack, plan.m.columns // _LANES
 
 
+def _moved(plan: _Plan, arrays: list[Any]) -> int:
+  """Bytes of the blocks that the programs load and store.
+
+  A block is loaded or stored once for as long as consecutive programs have the same one.
+  """
+  programs = list(itertools.product(*(range(n) for n in _grid(plan))))
+
+  def moved(x: Any) -> int:
+    shape, place = _place(plan, x)
+    places = [place(*program) for program in programs]
+    changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
+    return changes * math.prod(shape) * x.dtype.itemsize
+
+  return sum(moved(x) for x in arrays)
+
+
 def _call(
   kernel: Callable[..., None],
   plan: _Plan,
@@ -235,6 +251,10 @@ def _call(
     out_specs=[_block(plan, x) for x in results],
     out_shape=results,
     input_output_aliases=in_place,
+    # Arithmetic is not what a step waits for.
+    cost_estimate=pl.CostEstimate(
+      flops=0, transcendentals=0, bytes_accessed=_moved(plan, [*operands, *results])
+    ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
     ),
@@ -264,9 +284,7 @@ def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, Any, list[Any]
 
 
 def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
-  """What the kernels load and store for a leaf (of shapes, or of arrays), by their blocks.
-
-  A block is loaded or stored once for as long as consecutive programs have the same one.
+  """What the kernels load and store for a leaf (of shapes, or of arrays).
 
   Returns:
     Bytes.
@@ -276,16 +294,8 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
     raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
   _, operands = jax.eval_shape(functools.partial(_operands, plan), leaf)
   largest, columns, results = _shapes(plan, operands)
-  arrays = [largest, *operands, *results, *([*operands, columns] if plan.whole else [])]
-  programs = list(itertools.product(*(range(n) for n in _grid(plan))))
-
-  def moved(x: Any) -> int:
-    shape, place = _place(plan, x)
-    places = [place(*program) for program in programs]
-    changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
-    return changes * math.prod(shape) * x.dtype.itemsize
-
-  return sum(moved(x) for x in arrays)
+  moved = _moved(plan, [largest, *operands, *results])
+  return moved + (_moved(plan, [*operands, columns]) if plan.whole else 0)
 
 
 def by_panels(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import json
+import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import pipeline
 from eco_optax.training.models import transformer
+from eco_optax.training.studies import storage, sweep
 
 
 def paired_ratios(
@@ -36,7 +40,8 @@ def paired_ratios(
     repeats: rounds; each calls every function once.
 
   Returns:
-    By name, the median milliseconds, and the median over rounds of the ratio to the first.
+    By name, the median `milliseconds`, and of the rounds' ratios to the first the median (`ratio`)
+    and the quartiles (`low`, `high`).
   """
   for function in functions.values():
     jax.block_until_ready(function())
@@ -46,14 +51,17 @@ def paired_ratios(
       start = time.perf_counter()
       jax.block_until_ready(function())
       times[name].append(time.perf_counter() - start)
-  first = next(iter(times.values()))
-  return {
-    name: {
+  first = np.array(next(iter(times.values())))
+  rows = {}
+  for name, values in times.items():
+    low, ratio, high = np.quantile(np.array(values) / first, (0.25, 0.5, 0.75))
+    rows[name] = {
       "milliseconds": 1e3 * statistics.median(values),
-      "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+      "ratio": float(ratio),
+      "low": float(low),
+      "high": float(high),
     }
-    for name, values in times.items()
-  }
+  return rows
 
 
 def random_bits(size: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -75,53 +83,224 @@ def random_bits(size: int, repeats: int) -> dict[str, dict[str, float]]:
   )
 
 
-def optimizer_step(size: int, repeats: int) -> dict[str, dict[str, float]]:
-  """One update of `size` parameters, donated: float32 AdamW beside each way to quantize."""
-  shape = (size // 4096, 4096)
-  dense = {"kernel": 0.02 * jax.random.normal(jax.random.key(0), shape)}
-  grads = {"kernel": 1e-3 * jax.random.normal(jax.random.key(1), shape)}
-  packed = eco.quantize(dense, eco.FP8)
-  adamw = optax.adamw(1e-3)
+class Way(NamedTuple):
+  """A way to train a matrix: what is kept between steps, and the step."""
 
-  def runner(tx: optax.GradientTransformation, params: Any) -> Callable[[], Any]:
-    def step(params: Any, state: Any, grads: Any) -> Any:
-      updates, state = tx.update(grads, state, params)
-      return eco.apply_updates(params, updates), state
+  init: Callable[[Any], Any]  # Float32 weights → what is kept, as one tree.
+  step: Callable[[Any, Any], Any]  # (that, gradients) → that, for `jit` with donation.
+  runs_on: tuple[str, ...] = ("cpu", "tpu", "gpu")
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    # A copy of its own for each, because donation gives the buffers away.
-    carry = [jax.tree.map(jnp.copy, params), tx.init(params)]
+
+def _way(tx: optax.GradientTransformation, convert: Callable[[Any], Any]) -> Way:
+  """An optimizer on parameters that are converted first."""
+
+  def init(dense: Any) -> Any:
+    params = convert(dense)
+    return params, tx.init(params)
+
+  def step(kept: Any, grads: Any) -> Any:
+    params, state = kept
+    updates, state = tx.update(grads, state, params)
+    return eco.apply_updates(params, updates), state
+
+  return Way(init, step)
+
+
+def _with_cast(tx: optax.GradientTransformation, format: eco.Format) -> Way:
+  """Float32 training whose forward pass reads codes, made anew at each step."""
+  plain = _way(tx, lambda dense: dense)
+  codes = lambda kept: eco.quantize(kept[0], format)
+
+  def step(kept: Any, grads: Any) -> Any:
+    new = plain.step(kept[:2], grads)
+    return (*new, codes(new))
+
+  return Way(lambda dense: (*plain.init(dense), codes((dense,))), step)
+
+
+def _flashoptim() -> Way | None:
+  """AdamW of flashoptim-jax, if that is installed; its kernels are for GPUs."""
+  try:
+    flashoptim = importlib.import_module("flashoptim_jax")
+  except ImportError:
+    return None
+  tx = flashoptim.flash_adamw(learning_rate=RATE, master_weight_bits=24)
+
+  def init(dense: Any) -> Any:
+    params = optax.tree.cast(dense, jnp.bfloat16)
+    return params, tx.init(params)
+
+  return Way(init, lambda kept, grads: tx.step(*kept, grads), ("gpu",))
+
+
+RATE = 1e-3
+REFERENCE = "float32 AdamW"
+
+
+def ways() -> dict[str, Way]:
+  """All that are compared, by name; the first is the unit of ratios."""
+  adamw = optax.adamw(RATE)
+  pack = lambda format: lambda dense: eco.quantize(dense, format)
+  nearest, stochastic = (eco.quantize_params(rounding=r) for r in ("nearest", "stochastic"))  # type: ignore[arg-type]
+  low = lambda tx, mu, nu: _way(eco.low_bit_moments(tx, mu, nu), pack(eco.FP8))
+  fp8 = lambda tx: _way(tx, pack(eco.FP8))
+  bfloat16 = functools.partial(optax.tree.cast, dtype=jnp.bfloat16)
+  f8: Any = "float8_e4m3fn"
+  found = {
+    REFERENCE: _way(adamw, lambda dense: dense),
+    "bfloat16 AdamW": _way(adamw, bfloat16),
+    "float32 AdamW, then FP8 cast": _with_cast(adamw, eco.FP8),
+    "flashoptim-jax AdamW, 24-bit master": _flashoptim(),
+    "naive, RTN": fp8(eco.chain(adamw, nearest)),
+    "naive, SR": fp8(eco.chain(adamw, stochastic)),
+    "master weights, RTN": fp8(eco.master_weights(adamw, nearest)),
+    "master weights, SR": fp8(eco.master_weights(adamw, stochastic)),
+    "int16 residual, bfloat16 momentum, RTN": low(
+      eco.master_weights(adamw, nearest, "int16"), "bfloat16", "float32"
+    ),
+    "int8 residual, RTN": fp8(eco.master_weights(adamw, nearest, "int8")),
+    "int8 residual, FP8 moments, RTN": low(eco.master_weights(adamw, nearest, "int8"), f8, f8),
+    "ECO over optax.adamw, RTN": fp8(eco.error_feedback_to_momentum(adamw, nearest, RATE)),
+    "ECO over optax.adamw, SR": fp8(eco.error_feedback_to_momentum(adamw, stochastic, RATE)),
+    "eco.adamw, RTN": fp8(eco.adamw(RATE, rounding="nearest")),
+    "eco.adamw, SR": fp8(eco.adamw(RATE)),
+    "eco.adamw, SR, INT4": _way(eco.adamw(RATE), pack(eco.INT4)),
+    "eco.adamw, SR, MXFP8": _way(eco.adamw(RATE), pack(eco.MXFP8)),
+    "eco.adamw, SR, bfloat16 moments": low(eco.adamw(RATE), "bfloat16", "bfloat16"),
+    "eco.adamw, SR, FP8 moments": low(eco.adamw(RATE), f8, f8),
+    "eco.adamw, SR, INT8 and FP8 moments": low(eco.adamw(RATE), "int8", f8),
+    "eco.sgd, SR": fp8(eco.sgd(RATE)),
+  }
+  return {name: way for name, way in found.items() if way}
+
+
+def _program(way: Way, dense: Any, grads: Any, device: Any = None) -> Any:
+  """The compiled step of one way, for `device`, which need not be there, or for this machine."""
+  kept = jax.eval_shape(way.init, dense)
+  if device is not None:
+    kept, grads = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+      (kept, grads),
+    )
+  return jax.jit(way.step, donate_argnums=0).lower(kept, grads).compile()
+
+
+def at_rest(way: Way, dense: Any) -> float:
+  """Bytes per parameter that are kept between steps: weights, codes, scales, moments, residuals."""
+  arrays = [x for x in jax.tree.leaves(jax.eval_shape(way.init, dense)) if x.ndim]
+  return sum(x.size * x.dtype.itemsize for x in arrays) / dense["kernel"].size
+
+
+def optimizer_step(
+  shape: tuple[int, int], repeats: int, names: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+  """One step of one matrix, each way: time, what is kept, and what is held meanwhile.
+
+  Args:
+    shape: of the matrix.
+    repeats: rounds of the timing.
+    names: of `ways`, or all.
+
+  Returns:
+    By name: `bytes_at_rest` and `temporaries` (of the compiler) per parameter, and, for what runs
+    on this machine, the figures of `paired_ratios`.
+  """
+  draw = lambda i, size: {"kernel": size * jax.random.normal(jax.random.key(i), shape)}
+  dense, grads = draw(0, 0.02), draw(1, 1e-3)
+  chosen = {name: way for name, way in ways().items() if names is None or name in names}
+  rows, running = {}, {}
+
+  def runner(way: Way, program: Any) -> Callable[[], Any]:
+    kept = way.init(jax.tree.map(jnp.copy, dense))
 
     def run() -> Any:
-      carry[:] = compiled(*carry, grads)
-      return carry
+      nonlocal kept
+      kept = program(kept, grads)
+      return kept
 
     return run
 
-  def with_cast(params: Any) -> Callable[[], Any]:
-    run = runner(adamw, params)
-    cast = jax.jit(lambda p: eco.quantize(p, eco.FP8))
-    return lambda: cast(run()[0])
+  for name, way in chosen.items():
+    rows[name] = {"bytes_at_rest": at_rest(way, dense)}
+    if jax.default_backend() not in way.runs_on:
+      continue
+    program = _program(way, dense, grads)
+    used = program.memory_analysis()
+    rows[name]["temporaries"] = used.temp_size_in_bytes / dense["kernel"].size
+    running[name] = runner(way, program)
+  for name, row in paired_ratios(running, repeats).items():
+    rows[name] |= row
+  return rows
 
-  quantizers = {r: eco.quantize_params(rounding=r) for r in ("nearest", "stochastic")}  # type: ignore[arg-type]
-  return paired_ratios(
-    {
-      "float32 adamw": runner(adamw, dense),
-      "float32 adamw, then FP8 cast": with_cast(dense),
-      "naive, nearest": runner(eco.chain(adamw, quantizers["nearest"]), packed),
-      "ECO, nearest": runner(eco.error_feedback_to_momentum(adamw, quantizers["nearest"]), packed),
-      "ECO, stochastic": runner(
-        eco.error_feedback_to_momentum(adamw, quantizers["stochastic"]), packed
-      ),
-      "ECO fused (adamw), nearest": runner(eco.adamw(1e-3, rounding="nearest"), packed),
-      "ECO fused (adamw), stochastic": runner(eco.adamw(1e-3), packed),
-      "ECO fused (sgd), stochastic": runner(eco.sgd(1e-3), packed),
-      "master weights, stochastic": runner(
-        eco.master_weights(adamw, quantizers["stochastic"]), packed
-      ),
-    },
-    repeats,
-  )
+
+def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
+  """What one step of one matrix moves and holds on a TPU, which need not be there.
+
+  Args:
+    device: of a topology, see `compile.topology_devices`.
+    shape: of the matrix; its gradient is bfloat16.
+
+  Returns:
+    By name, per parameter: `bytes_at_rest`, `temporaries`, and `moved`, the bytes read and written,
+    as the compiler counts them.
+  """
+  dense = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  grads = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+  size, rows = math.prod(shape), {}
+  for name, way in ways().items():
+    rows[name] = {"bytes_at_rest": at_rest(way, dense)}
+    if "tpu" not in way.runs_on:
+      continue
+    program = _program(way, dense, grads, device)
+    rows[name]["moved"] = program.cost_analysis()["bytes accessed"] / size
+    rows[name]["temporaries"] = program.memory_analysis().temp_size_in_bytes / size
+  return rows
+
+
+# What whole training steps change in a config; the first is the unit of ratios.
+_FP8_MOMENTS = {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"}
+TRAINING: dict[str, dict[str, Any]] = {
+  "weights as they are (bf16_mw)": {"method": "bf16_mw"},
+  "master weights + RTN": {"method": "mw_rtn"},
+  "master weights + SR": {"method": "mw_sr"},
+  "ECO + RTN": {"method": "eco_rtn"},
+  "ECO + SR": {"method": "eco_sr"},
+  "ECO + SR, FP8 moments": {"method": "eco_sr"} | _FP8_MOMENTS,
+}
+
+
+def training_step(config: ml_collections.ConfigDict, repeats: int) -> dict[str, dict[str, float]]:
+  """Whole training steps of one model, by each way of `TRAINING`, on random tokens.
+
+  Args:
+    config: of a run.
+    repeats: rounds of the timing.
+
+  Returns:
+    By name, the figures of `paired_ratios`.
+  """
+  draw = np.random.default_rng(0)
+  shape = (config.batch_size, config.length + 1)
+  tokens = draw.integers(0, config.model.vocabulary, shape, np.int32)
+
+  def runner(own: dict[str, Any]) -> Callable[[], Any]:
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.update_from_flattened_dict(own)
+    tx, mesh = loop.prepare(changed)
+    with jax.set_mesh(mesh):
+      batch = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
+      state = step_lib.init_state(changed, tx, mesh)
+      train_step = step_lib.make_train_step(changed, tx, mesh)
+
+    def run() -> Any:
+      nonlocal state
+      with jax.set_mesh(mesh):
+        state, _ = train_step(state, batch)
+      return state
+
+    return run
+
+  return paired_ratios({name: runner(own) for name, own in TRAINING.items()}, repeats)
 
 
 def checkpoint(
@@ -229,3 +408,111 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
       "temporaries": used.temp_size_in_bytes / size,
     }
   return figures
+
+
+# Runs of `studies.storage` that train in one of the ways, at its first learning rate.
+_LOSSES = {
+  "master weights, RTN": "float32 residual",
+  "int8 residual, RTN": "int8 residual",
+  "ECO over optax.adamw, RTN": "no residual: ECO + RTN",
+  "ECO over optax.adamw, SR": "no residual: ECO + SR",
+  "eco.adamw, SR": "float32 moments",
+  "eco.adamw, SR, bfloat16 moments": "bfloat16 moments",
+  "eco.adamw, SR, FP8 moments": "FP8 moments",
+  "eco.adamw, SR, INT8 and FP8 moments": "INT8 and FP8 moments",
+}
+
+
+def _figures(results: pathlib.Path) -> dict[str, Any]:
+  """What `scripts/benchmark.py` wrote, by file."""
+  return {path.stem: json.loads(path.read_text()) for path in results.glob("benchmark/*.json")}
+
+
+def _loss(name: str, rows: dict[str, Any]) -> str:
+  """The mean over seeds, with its standard error and the runs' length."""
+  names = (
+    storage.runs_of(_LOSSES[name], "FP8", storage.LEARNING_RATES[0]) if name in _LOSSES else []
+  )
+  done = [rows[run] for run in names if run in rows]
+  if not done:
+    return "–"
+  return f"{sweep.compared(rows, names, names)[0]} ({done[0]['validation_curve'][-1][0]:,} steps)"
+
+
+def table(results: pathlib.Path) -> str:
+  """The optimizer step's ways by what they take, in Markdown.
+
+  Args:
+    results: the folder with `benchmark/*.json` and the runs of `studies.storage`.
+
+  Returns:
+    A table for the optimizer step, and one for each backend on which training steps were timed.
+  """
+  found = _figures(results)
+  rows = sweep.read(results / "storage" / "runs.jsonl")
+  timed = [backend for backend in ("cpu", "cuda") if backend in found]
+  tpus = [name for name in found if name.startswith("tpu")]
+  head = ["AdamW, 1 matrix", "bytes at rest"]
+  for tpu in tpus:
+    kind = found[tpu]["compiled_for"]
+    head += [f"moved on {kind}", f"temporaries on {kind}"]
+  for backend in timed:
+    head += [f"time on {found[backend]['machine']['device']}", "quartiles"]
+  head += ["validation loss, 1M parameters"]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  names = dict.fromkeys(n for f in [*timed, *tpus] for n in found[f]["optimizer_step"])
+  for name in names:
+    own = lambda file, key, name=name: found[file]["optimizer_step"].get(name, {}).get(key)
+    number = lambda value, form: "–" if value is None else format(value, form)
+    rest = next(x for f in [*timed, *tpus] if (x := own(f, "bytes_at_rest")) is not None)
+    cells = [name, f"{rest:.2f}"]
+    for tpu in tpus:
+      cells += [number(own(tpu, "moved"), ".1f"), number(own(tpu, "temporaries"), ".2f")]
+    for backend in timed:
+      ratio, low, high = (own(backend, key) for key in ("ratio", "low", "high"))
+      cells += ["–", "–"] if ratio is None else [f"{ratio:.2f}×", f"{low:.2f}–{high:.2f}"]
+    lines.append(f"| {' | '.join([*cells, _loss(name, rows)])} |")
+  for backend in timed:
+    lines += ["", f"| training step on {backend} | milliseconds | ratio | quartiles |"]
+    lines.append("|---" * 4 + "|")
+    for name, row in found[backend]["training_step"].items():
+      spread = f"{row['low']:.2f}–{row['high']:.2f}"
+      lines.append(f"| {name} | {row['milliseconds']:.0f} | {row['ratio']:.2f}× | {spread} |")
+  return "\n".join(lines) + "\n"
+
+
+def plot(results: pathlib.Path) -> None:
+  """Draws bytes at rest, bytes moved and times as bars (benchmark.png)."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  found = _figures(results)
+  panels = []  # Title, figures by name, and the key.
+  first = next(iter(found.values()))
+  panels.append(("bytes per parameter at rest", first["optimizer_step"], "bytes_at_rest"))
+  for name, figures in sorted(found.items(), reverse=True):
+    rows = figures["optimizer_step"]
+    if name.startswith("tpu"):
+      panels.append((f"bytes moved, {figures['compiled_for']} (compiled)", rows, "moved"))
+    else:
+      kind = figures["machine"]["device"]
+      panels.append((f"time on {kind}, in steps of {REFERENCE}", rows, "ratio"))
+  names = list(first["optimizer_step"])
+  figure, axes = plt.subplots(
+    1, len(panels), figsize=(4 + 3.2 * len(panels), 0.32 * len(names) + 1), sharey=True,
+    layout="constrained",
+  )  # fmt: skip
+  for ax, (title, rows, key) in zip(axes, panels, strict=True):
+    values = [rows.get(name, {}).get(key) for name in names]
+    colors = ["tab:orange" if name.startswith(("eco", "ECO")) else "tab:gray" for name in names]
+    ax.barh(names, [value or 0 for value in values], color=colors)
+    for i, value in enumerate(values):
+      ax.text(value or 0, i, " not run" if value is None else f" {value:.3g}", va="center")
+    ax.set_title(title, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(x=0.18)
+  axes[0].invert_yaxis()
+  figure.savefig(results / "benchmark" / "benchmark.png", dpi=120)
+  plt.close(figure)

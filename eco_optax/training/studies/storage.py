@@ -67,7 +67,8 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
   return [Run(name, changes) for name, changes in found.items()]
 
 
-def _names(what: str, format: str, rate: float) -> list[str]:
+def runs_of(what: str, format: str, rate: float) -> list[str]:
+  """Of the runs of one way, one for each seed."""
   return [_name(what, format, rate, seed) for seed in SEEDS]
 
 
@@ -80,7 +81,7 @@ def table(rows: Mapping[str, Any]) -> str:
     "|---|---|---|---|",
   ]
   for what in MOMENTS:
-    names, references = (_names(x, "FP8", rate) for x in (what, first))
+    names, references = (runs_of(x, "FP8", rate) for x in (what, first))
     used = sweep.used_bytes(rows, names)
     cells = [what, used, *sweep.compared(rows, names, references)]
     lines.append(f"| {' | '.join(cells)} |")
@@ -93,7 +94,7 @@ def table(rows: Mapping[str, Any]) -> str:
     for what in RESIDUALS:
       cells = [what]
       for rate in LEARNING_RATES:
-        names, references = (_names(x, format, rate) for x in (what, first))
+        names, references = (runs_of(x, format, rate) for x in (what, first))
         cells = [*cells, *sweep.compared(rows, names, references)]
         if len(cells) == 3:
           cells.insert(1, sweep.used_bytes(rows, names))
