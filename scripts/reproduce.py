@@ -8,7 +8,15 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training.studies import claims, comparison, nearest, optimizers, storage, sweep
+from eco_optax.training.studies import (
+  claims,
+  comparison,
+  nearest,
+  optimizers,
+  results,
+  storage,
+  sweep,
+)
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "stdlib_1m.py"))
@@ -22,10 +30,10 @@ _SWEEPS = {
 _STUDY = flags.DEFINE_enum(
   "study",
   "methods",
-  ["methods", "families", *_SWEEPS],
+  ["methods", "families", *_SWEEPS, "results"],
   "All methods on one config; ECO and master weights on a model of each family; the paper's"
   " claims, at several learning rates and seeds; what moments and residuals are stored in; rules"
-  " for rounding to nearest; or ECO over several optimizers.",
+  " for rounding to nearest; ECO over several optimizers; or RESULTS.md alone, which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")
@@ -34,20 +42,23 @@ _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures
 
 
 def main(_: list[str]) -> None:
-  """Trains what is missing and prints the table."""
-  workdir, results = pathlib.Path(_WORKDIR.value) / _STUDY.value, pathlib.Path(_RESULTS.value)
+  """Trains what is missing, prints the table and writes RESULTS.md anew."""
+  workdir, out = pathlib.Path(_WORKDIR.value) / _STUDY.value, pathlib.Path(_RESULTS.value)
   if _STUDY.value == "methods":
-    print(comparison.table(comparison.compare(_CONFIG.value, workdir, results / "stdlib_1m")))
-    return
-  if _STUDY.value in _SWEEPS:
-    _sweep(*_SWEEPS[_STUDY.value], workdir, results / _STUDY.value)
-    return
+    print(comparison.table(comparison.compare(_CONFIG.value, workdir, out / "stdlib_1m")))
+  elif _STUDY.value == "families":
+    _families(workdir, out / "families")
+  elif _STUDY.value in _SWEEPS:
+    _sweep(*_SWEEPS[_STUDY.value], workdir, out / _STUDY.value)
+  (out.parent / "RESULTS.md").write_text(results.markdown(out))
+
+
+def _families(workdir: pathlib.Path, out: pathlib.Path) -> None:
   rows = {}
   for name in comparison.FAMILIES:
     config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
-    out = results / "families" / name
-    rows[name] = comparison.compare(config, workdir / name, out, comparison.FAMILY_RUNS)
-    (results / "families" / "table.md").write_text(comparison.family_table(rows))
+    rows[name] = comparison.compare(config, workdir / name, out / name, comparison.FAMILY_RUNS)
+    (out / "table.md").write_text(comparison.family_table(rows))
   print(comparison.family_table(rows))
 
 

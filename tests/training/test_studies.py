@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from eco_optax import diagnostics
-from eco_optax.training.studies import bounds, similarity, stationary
+from eco_optax.training.studies import bounds, results, similarity, stationary
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "theory"
@@ -146,3 +146,12 @@ def test_published_figures_keep_the_claims():
   assert set(series) == set(similarity.RUNS)
   assert not similarity.failures(series)
   assert similarity.table(series) == (RESULTS / "similarity.md").read_text()
+
+
+def test_the_published_page_is_that_of_the_published_figures(tmp_path):
+  """And without any figures nothing is claimed to have been measured."""
+  assert (ROOT / "RESULTS.md").read_text() == results.markdown(ROOT / "results")
+  empty = results.markdown(tmp_path).split("\n## ")[0]
+  rows = [line.split(" | ") for line in empty.splitlines() if line.startswith("| ")][1:]
+  assert len(rows) > 15
+  assert {row[2] for row in rows} == {"–"}

@@ -162,7 +162,7 @@ def table(rows: Rows) -> str:
     out += ["", f"**{format}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, own in [(BF16, "none"), *((method, format) for method in METHODS)]:
       found = [rows.get(Key(method, own, rate, 0, 1).name) for rate in rates]
-      used = next((row["bytes_per_parameter"]["total"] for row in found if row), math.nan)
+      used = next((f"{row['bytes_per_parameter']['total']:.2f}" for row in found if row), "–")
       losses = [
         "–" if row is None else _shown(math.inf if (x := row["validation_loss"]) is None else x)
         for row in found
@@ -172,7 +172,7 @@ def table(rows: Rows) -> str:
       gap = value - reference
       share = (naive - value) / (naive - reference)
       long = mean(rows, method, own, LONGER)[0]
-      cells = [method, f"{used:.2f}", *losses, at_best, str(seeds)]
+      cells = [method, used, *losses, at_best, str(seeds)]
       cells += [f"{gap:+.4f}" if math.isfinite(gap) else "–"]
       cells += [f"{share:.0%}" if math.isfinite(share) else "–", _shown(long)]
       out.append(f"| {' | '.join(cells)} |")

@@ -1,0 +1,229 @@
+"""RESULTS.md: the paper's claims beside what was measured, from the files of all studies."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from eco_optax.training.studies import claims, nearest, optimizers, storage, sweep
+
+_HEAD = """# What the paper claims, and what was measured
+
+`python scripts/reproduce.py --study=results` writes this page from the files in [results](results);
+each row names the command that makes its figures. The paper is
+[arXiv 2601.22101](https://arxiv.org/abs/2601.22101).
+
+Limits: the paper trains 30M to 800M parameters on 100 tokens of C4 for each, Gemma 3 1B, a
+mixture of experts of 2.1B, and fine-tunes DeepSeek-MoE-16B. Here models have one to three million
+parameters, two to ten million tokens of source code and prose, and two CPU cores; losses are nats
+per token of the run's own tokenizer, so that only differences compare. What the paper sees at the
+end of long runs, when learning rates are small for long, shows here at small learning rates only.
+What says – has not been run.
+"""
+
+# The paper's losses at 30M parameters (Table 1), by our names.
+_PAPER = {
+  "master weights + RTN": 3.3248,
+  "master weights + SR": 3.3309,
+  "naive RTN": math.inf,
+  "naive SR": 3.4008,
+  "ECO + RTN, paper's rule": 3.3640,
+  "ECO + SR, paper's rule": 3.3317,
+}
+
+
+class _Missing(Exception):
+  """A study has not been run."""
+
+
+def _load(path: pathlib.Path) -> Any:
+  if not path.exists():
+    raise _Missing(path)
+  return json.loads(path.read_text())
+
+
+def _memory(results: pathlib.Path) -> str:
+  runs = {row["run"]: row for row in _load(results / "stdlib_1m" / "comparison.json")}
+  total = lambda run: runs[run]["bytes_per_parameter"]["total"]
+  return (
+    f"{total('ECO + SR, schedule-aware'):.2f}, counted from live arrays, scales included; master"
+    f" weights beside codes that are kept {total('master weights + SR'):.2f}, 12 if codes are made"
+    " anew at each step"
+  )
+
+
+def _stationary(results: pathlib.Path, method: str) -> str:
+  rows = [r for r in _load(results / "theory" / "stationary.json")["rows"] if r["method"] == method]
+  worst = max(abs(row["deviation"]) for row in rows)
+  interval = max(row["half_interval"] for row in rows)
+  return f"{len(rows)} settings within {worst:.2%} (99% intervals up to ±{interval:.2%})"
+
+
+def _blow_up(results: pathlib.Path) -> str:
+  rows = _load(results / "theory" / "stationary.json")["rows"]
+
+  def ends(method: str, beta: float) -> tuple[float, float]:
+    own = [r for r in rows if r["method"] == method and r["beta"] == beta and r["curvature"] == 1]
+    own.sort(key=lambda row: row["learning_rate"])
+    return own[0]["simulated"], own[0]["learning_rate"]
+
+  beta = 0.9
+  naive, rate = ends("naive", beta)
+  eco, _ = ends("eco", beta)
+  return (
+    f"at η = {rate:g}, β = {beta:g}: naive {naive:.0f} σ² (σ²/2ηL is {1 / (2 * rate):.0f} σ²), ECO"
+    f" {eco:.2f} σ² (σ²/(1−β²) is {1 / (1 - beta**2):.2f} σ²)"
+  )
+
+
+def _bounds(results: pathlib.Path, rounding: str) -> str:
+  rows = [r for r in _load(results / "theory" / "bounds.json")["rows"] if r["rounding"] == rounding]
+  shares = [row["smallest_gradient"] / row["gradient_bound"] for row in rows]
+  vacuous = sum(row["gradient_bound"] > row["gradient_limit"] ** 2 for row in rows)
+  text = (
+    f"holds in {sum(x <= 1 for x in shares)} of {len(rows)} settings, at most {max(shares):.1%}"
+  )
+  text += " of it"
+  return text + (f"; in {vacuous} the bound is above G² and says nothing" if vacuous else "")
+
+
+def _momentum(results: pathlib.Path) -> str:
+  rows = _load(results / "theory" / "bounds.json")["rows"]
+  shares = [row["momentum"] / row["momentum_bound"] for row in rows]
+  return f"holds in all of {len(rows)}, at {min(shares):.0%} to {max(shares):.0%} of the bound"
+
+
+def _similar(results: pathlib.Path) -> str:
+  runs = _load(results / "theory" / "similarity.json")["runs"]
+  settled = lambda run, key: [x for x in runs[run][key][20:] if x is not None]
+  ratios, cosines = (settled("master weights + RTN", key) for key in ("norm_ratio", "cosine"))
+  other = settled("ECO + SR", "cosine")
+  return (
+    f"ratio {min(ratios):.2f} to {max(ratios):.2f}; cosine {min(cosines):.2f}, where the learning"
+    f" rate is highest, to {max(cosines):.2f}. With stochastic rounding the cosine is"
+    f" {sum(other) / len(other):.3f}: there the rule rests on errors that average out"
+  )
+
+
+def _gap(results: pathlib.Path, method: str, format: str = "FP8") -> str:
+  """A method's gap to master weights: of the sweep, and of the comparison of one seed."""
+  rows = sweep.read(results / "claims" / "runs.jsonl")
+  cells = []
+  if claims.best(rows, method, format) and claims.best(rows, claims.BASELINE, format):
+    (own, error, seeds), (reference, _, _) = (
+      claims.mean(rows, name, format) for name in (method, claims.BASELINE)
+    )
+    shown = "diverged" if math.isinf(own) else f"{own - reference:+.4f}"
+    spread = "" if math.isnan(error) else f" ± {error:.4f}"
+    cells.append(f"{shown}{spread} at the best learning rate, {seeds} seeds (claims)")
+  if format == "FP8":
+    one = {row["run"]: row for row in _load(results / "stdlib_1m" / "comparison.json")}
+    difference = one[method]["validation_loss"] - one[claims.BASELINE]["validation_loss"]
+    cells.append(f"{difference:+.4f} at 2e-3, one seed (methods)")
+  if not cells:
+    raise _Missing(method)
+  return "; ".join(cells)
+
+
+def _family(results: pathlib.Path, family: str) -> str:
+  rows = {r["run"]: r for r in _load(results / "families" / family / "comparison.json")}
+  own = [row["validation_loss"] for name, row in rows.items() if name.startswith("ECO")]
+  other = [row["validation_loss"] for name, row in rows.items() if name.startswith("master")]
+  size = next(iter(rows.values()))["parameters"]
+  return f"{own[0] - other[0]:+.4f} with {size / 1e6:.1f}M parameters, one seed"
+
+
+Measure = Callable[[pathlib.Path], str]
+
+
+def _claims() -> list[tuple[str, str, Measure, str]]:
+  """Claim, what the paper has, what was measured, and the study."""
+  theory = "scripts/theory.py"
+  rows: list[tuple[str, str, Measure, str]] = [
+    ("Weights and both moments, bytes per parameter", "12 → 9", _memory, "methods"),
+  ]
+  for method, name in (("master_weights", "master weights"), ("naive", "naive"), ("eco", "ECO")):
+    measure = functools.partial(_stationary, method=method)
+    rows.append((f"Stationary E[x̂²] on L x²/2, {name}", "closed form", measure, theory))
+  rows += [
+    ("As η → 0 naive removal grows as 1/η, ECO stays", "σ²/2ηL; σ²/(1−β²)", _blow_up, theory),
+    (
+      "min E‖∇f‖² is bounded, FP8, SR",
+      "theorem",
+      functools.partial(_bounds, rounding="stochastic"),
+      theory,
+    ),
+    ("The same, RTN", "theorem", functools.partial(_bounds, rounding="nearest"), theory),
+    ("Momentum stays bounded", "2G² + 2α²σ²/(1−β²)", _momentum, theory),
+    (
+      "Consecutive errors are alike",
+      "ratio near 1, cosine high, lower at the peak",
+      _similar,
+      theory,
+    ),
+  ]
+  reference = _PAPER[claims.BASELINE]
+  for method, loss in _PAPER.items():
+    if method != claims.BASELINE:
+      paper = "diverges" if math.isinf(loss) else f"{loss - reference:+.4f}"
+      measure = functools.partial(_gap, method=method)
+      rows.append((f"{method}, against {claims.BASELINE}, FP8", paper, measure, "claims"))
+  for family, name, paper in (
+    ("llama_3m", "Llama", "+0.0008"),
+    ("gemma_3m", "Gemma 3", "near-lossless"),
+    ("smoe_3m", "mixture of experts", "near-lossless"),
+    ("deepseek_3m", "DeepSeek-MoE", "–"),
+  ):
+    claim = f"ECO + SR against master weights + SR, {name}"
+    rows.append((claim, paper, functools.partial(_family, family=family), "families"))
+  return rows
+
+
+def _command(study: str) -> str:
+  return f"`python {study if '/' in study else f'scripts/reproduce.py --study={study}'}`"
+
+
+def _beyond(results: pathlib.Path) -> list[str]:
+  """Tables of what the paper does not have."""
+  out = []
+  for study, module, what in (
+    ("claims", claims, "Every method at its own best learning rate"),
+    ("storage", storage, "What moments and residuals may be stored in"),
+    ("nearest", nearest, "Rounding to nearest: what may be done about its dead zone"),
+    ("optimizers", optimizers, "ECO over other optimizers"),
+  ):
+    rows = sweep.read(results / study / "runs.jsonl")
+    out += [f"## {what}", ""]
+    if rows:
+      out += [
+        f"{_command(study)}; {len(rows)} runs are finished.",
+        "",
+        module.table(rows).strip(),
+        "",
+      ]
+    else:
+      out += [f"{_command(study)}; no run is finished.", ""]
+  return out
+
+
+def markdown(results: pathlib.Path) -> str:
+  """The page.
+
+  Args:
+    results: the folder that the studies write to.
+
+  Returns:
+    Markdown.
+  """
+  lines = [_HEAD, "| claim | paper | measured | command |", "|---|---|---|---|"]
+  for claim, paper, measure, study in _claims():
+    try:
+      measured = measure(results)
+    except _Missing:
+      measured = "–"
+    lines.append(f"| {claim} | {paper} | {measured} | {_command(study)} |")
+  return "\n".join([*lines, "", *_beyond(results)]).rstrip() + "\n"
