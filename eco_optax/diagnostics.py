@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from eco_optax import error_feedback
-from eco_optax.low_bit_moments import LowBitMomentsState, MomentDtype, codec, shapes_of
-from eco_optax.momentum import Leaves
+from eco_optax.low_bit_moments import LowBitMomentsState, codec
+from eco_optax.momentum import Leaves, shapes_of
 from eco_optax.quantize_params import PackedTransformation
 from eco_optax.quantized_array import is_quantized
+from eco_optax.stored_moments import MomentDtype
 
 
 def _norm(leaves: list[jax.Array]) -> jax.Array:

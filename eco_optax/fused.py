@@ -15,9 +15,16 @@ from eco_optax import momentum as momentum_lib
 from eco_optax import rounding as rounding_lib
 from eco_optax.error_feedback import ErrorFeedbackState
 from eco_optax.kernels import steps
-from eco_optax.kernels.fused_update import Leaf, fused_update
+from eco_optax.kernels.fused_update import Leaf, fits, fused_update
 from eco_optax.quantize_params import PackedTransformation, float_gradients, require_params
 from eco_optax.quantized_array import Rounding, is_quantized
+
+
+class FusedTransformation(PackedTransformation):
+  """One whose update takes moments as `low_bit_moments` stores them, with that one's codec.
+
+  It is called with `codec=` and `codec_step=`, the number of the step whose random bits it uses.
+  """
 
 
 class Closed(NamedTuple):
@@ -145,7 +152,8 @@ def fuse(
 
   Returns:
     A transformation with the same state and, but for roundings of the last place, the same steps.
-    Leaves that are not packed, or whose moments are not float32, take those of `general`.
+    Leaves that are not packed, or whose moments are stored in a way that the fused step does not
+    know, take those of `general`.
   """
   is_moments = lambda node: isinstance(node, closed.state_type)
 
@@ -157,19 +165,32 @@ def fuse(
     )
 
   def update(
-    updates: Any, state: ErrorFeedbackState, params: Any = None, **extra_args: Any
+    updates: Any,
+    state: ErrorFeedbackState,
+    params: Any = None,
+    codec: Any = None,
+    codec_step: Any = None,
+    **extra_args: Any,
   ) -> tuple[Any, ErrorFeedbackState]:
     require_params(params)
     weights: dict[str, Any] = {}
     trees.map_with_path(weights.__setitem__, params, is_leaf=is_quantized)
     gradients = momentum_lib.flat(updates)
-    nodes = [x for x in jax.tree.leaves(state.inner, is_leaf=is_moments) if is_moments(x)]
-    moments = [momentum_lib.flat(getattr(nodes[0], field)) for field in closed.fields]
+
+    def moments_in(state: ErrorFeedbackState) -> tuple[Any, list[dict[str, Any]]]:
+      """The link of the optimizer that has the moments, and these by path."""
+      nodes = [x for x in jax.tree.leaves(state.inner, is_leaf=is_moments) if is_moments(x)]
+      return nodes[0], [momentum_lib.flat(getattr(nodes[0], field)) for field in closed.fields]
+
+    node, moments = moments_in(state)
     fused = [
       path
       for path, leaf in weights.items()
-      if is_quantized(leaf) and all(m[path].dtype == jnp.float32 for m in moments)
+      if is_quantized(leaf) and all(fits(m[path], codec is not None) for m in moments)
     ]
+    keys = moments
+    if codec is not None:
+      keys = moments_in(codec.keys(state, momentum_lib.shapes_of(params), codec_step))[1]
 
     clip = _clip_factor(float_gradients(updates, params), max_norm)
     count = momentum_lib.inner_count(state.inner)
@@ -177,12 +198,13 @@ def fuse(
     done = {}
     for path in fused:
       leaf = Leaf(
-        closed.scalars(nodes[0], count, clip, decays[path]),
+        closed.scalars(node, count, clip, decays[path]),
         rounding_lib.stream_key(seed, state.quantizer.step, path),
         extra_args.get("layer"),
         weights[path],
         gradients[path],
         tuple(m[path] for m in moments),
+        tuple(k[path] for k in keys) if codec is not None else (),
       )
       done[path] = fused_update(closed.step, rounding, leaf)
 
@@ -195,10 +217,13 @@ def fuse(
     if max_norm is not None:
       # A second clip of what was clipped together finds nothing to do.
       updates = jax.tree.map(lambda g: g * clip.astype(g.dtype), updates)
-    inner = on_moments(lambda _, moment: rest(moment), state.inner)
-    new_updates, new_state = general.update(
-      rest(updates), state._replace(inner=inner), rest(params), **extra_args
-    )
+    rest_state = state._replace(inner=on_moments(lambda _, moment: rest(moment), state.inner))
+    shapes = momentum_lib.shapes_of(rest(params))
+    if codec is not None:
+      rest_state = codec.read(rest_state, shapes)
+    new_updates, new_state = general.update(rest(updates), rest_state, rest(params), **extra_args)
+    if codec is not None:
+      new_state = codec.store(new_state, shapes, codec_step, extra_args.get("layer"))
 
     def fill(tree: Any, leaves: dict[str, Any]) -> Any:
       return trees.map_with_path(
@@ -214,4 +239,4 @@ def fuse(
     new_updates = fill(new_updates, {path: new[0] for path, new in done.items()})
     return new_updates, new_state._replace(inner=on_moments(new_moment, new_state.inner))
 
-  return PackedTransformation(general.init, update)
+  return FusedTransformation(general.init, update)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from eco_optax import momentum as momentum_lib
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
-from eco_optax.formats import Format, grid_smallest
+from eco_optax.fused import FusedTransformation
+from eco_optax.momentum import shapes_of
 from eco_optax.quantize_params import PackedTransformation, require_params
-from eco_optax.quantized_array import QuantizedArray, is_quantized, pack, quantize_array, scaled
-
-MomentDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
-
-DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
-_LONGEST_BLOCK, _SHORTEST_BLOCK = 128, 16
+from eco_optax.quantized_array import is_quantized
+from eco_optax.stored_moments import DTYPES, Kind, MomentDtype, read, store
 
 # Of the random bits with which moments are rounded.
 _SEED = 0xBF58476D1CE4E5B9
@@ -35,83 +29,12 @@ class LowBitMomentsState(NamedTuple):
   inner: optax.OptState  # With QuantizedArray, SecondMoment or bfloat16 leaves as moments.
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["qvalue", "scale", "tensor_scale", "sink"],
-  meta_fields=["format", "odd"],
-)
-@dataclasses.dataclass(frozen=True)
-class SecondMoment(QuantizedArray):
-  """A non-negative array whose square root is stored: half as many binades to span."""
-
-  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-    """The stored values, `(codes × scale)²` computed in float32."""
-    return jnp.square(super().dequantize()).astype(dtype)
-
-
-def block_format(shape: tuple[int, ...], dtype: str) -> Format:
-  """The format of a moment of this shape: blocks along its last axis, of 128 where these divide it.
-
-  Args:
-    shape: of the moment, with one axis or more.
-    dtype: of the codes, a name.
-
-  Returns:
-    A format that fits. The scales of floating-point codes are powers of two, of one byte; those of
-    integers, which have no bits to lose, are float32.
-  """
-  scale = "float32" if dtype == "int8" else "float8_e8m0fnu"
-  size = shape[-1]
-  block = max(n for n in range(1, min(size, _LONGEST_BLOCK) + 1) if size % n == 0)
-  if block < min(size, _SHORTEST_BLOCK):  # Then a scale for the whole row costs less.
-    return Format(dtype, "channel", scale, contraction_axis=-1)
-  return Format(dtype, (block,), scale)
-
-
-def _store_root(x: jax.Array, format: Format, bits: jax.Array) -> SecondMoment:
-  """The nearest codes above and below √x, each as often as keeps the mean of their squares at x."""
-  holder, y = scaled(jnp.sqrt(jnp.maximum(x, 0)), format, "stochastic")
-  step = rounding_lib.grid_step(y, format.dtype)
-  below = jnp.floor(y / step) * step
-  # With p the chance of the code above, E[y²] = below² + p (above² − below²).
-  y = below + (y - below) * (y + below) / (2 * below + step)
-  # A step is divided by the root: what is not zero may not become so.
-  y = jnp.where(x > 0, jnp.maximum(y, np.float32(grid_smallest(format.dtype))), y)
-  qvalue, odd = pack(rounding_lib.code_bits(y, format.dtype, bits), format)
-  return SecondMoment(qvalue, holder.scale, format, holder.tensor_scale, None, odd)
-
-
-def store(x: jax.Array, kind: momentum_lib.Kind, dtype: str, bits: jax.Array) -> Any:
-  """A moment in few bits, rounded stochastically.
-
-  Args:
-    x: a float array.
-    kind: "first", or "second" for values that are not negative.
-    dtype: of the codes, or "bfloat16".
-    bits: uint32 random bits of x's shape.
-
-  Returns:
-    A QuantizedArray, a SecondMoment or a bfloat16 array, whose mean over the random bits is x.
-  """
-  x = x.astype(jnp.float32)
-  if dtype == "bfloat16":
-    return rounding_lib.stochastic_cast(x, jnp.dtype(dtype), bits)
-  format = block_format(x.shape, dtype)
-  if kind == "second":
-    return _store_root(x, format, bits)
-  return quantize_array(x, format, "stochastic", bits)
-
-
-def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes of all parameters by path, by which an optimizer's moments are found."""
-  return {path: leaf.shape for path, leaf in momentum_lib.flat(params).items()}
-
-
 class Codec(NamedTuple):
-  """How an optimizer's state is stored and read back."""
+  """How an optimizer's state is stored and read back; shapes are of the parameters, by path."""
 
-  store: Callable[..., Any]  # (state, shapes of the parameters by path, step, layer) → state
+  store: Callable[..., Any]  # (state, shapes, step, layer) → state
   read: Callable[[Any, Any], Any]  # (state, shapes) → state
+  keys: Callable[..., Any]  # (state, shapes, step) → state with keys of random bits as moments
 
 
 def codec(mu: MomentDtype, nu: MomentDtype) -> Codec:
@@ -120,25 +43,29 @@ def codec(mu: MomentDtype, nu: MomentDtype) -> Codec:
     if dtype not in DTYPES:
       raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}")
   dtypes = {"first": mu, "second": nu}
+  key = lambda step, path: rounding_lib.stream_key(_SEED, step, path)
 
   def store_state(state: Any, shapes: Any, step: jax.Array, layer: Any = None) -> Any:
-    def store_leaf(path: str, kind: momentum_lib.Kind, x: jax.Array) -> Any:
+    def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       if dtypes[kind] == "float32" or not x.ndim or not trees.is_float(x):
         return x
-      key = rounding_lib.stream_key(_SEED, step, path)
-      return store(x, kind, dtypes[kind], rounding_lib.counter_bits(key, x.shape, layer))
+      bits = rounding_lib.counter_bits(key(step, path), x.shape, layer)
+      return store(x, kind, dtypes[kind], bits)
 
     return momentum_lib.map_moments(store_leaf, state, shapes)
 
-  def read_leaf(path: str, kind: momentum_lib.Kind, x: Any) -> jax.Array:
-    del path
-    if is_quantized(x):
-      return x.dequantize()
-    return x.astype(jnp.float32) if dtypes[kind] == "bfloat16" and trees.is_float(x) else x
+  def read_state(state: Any, shapes: Any) -> Any:
+    def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
+      del path
+      is_low = is_quantized(x) or (dtypes[kind] == "bfloat16" and trees.is_float(x))
+      return read(x) if is_low else x
 
-  return Codec(
-    store_state, lambda state, shapes: momentum_lib.map_moments(read_leaf, state, shapes)
-  )
+    return momentum_lib.map_moments(read_leaf, state, shapes)
+
+  def keys(state: Any, shapes: Any, step: jax.Array) -> Any:
+    return momentum_lib.map_moments(lambda path, kind, x: key(step, path), state, shapes)
+
+  return Codec(store_state, read_state, keys)
 
 
 def low_bit_moments(
@@ -153,8 +80,10 @@ def low_bit_moments(
   that `error_feedback_to_momentum` puts there. With FP8 weights and 8-bit moments, training
   without master weights takes 3.1 bytes per parameter instead of 9.
 
-  8-bit codes share a scale in blocks of up to 128 along the last axis. Of a second moment the
-  square root is stored, rounded so that its square is unbiased; what is not zero stays so.
+  FP8 codes are in blocks of 32 rows with scales of powers of two (MXFP8), INT8 codes in blocks of
+  up to 128 along the last axis. Of a second moment the square root is stored, rounded so that its
+  square is unbiased; what is not zero stays so. Steps of `eco.adamw` and `eco.sgd` read and write
+  FP8 and bfloat16 moments in the same pass as the weights.
 
   Args:
     inner: any optimizer, stock or of this package, whole: `eco.adamw(…)`,
@@ -199,11 +128,15 @@ def low_bit_moments(
     updates: Any, state: LowBitMomentsState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, LowBitMomentsState]:
     require_params(params)
-    shapes = shapes_of(params)
-    updates, inner_state = inner_update(
-      updates, moments.read(state.inner, shapes), params, **extra_args
-    )
-    stored = moments.store(inner_state, shapes, state.step, extra_args.get("layer"))
+    if isinstance(inner, FusedTransformation):
+      updates, stored = inner.update(
+        updates, state.inner, params, codec=moments, codec_step=state.step, **extra_args
+      )
+    else:
+      shapes = shapes_of(params)
+      unpacked = moments.read(state.inner, shapes)
+      updates, inner_state = inner_update(updates, unpacked, params, **extra_args)
+      stored = moments.store(inner_state, shapes, state.step, extra_args.get("layer"))
     return updates, LowBitMomentsState(optax.safe_increment(state.step), stored)
 
   kind = (

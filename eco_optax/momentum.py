@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 
 from eco_optax import eager, trees
 from eco_optax.quantized_array import is_quantized
+from eco_optax.stored_moments import Kind
 
 # Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.
 _FIELDS = ("trace", "mu", "momentum", "m", "m1", "ema", "exp_avg")
@@ -39,13 +40,17 @@ _SECOND_FIELDS = ("nu", "nu_max", "v", "exp_avg_sq", "sum_of_squares")
 _SLOW_FIELDS = ("m2",)
 
 Leaves = dict[str, jax.Array]  # Arrays by the `/`-joined path of their parameter.
-Kind = Literal["first", "second"]
 
 
 def flat(tree: Any) -> Leaves:
   """The arrays of a tree by `/`-joined path, a packed leaf being one."""
   leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
   return {trees.path_name(path): leaf for path, leaf in leaves}
+
+
+def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes of all parameters by path, by which an optimizer's moments are found."""
+  return {path: leaf.shape for path, leaf in flat(params).items()}
 
 
 def _holds(node: Any, fields: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> list[str]:

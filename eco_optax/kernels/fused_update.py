@@ -19,10 +19,19 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from eco_optax import rounding as rounding_lib
+from eco_optax import stored_moments
 from eco_optax.formats import Format
 from eco_optax.kernels.steps import Moments, Step
 from eco_optax.quantize_params import add_update
-from eco_optax.quantized_array import QuantizedArray, Rounding, largest_magnitude, pack, scaled
+from eco_optax.quantized_array import (
+  QuantizedArray,
+  Rounding,
+  is_quantized,
+  largest_magnitude,
+  pack,
+  scaled,
+)
+from eco_optax.stored_moments import SecondMoment
 
 
 class Leaf(NamedTuple):
@@ -33,7 +42,19 @@ class Leaf(NamedTuple):
   layer: jax.Array | None  # Where the leaf is one layer of a stack: its index.
   weight: QuantizedArray
   gradient: jax.Array
-  moments: Moments
+  moments: tuple[Any, ...]  # The momentum first; as they are stored, see `fits`.
+  moment_keys: tuple[jax.Array, ...] = ()  # Of their random bits, where any is stored in few.
+
+
+def fits(moment: Any, rounds: bool) -> bool:
+  """Whether a step takes a moment as it is stored; in few bits only if it `rounds` what it writes.
+
+  Those are float32, bfloat16, and codes in blocks of rows.
+  """
+  if is_quantized(moment):
+    granularity = moment.format.granularity
+    return rounds and isinstance(granularity, tuple) and granularity[1:] == (1,)
+  return moment.dtype == jnp.float32 or (rounds and moment.dtype == jnp.bfloat16)
 
 
 class Rounded(NamedTuple):
@@ -63,6 +84,14 @@ def stored_weight(weight: QuantizedArray) -> jax.Array:
   return weight.apply_scale(rounding_lib.decode(code, weight.format.dtype))
 
 
+def stored_moment(moment: Any) -> jax.Array:
+  """`stored_moments.read(moment)`, likewise."""
+  if not is_quantized(moment):
+    return stored_moments.read(moment)
+  value = stored_weight(moment)
+  return jnp.square(value) if isinstance(moment, SecondMoment) else value
+
+
 def injected(
   step: Step,
   scalars: Any,
@@ -89,7 +118,8 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
     The new weight and the new moments.
   """
   weight = stored_weight(leaf.weight)
-  update, moments = step.propose(leaf.scalars, leaf.gradient, leaf.moments, weight)
+  values = tuple(stored_moment(x) for x in leaf.moments)
+  update, moments = step.propose(leaf.scalars, leaf.gradient, values, weight)
   bits = None
   if rounding == "stochastic":
     bits = rounding_lib.counter_bits(leaf.key, leaf.weight.shape, leaf.layer)
@@ -97,7 +127,23 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   code, holder, stored = put_on_grid(add_update(weight, update), format, rounding, bits)
   qvalue, odd = pack(code, format)
   moments = injected(step, leaf.scalars, moments, weight, stored, update)
-  return dataclasses.replace(holder, qvalue=qvalue, odd=odd), moments
+  new_moments = []
+  for k, (old, x) in enumerate(zip(leaf.moments, moments, strict=True)):
+    if is_low(old):
+      bits = rounding_lib.counter_bits(leaf.moment_keys[k], x.shape, leaf.layer)
+      x = stored_moments.store_like(old, x, bits)
+    new_moments.append(x)
+  return dataclasses.replace(holder, qvalue=qvalue, odd=odd), tuple(new_moments)
+
+
+def block_rows(moment: Any) -> int:
+  """Rows of a moment that share a scale; 1 if it has none."""
+  return int(moment.format.granularity[0]) if is_quantized(moment) else 1
+
+
+def is_low(moment: Any) -> bool:
+  """Whether a moment is stored in few bits."""
+  return is_quantized(moment) or moment.dtype != jnp.float32
 
 
 class Matrices(NamedTuple):
@@ -109,8 +155,9 @@ class Matrices(NamedTuple):
   unit: int  # Rows that stay together: those of a block, or of the codes in a byte.
 
 
-def matrices(weight: QuantizedArray) -> Matrices | None:
+def matrices(leaf: Leaf) -> Matrices | None:
   """The leaf as matrices; None where scales are not those of columns, matrices or their blocks."""
+  weight = leaf.weight
   format, shape = weight.format, weight.shape
   unit = 8 // format.bits
   if weight.odd or weight.ndim < 2:
@@ -121,6 +168,7 @@ def matrices(weight: QuantizedArray) -> Matrices | None:
     unit = math.lcm(unit, format.granularity[0])
   elif format.granularity == "channel" and format.contraction_axis != -2:
     return None
+  unit = math.lcm(unit, *map(block_rows, leaf.moments))
   return Matrices(math.prod(shape[:-2]), shape[-2], shape[-1], unit)
 
 
@@ -166,6 +214,22 @@ def _as_bits(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
 
 
+def _arrays(moment: Any) -> dict[str, jax.Array]:
+  """What a moment is stored in."""
+  if is_quantized(moment):
+    return {"qvalue": moment.qvalue, "scale": moment.scale}
+  return {"value": moment}
+
+
+def _with_arrays(like: Any, arrays: dict[str, jax.Array]) -> Any:
+  """A moment stored like another in other arrays, which may be given as bits."""
+  typed: dict[str, Any] = {
+    name: x if x.dtype == old.dtype else jax.lax.bitcast_convert_type(x, old.dtype)
+    for (name, old), x in zip(_arrays(like).items(), arrays.values(), strict=True)
+  }
+  return dataclasses.replace(like, **typed) if is_quantized(like) else typed["value"]
+
+
 def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """`definition` in place, chunk by chunk of rows, for CPUs, whose compiler makes a loop per array.
 
@@ -173,7 +237,7 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   a whole column or matrix, a first loop over the chunks finds its largest proposal.
   """
   weight, format = leaf.weight, leaf.weight.format
-  m = matrices(weight)
+  m = matrices(leaf)
   size = _chunk_rows(m) if m else None
   if m is None or size is None:
     return definition(step, rounding, leaf)
@@ -190,7 +254,11 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   scales = {
     name: x.reshape(m.stack, 1, x.shape[-1]) for name, x in fields.items() if name not in stores
   }
-  gradient, moments = flat(leaf.gradient), tuple(flat(x) for x in leaf.moments)
+  gradient = flat(leaf.gradient)
+  # Of each moment the arrays it is stored in, all of which have rows of their own for each chunk.
+  moments = tuple(
+    {name: flat(_as_bits(x)) for name, x in _arrays(moment).items()} for moment in leaf.moments
+  )
 
   def place(x: jax.Array, matrix: jax.Array, i: jax.Array) -> tuple[jax.Array, int]:
     """Where the chunk's rows of an array begin, and how many it has."""
@@ -211,7 +279,10 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
     old = packed(jax.tree.map(part, stores), {name: x[matrix] for name, x in scales.items()})
     theta = stored_weight(old)
-    own = tuple(part(x) for x in moments)
+    own = tuple(
+      stored_moment(_with_arrays(like, jax.tree.map(part, arrays)))
+      for like, arrays in zip(leaf.moments, moments, strict=True)
+    )
     return theta, *step.propose(leaf.scalars, part(gradient), own, theta)
 
   def largest_proposals(matrix: jax.Array, stores: Any, moments: Moments) -> jax.Array:
@@ -225,6 +296,11 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     axes = (-2,) if format.granularity == "channel" else (-2, -1)
     return largest_magnitude(jax.lax.bitcast_convert_type(largest, jnp.float32), axes, True)
 
+  def bits_of(key: jax.Array, matrix: jax.Array, i: jax.Array) -> jax.Array:
+    number = first_matrix(leaf)
+    number = None if number is None else number + matrix
+    return tile_bits(key, number, m.columns, i * size, 0, shape)
+
   def one_matrix(matrix: jax.Array, carry: Any) -> Any:
     stores, new_scales, moments = carry
     # Block scales alone do without.
@@ -232,11 +308,7 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
 
     def rounded(stores: Any, moments: Moments, i: jax.Array) -> Any:
       theta, update, new_moments = read(stores, moments, matrix, i)
-      bits = None
-      if rounding == "stochastic":
-        number = first_matrix(leaf)
-        number = None if number is None else number + matrix
-        bits = tile_bits(leaf.key, number, m.columns, i * size, 0, shape)
+      bits = bits_of(leaf.key, matrix, i) if rounding == "stochastic" else None
       code, holder, _ = put_on_grid(add_update(theta, update), format, rounding, bits, largest)
       whole = dataclasses.replace(holder, qvalue=pack(code, format)[0])
       new = {name: _as_bits(getattr(whole, name)) for name in fields}
@@ -247,8 +319,13 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
       parts = {name: new[name] for name in stores}
       stored = stored_weight(packed(parts, {name: new[name] for name in scales}))
       new_moments = injected(step, leaf.scalars, new_moments, theta, stored, update)
+      chunks_of_moments = []
+      for k, (like, x) in enumerate(zip(leaf.moments, new_moments, strict=True)):
+        if is_low(like):
+          x = stored_moments.store_like(like, x, bits_of(leaf.moment_keys[k], matrix, i))
+        chunks_of_moments.append({name: _as_bits(y) for name, y in _arrays(x).items()})
       put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, place(x, matrix, i)[0], 0)
-      return jax.tree.map(put, (stores, moments), (parts, new_moments))
+      return jax.tree.map(put, (stores, moments), (parts, tuple(chunks_of_moments)))
 
     # Each turn writes what the one before it computed, and then reads: an array of which nothing
     # else is read while it changes is one that the compiler does not copy.
@@ -269,7 +346,10 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     stores, new_scales, moments = jax.lax.fori_loop(0, m.stack, one_matrix, carry)
   whole = packed(stores, new_scales)
   new = {name: getattr(whole, name).reshape(x.shape) for name, x in fields.items()}
-  shaped = tuple(x.reshape(old.shape) for x, old in zip(moments, leaf.moments, strict=True))
+  shaped = tuple(
+    _with_arrays(like, {name: x.reshape(_arrays(like)[name].shape) for name, x in arrays.items()})
+    for like, arrays in zip(leaf.moments, moments, strict=True)
+  )
   return dataclasses.replace(weight, **new), shaped
 
 

@@ -8,6 +8,7 @@ it depends on other columns too, a kernel before does. The arithmetic is that of
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from eco_optax import rounding as rounding_lib
+from eco_optax import stored_moments
 from eco_optax.formats import Format
 from eco_optax.kernels import fused_update as fused
 from eco_optax.kernels.steps import Moments, Step
@@ -29,10 +31,12 @@ from eco_optax.quantized_array import (
   Rounding,
   divide,
   group_scale,
+  is_quantized,
   largest_magnitude,
   matrix_scale,
   times_scale,
 )
+from eco_optax.stored_moments import SecondMoment
 
 _LANES = 128  # Columns of a panel.
 _TILE = 256  # Rows that are computed at a time, at least.
@@ -46,12 +50,22 @@ def _vmem() -> int:
   return (12 if small else 64) * 2**20
 
 
+class _Stored(NamedTuple):
+  """How a moment is stored."""
+
+  dtype: Any
+  format: Format | None  # Of codes in blocks of rows; None for floats.
+  height: int  # Rows of a block.
+  is_root: bool  # Whether the codes are those of its square root.
+
+
 class _Plan(NamedTuple):
   """What a kernel is made for."""
 
   step: Step
   rounding: Rounding
   format: Format
+  moments: tuple[_Stored, ...]
   m: fused.Matrices
   stacked: bool  # Whether random bits depend on the matrix.
   tile: int  # Rows of a tile.
@@ -65,9 +79,15 @@ class _Plan(NamedTuple):
 
 def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
-  format, m = leaf.weight.format, fused.matrices(leaf.weight)
+  format, m = leaf.weight.format, fused.matrices(leaf)
   if m is None or m.columns % _LANES:
     return None
+  kinds = tuple(
+    _Stored(x.format.dtype, x.format, fused.block_rows(x), isinstance(x, SecondMoment))
+    if is_quantized(x)
+    else _Stored(x.dtype, None, 1, False)
+    for x in leaf.moments
+  )
   tile = height = _TILE
   if isinstance(format.granularity, tuple):
     height, width = format.granularity
@@ -75,11 +95,14 @@ def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
       return None
     tile = max(_TILE, 8 * height)  # Scales are stored eight rows at a time.
     tile = tile if m.rows % tile == 0 else m.rows
-  moments = 2 * sum(x.dtype.itemsize for x in leaf.moments)
+  moments = 2 * sum(x.dtype.itemsize for x in kinds)
   panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
   if m.rows % tile or tile % height or tile > 8 * _TILE or 2 * panel > _vmem():
     return None
-  return _Plan(step, rounding, format, m, fused.first_matrix(leaf) is not None, tile, height)
+  # Of the scales of moments, too, there are eight rows in a tile, or all.
+  if any(x.format and tile % (8 * x.height) and tile != m.rows for x in kinds):
+    return None
+  return _Plan(step, rounding, format, kinds, m, fused.first_matrix(leaf) is not None, tile, height)
 
 
 def applies(leaf: fused.Leaf) -> bool:
@@ -102,13 +125,34 @@ def _pack(code: jax.Array, format: Format) -> jax.Array:
 class _Panel(NamedTuple):
   """One program's blocks: references to int32, float32 and the stored arrays."""
 
-  integers: Any  # Key of the random bits, and number of the first matrix.
+  integers: Any  # Keys of the random bits, and number of the first matrix.
   scalars: Any
   largest: Any  # Of the matrix, where it is needed.
   scale: Any
   qvalue: Any
   gradient: Any
-  moments: tuple[Any, ...]
+  moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
+
+  def key(self, k: int) -> tuple[jax.Array, jax.Array]:
+    """The key of the weight's random bits, 0, or of a moment's, from 1 on."""
+    words = (self.integers[2 * k + i] for i in (1, 2))
+    first, second = (jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
+    return first, second
+
+  def read_moments(self, plan: _Plan, rows: Any, i: jax.Array) -> Moments:
+    """The moments of a tile."""
+    values, refs = [], iter(self.moments)
+    for kind in plan.moments:
+      if kind.format is None:
+        values.append(next(refs)[0, rows, :].astype(jnp.float32))
+        continue
+      scale, qvalue = next(refs), next(refs)
+      code = _unpack(qvalue[0, rows, :], kind.format)
+      value = rounding_lib.decode(code, kind.dtype).reshape(-1, kind.height, _LANES)
+      factor = scale[0, _groups(plan, i, kind.height), :]
+      value = times_scale(value, factor[:, None, :]).reshape(code.shape)
+      values.append(jnp.square(value) if kind.is_root else value)
+    return tuple(values)
 
   def read(self, plan: _Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
     """θ̂, update and new moments of a tile."""
@@ -116,10 +160,12 @@ class _Panel(NamedTuple):
     per_byte = 8 // plan.format.bits
     stored = self.qvalue[0, pl.ds(i * (plan.tile // per_byte), plan.tile // per_byte), :]
     value = rounding_lib.decode(_unpack(stored, plan.format), plan.format.dtype)
-    scale = self.scale[0] if self.scale.shape[1] == 1 else self.scale[0, _groups(plan, i), :]
+    scale = self.scale[0]
+    if self.scale.shape[1] > 1:
+      scale = self.scale[0, _groups(plan, i, plan.height), :]
     weight = times_scale(_grouped(plan, value), scale[:, None, :]).reshape(value.shape)
     s = plan.step.scalars(*(self.scalars[k] for k in range(self.scalars.shape[0])))
-    moments = tuple(m[0, rows, :] for m in self.moments)
+    moments = self.read_moments(plan, rows, i)
     return weight, *plan.step.propose(s, self.gradient[0, rows, :], moments, weight)
 
   def largest_of_columns(self, plan: _Plan) -> jax.Array:
@@ -136,14 +182,27 @@ class _Panel(NamedTuple):
     return jax.lax.fori_loop(0, plan.m.rows // plan.tile, find, zeros)
 
 
-def _groups(plan: _Plan, i: jax.Array) -> Any:
-  """The rows of a tile's scales."""
-  count = plan.tile // plan.height
+def _groups(plan: _Plan, i: jax.Array, height: int) -> Any:
+  """The rows of a tile's scales, each of which is that of so many rows."""
+  count = plan.tile // height
   return pl.ds(i * count, count)
 
 
 def _grouped(plan: _Plan, x: jax.Array) -> jax.Array:
   return x.reshape(-1, plan.height, _LANES)
+
+
+def _store_moment(kind: _Stored, x: jax.Array, bits: Any) -> tuple[jax.Array, ...]:
+  """`stored_moments.store_like` for a tile: scales and codes, or a float array."""
+  if kind.format is None:
+    return (rounding_lib.stochastic_cast(x, kind.dtype, bits()),)
+  value = stored_moments.root(x) if kind.is_root else x
+  grouped = value.reshape(-1, kind.height, _LANES)
+  scale = group_scale(largest_magnitude(grouped, (1,), True), None, kind.format, "stochastic")
+  y = divide(grouped, scale).reshape(x.shape)
+  if kind.is_root:
+    y = stored_moments.root_on_grid(y, x, kind.dtype)
+  return scale[:, 0], _pack(rounding_lib.code_bits(y, kind.dtype, bits()), kind.format)
 
 
 def _find(plan: _Plan, *refs: Any) -> None:
@@ -156,14 +215,13 @@ def _find(plan: _Plan, *refs: Any) -> None:
 
 def _update(plan: _Plan, *refs: Any) -> None:
   """Kernel: the whole step."""
-  count = (len(refs) - 8) // 2
+  count = (len(refs) - 8) // 2  # Of the arrays that moments are stored in.
   integers, scalars, whole, scale, qvalue, gradient = refs[:6]
   panel = _Panel(integers, scalars, whole, scale, qvalue, gradient, refs[6 : 6 + count])
   new_scale, new_qvalue, *new_moments = refs[6 + count :]
   format, granularity = plan.format, plan.format.granularity
   s = plan.step.scalars(*(panel.scalars[k] for k in range(panel.scalars.shape[0])))
-  key = tuple(jax.lax.bitcast_convert_type(panel.integers[k], jnp.uint32) for k in (0, 1))
-  matrix = panel.integers[2] + pl.program_id(0) if plan.stacked else None
+  matrix = panel.integers[0] + pl.program_id(0) if plan.stacked else None
   column = pl.program_id(1) * _LANES
   largest = unit = None
   if plan.whole:
@@ -182,21 +240,25 @@ def _update(plan: _Plan, *refs: Any) -> None:
       of_group = largest[None]  # type: ignore[index]
     scale = group_scale(of_group, unit if unit is None else unit[None], format, plan.rounding)
     factor = scale if unit is None else times_scale(unit[None], scale)
-    bits = None
-    if plan.rounding == "stochastic":
-      bits = fused.tile_bits(key, matrix, plan.m.columns, i * plan.tile, column, weight.shape)
+    bits_of = lambda k: fused.tile_bits(
+      panel.key(k), matrix, plan.m.columns, i * plan.tile, column, weight.shape
+    )
+    bits = bits_of(0) if plan.rounding == "stochastic" else None
     y = divide(proposal, factor).reshape(weight.shape)
     code = rounding_lib.code_bits(y, format.dtype, bits)
     value = _grouped(plan, rounding_lib.decode(code, format.dtype))
     stored = times_scale(value, factor).reshape(weight.shape)
     moments = fused.injected(plan.step, s, moments, weight, stored, update)
 
-    rows = _groups(plan, i) if isinstance(granularity, tuple) else slice(None)
+    rows = _groups(plan, i, plan.height) if isinstance(granularity, tuple) else slice(None)
     new_scale[0, rows, :] = jnp.broadcast_to(scale[:, 0], (scale.shape[0], _LANES))
     packed = _pack(code, format)
     new_qvalue[0, pl.ds(i * packed.shape[0], packed.shape[0]), :] = packed
-    for ref, moment in zip(new_moments, moments, strict=True):
-      ref[0, pl.ds(i * plan.tile, plan.tile), :] = moment
+    new = iter(new_moments)
+    for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
+      arrays = _store_moment(kind, moment, functools.partial(bits_of, k + 1))
+      for array in arrays:
+        next(new)[0, pl.ds(i * array.shape[0], array.shape[0]), :] = array
 
   jax.lax.fori_loop(0, plan.m.rows // plan.tile, write, None)
 
@@ -266,13 +328,19 @@ def _operands(plan: _Plan, leaf: fused.Leaf) -> tuple[list[jax.Array], list[jax.
   """A kernel's scalars, and the leaf's arrays as stacks of matrices."""
   number = fused.first_matrix(leaf)
   number = jnp.zeros([], jnp.int32) if number is None else number
-  integers = jnp.concatenate([jax.lax.bitcast_convert_type(leaf.key, jnp.int32), number[None]])
+  keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
+  integers = jnp.concatenate([number[None], *keys])
   scalars = [integers, jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])]
   stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
   # Scales are few: one of each column for each of their rows, in float32.
   scale = stack(leaf.weight.float_scale())
   scale = jnp.repeat(scale, plan.m.columns // scale.shape[-1], axis=-1)
-  return scalars, [scale, *(stack(x) for x in (leaf.weight.qvalue, leaf.gradient, *leaf.moments))]
+  moments = [
+    x
+    for moment in leaf.moments
+    for x in ((moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,))
+  ]
+  return scalars, [scale, *(stack(x) for x in (leaf.weight.qvalue, leaf.gradient, *moments))]
 
 
 def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, Any, list[Any]]:
@@ -322,7 +390,7 @@ def by_panels(
   if plan.whole:
     (columns,) = _call(_find, plan, scalars, operands, [of_columns], {}, interpret)
     largest = jnp.broadcast_to(largest_magnitude(columns, (-2, -1), True), largest.shape)
-  in_place = {3: 0, 4: 1} | {6 + k: 2 + k for k in range(len(leaf.moments))}
+  in_place = {3: 0, 4: 1} | {6 + k: 2 + k for k in range(len(results) - 2)}
   scale, qvalue, *moments = _call(
     _update, plan, scalars, [largest, *operands], results, in_place, interpret
   )
@@ -336,4 +404,14 @@ def by_panels(
     format,
     tensor_scale,
   )
-  return new, tuple(x.reshape(old.shape) for x, old in zip(moments, leaf.moments, strict=True))
+  arrays = iter(moments)
+  new_moments: list[Any] = []
+  for old in leaf.moments:
+    if is_quantized(old):
+      # As floats of one row for each block, in the order of `_operands`.
+      scale, qvalue = next(arrays).reshape(old.scale.shape), next(arrays).reshape(old.qvalue.shape)
+      old = dataclasses.replace(old, scale=scale.astype(old.scale.dtype), qvalue=qvalue)
+      new_moments.append(old)
+    else:
+      new_moments.append(next(arrays).reshape(old.shape))
+  return new, tuple(new_moments)

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import config_dict
 
 import eco_optax as eco
-from eco_optax.low_bit_moments import DTYPES as MOMENT_DTYPES
+from eco_optax.stored_moments import DTYPES as MOMENT_DTYPES
 from eco_optax.training import sharding
 from eco_optax.training.models.config import TransformerConfig
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eco_optax as eco
-from eco_optax import rounding
+from eco_optax import rounding, stored_moments
 from eco_optax.kernels import fused_update, pallas_update, steps
 
 STEPS = {
@@ -22,8 +22,8 @@ FORMATS = {
 }
 
 
-def make(step, format, shape, layer=None, gradient_dtype=jnp.float32):
-  """A leaf in the middle of a training run."""
+def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in="float32"):
+  """A leaf in the middle of a training run, its moments stored in a dtype."""
   keys = jax.random.split(jax.random.key(0), 4)
   draw = lambda key, scale: scale * jax.random.normal(key, shape)
   weight = eco.quantize({"w": draw(keys[0], 0.02)}, format)["w"]
@@ -32,6 +32,15 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32):
     scalars, moments = (0.5, 0.9, 1e-1, -3.0), moments[:1]
   else:
     scalars = (0.5, 0.1, 0.9, 0.01, 0.99, 2.4, 0.7, 25.0, 0.0, 1e-8, 0.1, 1e-3, -100.0, 1e20)
+  moment_keys = ()
+  if moments_in != "float32":
+    moment_keys = tuple(rounding.stream_key(5, 7, name) for name in ("mu", "nu")[: len(moments)])
+    bits = jax.random.bits(keys[1], shape, jnp.uint32)
+    kinds = ("first", "second")[: len(moments)]
+    moments = tuple(
+      stored_moments.store(x, kind, moments_in, bits)
+      for x, kind in zip(moments, kinds, strict=True)
+    )
   return fused_update.Leaf(
     step.scalars(*(jnp.float32(x) for x in scalars)),
     rounding.stream_key(3, 7, "w"),
@@ -39,6 +48,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32):
     weight,
     draw(keys[3], 1e-3).astype(gradient_dtype),
     moments,
+    moment_keys,
   )
 
 
@@ -54,17 +64,22 @@ def by_interpreted_panels(step, how, leaf):
 
 def main():
   """Exits with what is not equal to the bit."""
-  cases = [("adamw", name) for name in FORMATS] + [
-    (name, "FP8") for name in STEPS if name != "adamw"
+  cases = [("adamw", name, "float32") for name in FORMATS]
+  cases += [(name, "FP8", "float32") for name in STEPS if name != "adamw"]
+  cases += [
+    ("adamw", "FP8", "float8_e4m3fn"),
+    ("nadamw", "INT4", "float8_e5m2"),
+    ("sgd", "MXFP8", "float8_e4m3fn"),
+    ("adamw", "FP8", "bfloat16"),
   ]
   differ = []
-  for name, preset in cases:
+  for name, preset, moments_in in cases:
     # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically.
     for how, shape, layer, dtype in (
       ("nearest", (512, 128), None, jnp.float32),
       ("stochastic", (2, 256, 256), 5, jnp.bfloat16),
     ):
-      leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype)
+      leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
       assert pallas_update.applies(leaf)
       wanted = run(fused_update.definition, STEPS[name], how, leaf)
       for other in (fused_update.by_rows, by_interpreted_panels):
@@ -73,7 +88,7 @@ def main():
           np.array_equal(a.view(np.uint8), b.view(np.uint8))
           for a, b in zip(found, wanted, strict=True)
         ):
-          differ.append(f"{name} {preset} {how} {other.__name__}")
+          differ.append(f"{name} {preset} {moments_in} {how} {other.__name__}")
   sys.exit("\n".join(differ) or None)
 
 

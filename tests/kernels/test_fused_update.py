@@ -63,6 +63,14 @@ PAIRS = {
     eco.adamw(1e-2, mu_dtype=jnp.bfloat16, rounding=how, seed=3),
     long_form(optax.adamw(1e-2, mu_dtype=jnp.bfloat16), 1e-2, how),
   ),
+  "adamw, FP8 moments": lambda how: (
+    eco.low_bit_moments(eco.adamw(1e-2, mask=MASK, rounding=how, seed=3)),
+    eco.low_bit_moments(long_form(optax.adamw(1e-2, mask=MASK), 1e-2, how)),
+  ),
+  "sgd, bfloat16 momentum": lambda how: (
+    eco.low_bit_moments(eco.sgd(1e-2, rounding=how, seed=3), "bfloat16"),
+    eco.low_bit_moments(long_form(optax.sgd(1e-2, 0.9), 1e-2, how), "bfloat16"),
+  ),
   "sgd, schedule": lambda how: (
     eco.sgd(SCHEDULE, rounding=how, seed=3),
     long_form(optax.sgd(SCHEDULE, 0.9), SCHEDULE, how),
@@ -203,6 +211,42 @@ def tpu():
   return compile_lib.topology_devices("v5p:2x2x1")[0]
 
 
+def compile_for(tpu, leaf):
+  """The fused step of a leaf, its weight and moments donated."""
+  here = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(tpu)), leaf
+  )
+  step = lambda weight, moments, rest: fused_update.fused_update(
+    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+  )
+  lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+    here.weight, here.moments, here._replace(weight=None, moments=None)
+  )
+  compiled = lowered.compile()
+  assert "tpu_custom_call" in compiled.as_text()
+  return compiled
+
+
+@pytest.mark.parametrize(
+  # Gradient, codes and moments; then scales of 32 rows, in float32 in the kernel and around it.
+  ("moments_in", "once", "scales"),
+  [("float8_e4m3fn", 2 + 2 + 4, 2.0), ("bfloat16", 2 + 2 + 8, 0.02)],
+)
+def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once, scales):
+  shape = (4096, 16384)
+  leaf = jax.eval_shape(
+    lambda: fused_leaves.make(
+      steps.ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
+    )
+  )
+  size = shape[0] * shape[1]
+  compiled = compile_for(tpu, leaf)
+  used = compiled.memory_analysis()
+  assert once < compiled.cost_analysis()["bytes accessed"] / size < once + scales
+  assert used.alias_size_in_bytes >= size * (once - 2) / 2
+  assert used.temp_size_in_bytes / size < 0.3
+
+
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)
 def test_kernels_compile_for_tpus_and_work_in_place(tpu, format):
   shape = (4096, 16384)
@@ -219,17 +263,7 @@ def test_kernels_compile_for_tpus_and_work_in_place(tpu, format):
   else:
     assert once < moved < once + 2 * scale_bytes + 0.1
 
-  here = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(tpu)), leaf
-  )
-  step = lambda weight, moments, rest: fused_update.fused_update(
-    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
-  )
-  lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-    here.weight, here.moments, here._replace(weight=None, moments=None)
-  )
-  compiled = lowered.compile()
-  assert "tpu_custom_call" in compiled.as_text()
+  compiled = compile_for(tpu, leaf)
   used = compiled.memory_analysis()
   assert used.alias_size_in_bytes >= size * (8 + preset.bits / 8)
   # Block scales are in float32 and one for each column on their way in and out.

@@ -24,10 +24,10 @@ KEPT = {
   "naive, SR": 9 + 4 / 256,
   "master weights, RTN": 13 + 4 / 256,
   "int16 residual, bfloat16 momentum, RTN": 9 + 4 / 256,
-  "int8 residual, FP8 moments, RTN": 4 + 4 / 256 + 2 / 128,
+  "int8 residual, FP8 moments, RTN": 4 + 4 / 256 + 2 / 32,
   "eco.adamw, SR": 9 + 4 / 256,
   "eco.adamw, SR, INT4": 8.5 + 4 / SHAPE[0] / SHAPE[1],
-  "eco.adamw, SR, FP8 moments": 3 + 4 / 256 + 2 / 128,
+  "eco.adamw, SR, FP8 moments": 3 + 4 / 256 + 2 / 32,
   "eco.sgd, SR": 5 + 4 / 256,
 }
 
