@@ -1,0 +1,40 @@
+"""The documentation says what the code does: its examples run, its names and messages exist."""
+
+import doctest
+import pathlib
+import re
+import runpy
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [page.relative_to(DOCS).as_posix() for page in sorted(DOCS.glob("[!_]*.md"))]
+
+
+def blocks(page, language):
+  return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_examples_run(page):
+  code = blocks(page, "python")
+  # Each is a session whose output is checked: nothing stands there untried.
+  assert all(block.startswith(">>> ") for block in code)
+  test = doctest.DocTestParser().get_doctest("\n".join(code), {}, page, page, 0)
+  result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+  assert result.attempted
+  assert not result.failed
+
+
+def test_every_public_name_has_an_entry():
+  names = runpy.run_path(str(DOCS / "conf.py"))["public_names"]()
+  assert {"eco_optax.adamw", "eco_optax.FP8", "eco_optax.theory.simulate"} < names
+  entries = set()
+  for page in (DOCS / "api").glob("*.rst"):
+    text = page.read_text()
+    entries |= {f"eco_optax.{name}" for name in re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.M)}
+    for module in re.findall(r"^\.\. automodule:: (\S+)\n   :members:", text, re.M):
+      entries |= {name for name in names if name.startswith(f"{module}.")}
+  assert names - entries == set()
