@@ -22,7 +22,7 @@ def test_examples_run(page):
   code = blocks(page, "python")
   # Each is a session whose output is checked: nothing stands there untried.
   assert all(block.startswith(">>> ") for block in code)
-  test = doctest.DocTestParser().get_doctest("\n".join(code), {}, page, page, 0)
+  test = doctest.DocTestParser().get_doctest("\n".join(code), {}, page, None, 0)
   result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
   assert result.attempted
   assert not result.failed
