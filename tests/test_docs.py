@@ -1,5 +1,6 @@
 """The documentation says what the code does: its examples run, its names and messages exist."""
 
+import ast
 import doctest
 import pathlib
 import re
@@ -23,7 +24,8 @@ def test_examples_run(page):
   # Each is a session whose output is checked: nothing stands there untried.
   assert all(block.startswith(">>> ") for block in code)
   test = doctest.DocTestParser().get_doctest("\n".join(code), {}, page, None, 0)
-  result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+  flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+  result = doctest.DocTestRunner(optionflags=flags).run(test)
   assert result.attempted
   assert not result.failed
 
@@ -38,3 +40,24 @@ def test_every_public_name_has_an_entry():
     for module in re.findall(r"^\.\. automodule:: (\S+)\n   :members:", text, re.M):
       entries |= {name for name in names if name.startswith(f"{module}.")}
   assert names - entries == set()
+
+
+def texts(tree):
+  """The strings of a program, with … for what is put in; not its docstrings."""
+  documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.JoinedStr):
+      yield "".join(
+        getattr(part, "value", "") if isinstance(part, ast.Constant) else "…"
+        for part in node.values
+      )
+    elif isinstance(node, ast.Constant) and id(node) not in documentation:
+      yield str(node.value)
+
+
+def test_quoted_messages_are_the_codes():
+  sources = (ROOT / "eco_optax").rglob("*.py")
+  found = [text for path in sources for text in texts(ast.parse(path.read_text()))]
+  quoted = [block.strip() for block in blocks("troubleshooting.md", "text")]
+  assert len(quoted) == len(set(quoted)) > 40
+  assert [message for message in quoted if not any(message in text for text in found)] == []
