@@ -27,10 +27,15 @@ myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+smartquotes_action = "De"  # Dashes only: P' is mathematics.
 default_role = "py:obj"  # `quantize_params` in a docstring is a link, and other code is code.
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {
+  "optax.ScalarOrSchedule": "optax.ScalarOrSchedule",
+  "Rounding": "Rounding",
+}
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 python_display_short_literal_types = True
@@ -76,8 +81,16 @@ def _skip_field(app, what, name, thing, skip, options) -> bool | None:
   return True if type(thing).__name__ == "_tuplegetter" else None
 
 
+def _find_alias(app, env, node, contnode):
+  """Finds `eco.quantize` and `quantize`, as docstrings say, wherever they say it."""
+  name = f"eco_optax.{node.get('reftarget', '').removeprefix('eco.')}"
+  domain, page = env.domains["py"], node.get("refdoc", "")
+  return domain.resolve_xref(env, page, app.builder, "obj", name, node, contnode)
+
+
 def setup(app) -> None:
-  """Registers the checks and the reading of fields."""
+  """Registers the checks, the reading of fields and the search for names."""
+  app.connect("missing-reference", _find_alias)
   app.connect("env-check-consistency", _check_names)
   app.connect("autodoc-process-docstring", _list_fields)
   app.connect("autodoc-skip-member", _skip_field)
