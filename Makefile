@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: pretrain test test-floor lint soak docs docs-links clean
+.PHONY: pretrain test test-floor lint soak docs docs-links release-check clean
 
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -35,6 +35,10 @@ docs: $(VENV)/.docs
 
 docs-links: $(VENV)/.docs
 	$(BIN)/python -m sphinx --builder linkcheck docs docs/_build/links $(ARGS)
+
+# Tests the wheel that users would install; ARGS such as python3.11:tests/floor.txt choose where.
+release-check:
+	scripts/check_release.sh $(ARGS)
 
 $(VENV)/.%: setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

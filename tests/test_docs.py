@@ -1,6 +1,7 @@
 """The documentation says what the code does: its examples run, its names and messages exist."""
 
 import ast
+import configparser
 import doctest
 import pathlib
 import re
@@ -61,3 +62,19 @@ def test_quoted_messages_are_the_codes():
   quoted = [block.strip() for block in blocks("troubleshooting.md", "text")]
   assert len(quoted) == len(set(quoted)) > 40
   assert [message for message in quoted if not any(message in text for text in found)] == []
+
+
+def test_the_map_of_the_code_names_files_that_exist():
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  named = set(re.findall(r"[a-z_0-9]+\.(?:py|sh)\b", re.search(r"```\n(.*?)```", text, re.S)[1]))
+  assert len(named) > 50
+  files = [path for room in ("eco_optax", "scripts", "tests") for path in (ROOT / room).rglob("*.*")]
+  assert named - {path.name for path in files} == set()
+
+
+def test_the_citation_is_of_this_version():
+  config = configparser.ConfigParser()
+  config.read(ROOT / "setup.cfg")
+  citation = (ROOT / "CITATION.cff").read_text()
+  assert f"\nversion: {config['metadata']['version']}\n" in citation
+  assert f"\nlicense: {config['metadata']['license']}\n" in citation
