@@ -2,12 +2,13 @@
 # Builds sdist and wheel and holds the installed wheel against the library's tests, out of the checkout's
 # reach, for each PYTHON or PYTHON:CONSTRAINTS that is given; a Python that is not there is left out.
 # Without arguments: Python 3.11 with the newest packages and with the oldest, Python 3.12 with the newest.
-# PYTEST_ARGS goes to pytest, such as PYTEST_ARGS='-k formats'.
+# PYTEST_ARGS goes to pytest, such as PYTEST_ARGS="-k 'formats or rounding'".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- python3.11 python3.11:tests/floor.txt python3.12
 unset PYTHONPATH
 export JAX_PLATFORMS=cpu
+eval "arguments=(${PYTEST_ARGS:-})"  # As a shell splits them.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -56,9 +57,8 @@ for job in "$@"; do
     case $library in "$venv"/*) ;; *) echo "$library is not the wheel's"; exit 1 ;; esac
     "$venv/bin/python" -c "import platform, jax, optax; print(*map(str, (
       'Python', platform.python_version(), 'jax', jax.__version__, 'optax', optax.__version__)))"
-    # shellcheck disable=SC2086  # Arguments, not one.
     "$venv/bin/python" -m pytest --config-file=pyproject.toml tests "$library" \
-      --ignore="$library/training" "${warnings[@]}" ${PYTEST_ARGS:-}
+      --ignore="$library/training" "${warnings[@]}" "${arguments[@]}"
   )
 done
 mkdir -p dist
