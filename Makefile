@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: pretrain test test-floor lint soak clean
+.PHONY: pretrain test test-floor lint soak docs docs-links release-check clean
 
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -29,6 +29,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Pages in docs/_build/html. Warnings are errors, and so is a public name that is left out.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html $(ARGS)
+
+docs-links: $(VENV)/.docs
+	$(BIN)/python -m sphinx --builder linkcheck docs docs/_build/links $(ARGS)
+
+# Tests the wheel that users would install; ARGS such as python3.11:tests/floor.txt choose where.
+release-check:
+	scripts/check_release.sh $(ARGS)
+
 $(VENV)/.%: setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
@@ -40,4 +51,4 @@ $(VENV)-floor/.dev: setup.cfg tests/floor.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floor runs build docs/_build dist *.egg-info

@@ -164,7 +164,7 @@ class WatchState(NamedTuple):
 
   inner: error_feedback.ErrorFeedbackState | LowBitMomentsState
   error: Leaves  # float32, by path.
-  metrics: Metrics
+  metrics: Metrics  # Of the last step; NaN before the first.
 
 
 def watch(

@@ -46,9 +46,7 @@ class ErrorFeedbackState(NamedTuple):
   step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken.
   inner: optax.OptState  # Of the stock optimizer, on float32 parameters.
   quantizer: optax.OptState
-  error: (
-    Any  # None, or with keep_error float32 arrays like the params, MaskedNode if not quantized.
-  )
+  error: Any  # None; with keep_error float32 arrays by leaf, MaskedNode if not quantized.
 
 
 class Observation(NamedTuple):

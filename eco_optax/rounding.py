@@ -32,7 +32,7 @@ def _biased_exponent(magnitude: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def grid_step(y: jax.Array, dtype: np.dtype) -> jax.Array:
-  """Spacing of the grid of `dtype` just above |y|: float32, 1 everywhere for integers."""
+  """Spacing of the grid of `dtype` just above `|y|`: float32, 1 everywhere for integers."""
   mantissa, minimum = formats.grid(dtype)
   if minimum is None:
     return jnp.ones_like(y)
@@ -159,7 +159,7 @@ def from_code_bits(code: jax.Array, dtype: np.dtype) -> jax.Array:
 def round_to_codes(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
   """Rounds scaled values to codes, to nearest (ties to even) or stochastically.
 
-  With ulp the spacing of the grid around |y| and U uniform in [0, 1):
+  With ulp the spacing of the grid around `|y|` and U uniform in [0, 1):
 
   .. math:: q(y) = sign(y) · ulp · round(|y| / ulp)  or  sign(y) · ulp · floor(|y| / ulp + U)
 

@@ -21,13 +21,13 @@ from eco_optax.master_weights import master_weights
 from eco_optax.quantize_params import chain
 from eco_optax.updates import apply_updates, value_and_grad
 
-# How each method joins an optimizer and a quantizer.
 METHODS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
   "master_weights": master_weights,
   "naive": chain,
   "eco": error_feedback_to_momentum,
   "eco_keep_error": functools.partial(error_feedback_to_momentum, keep_error=True),
 }
+"""How each method joins an optimizer and a quantizer, by name."""
 
 
 def sgdm(learning_rate: float, beta: float) -> optax.GradientTransformation:

@@ -1,0 +1,80 @@
+"""The documentation says what the code does: its examples run, its names and messages exist."""
+
+import ast
+import configparser
+import doctest
+import pathlib
+import re
+import runpy
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [page.relative_to(DOCS).as_posix() for page in sorted(DOCS.glob("[!_]*.md"))]
+
+
+def blocks(page, language):
+  return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_examples_run(page):
+  code = blocks(page, "python")
+  # Each is a session whose output is checked: nothing stands there untried.
+  assert all(block.startswith(">>> ") for block in code)
+  test = doctest.DocTestParser().get_doctest("\n".join(code), {}, page, None, 0)
+  flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+  result = doctest.DocTestRunner(optionflags=flags).run(test)
+  assert result.attempted
+  assert not result.failed
+
+
+def test_every_public_name_has_an_entry():
+  names = runpy.run_path(str(DOCS / "conf.py"))["public_names"]()
+  assert {"eco_optax.adamw", "eco_optax.FP8", "eco_optax.theory.simulate"} < names
+  entries = set()
+  for page in (DOCS / "api").glob("*.rst"):
+    text = page.read_text()
+    entries |= {f"eco_optax.{name}" for name in re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.M)}
+    for module in re.findall(r"^\.\. automodule:: (\S+)\n   :members:", text, re.M):
+      entries |= {name for name in names if name.startswith(f"{module}.")}
+  assert names - entries == set()
+
+
+def texts(tree):
+  """The strings of a program, with … for what is put in; not its docstrings."""
+  documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.JoinedStr):
+      yield "".join(
+        getattr(part, "value", "") if isinstance(part, ast.Constant) else "…"
+        for part in node.values
+      )
+    elif isinstance(node, ast.Constant) and id(node) not in documentation:
+      yield str(node.value)
+
+
+def test_quoted_messages_are_the_codes():
+  sources = (ROOT / "eco_optax").rglob("*.py")
+  found = [text for path in sources for text in texts(ast.parse(path.read_text()))]
+  quoted = [block.strip() for block in blocks("troubleshooting.md", "text")]
+  assert len(quoted) == len(set(quoted)) > 40
+  assert [message for message in quoted if not any(message in text for text in found)] == []
+
+
+def test_the_map_of_the_code_names_files_that_exist():
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  named = set(re.findall(r"[a-z_0-9]+\.(?:py|sh)\b", re.search(r"```\n(.*?)```", text, re.S)[1]))
+  assert len(named) > 50
+  rooms = [ROOT / room for room in ("eco_optax", "scripts", "tests")]
+  assert named - {path.name for room in rooms for path in room.rglob("*.*")} == set()
+
+
+def test_the_citation_is_of_this_version():
+  config = configparser.ConfigParser()
+  config.read(ROOT / "setup.cfg")
+  citation = (ROOT / "CITATION.cff").read_text()
+  assert f"\nversion: {config['metadata']['version']}\n" in citation
+  assert f"\nlicense: {config['metadata']['license']}\n" in citation
