@@ -210,8 +210,10 @@ def _chunk_rows(m: Matrices) -> int | None:
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-  """Float8 as integers: XLA's CPU compiler would widen all of an array to change a part of it."""
-  return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x
+  """Short floats as integers: XLA's CPU compiler would widen all of an array to change a part."""
+  if x.dtype.itemsize > 2:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 def _arrays(moment: Any) -> dict[str, jax.Array]:

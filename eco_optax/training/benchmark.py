@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 import eco_optax as eco
 from eco_optax import rounding
 from eco_optax.kernels import fused_update, pallas_update, steps
+from eco_optax.quantized_array import is_quantized
 from eco_optax.training import checkpoints, loop, memory, sharding
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
@@ -100,6 +101,8 @@ def _way(tx: optax.GradientTransformation, convert: Callable[[Any], Any]) -> Way
 
   def step(kept: Any, grads: Any) -> Any:
     params, state = kept
+    if not is_quantized(params["kernel"]):
+      grads = optax.tree.cast_like(grads, params)  # As a backward pass gives them.
     updates, state = tx.update(grads, state, params)
     return eco.apply_updates(params, updates), state
 
