@@ -79,11 +79,21 @@ def checksums(state: Any) -> dict[str, int]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"): int(x) for path, x in flat}
 
 
-def manager(folder: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
+def manager(folder: str | os.PathLike, keep: int | None) -> ocp.CheckpointManager:
   """Opens a folder of checkpoints, the latest `keep` of which are kept, and the best.
 
-  The best is the one with the lowest `validation_loss` among those saved at an evaluation.
+  The best is the one with the lowest `validation_loss` among those saved at an evaluation. Where
+  `keep` is None they are only read, and nothing in the folder is changed.
   """
+  if keep is None:
+    with _explained(f"cannot read the checkpoints in {folder}"):
+      return ocp.CheckpointManager(
+        os.path.abspath(folder) if "://" not in str(folder) else folder,
+        options=ocp.CheckpointManagerOptions(
+          read_only=True, save_interval_steps=0, create=False
+        ),
+        item_names=("state", "record"),
+      )
   best = lambda metrics: metrics["validation_loss"]
   policies = [
     checkpoint_managers.LatestN(keep),
@@ -184,6 +194,7 @@ def restore(
   target: State,
   config: ml_collections.ConfigDict,
   data: Mapping[str, Any],
+  read_only: bool = False,
 ) -> Restored | None:
   """The newest checkpoint that is whole, on the mesh of `target`, which may be any.
 
@@ -194,6 +205,7 @@ def restore(
     target: shapes, dtypes and shardings of the state, from `step.abstract_state`.
     config: of the run that is to continue.
     data: manifest of what it reads.
+    read_only: whether damaged ones keep their names.
 
   Returns:
     What was saved; None if nothing was.
@@ -213,7 +225,8 @@ def restore(
         lambda step=step, record=record: _read_state(checkpoints, step, record, target)
       )
       if state is not None:
-        _set_aside(folder, checkpoints, damaged)
+        if not read_only:
+          _set_aside(folder, checkpoints, damaged)
         return Restored(step, state, record["clock"])
     logging.warning("checkpoint %s/%d is damaged and left out: %s", folder, step, reason)
     damaged[step] = reason

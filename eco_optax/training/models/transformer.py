@@ -168,6 +168,14 @@ def apply(config: TransformerConfig, params: Params, tokens_BxL: jax.Array) -> j
   return _logits(config, params, hidden(config, params, tokens_BxL)[0])
 
 
+def next_logits(
+  config: TransformerConfig, params: Params, tokens_BxL: jax.Array, last: jax.Array
+) -> jax.Array:
+  """Float32 logits of shape (B, V) of what follows the tokens up to number `last`."""
+  x_BxLxD = hidden(config, params, tokens_BxL)[0]
+  return _logits(config, params, jax.lax.dynamic_slice_in_dim(x_BxLxD, last, 1, 1))[:, 0]
+
+
 def nats(
   config: TransformerConfig,
   params: Params,

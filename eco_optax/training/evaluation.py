@@ -1,0 +1,213 @@
+"""What a trained run is worth: its loss on any prepared text, and the text it writes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from eco_optax.training import checkpoints, loop, methods, sharding
+from eco_optax.training import config as config_lib
+from eco_optax.training import step as step_lib
+from eco_optax.training.data import shards, tokenizers
+from eco_optax.training.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """The newest whole checkpoint of a run, on this machine's devices."""
+
+  config: ml_collections.ConfigDict  # Of the run, but for its mesh.
+  step: int
+  params: Any
+  mesh: Mesh
+  tokenizer: tokenizers.Tokenizer
+
+  @functools.cached_property
+  def model(self) -> Any:
+    """The model's own config."""
+    return config_lib.model(self.config)
+
+  @functools.cached_property
+  def _scores(self) -> Any:
+    @jax.jit
+    def scores(params: Any, tokens_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
+      logits_BxLxV = transformer.apply(self.model, params, tokens_BxM[:, :-1])
+      targets_BxL = tokens_BxM[:, 1:]
+      chosen = jnp.take_along_axis(logits_BxLxV, targets_BxL[..., None], -1)[..., 0]
+      is_greedy = jnp.argmax(logits_BxLxV, -1) == targets_BxL
+      return jax.nn.logsumexp(logits_BxLxV, -1) - chosen, is_greedy
+
+    return scores
+
+  def scores(self, windows: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """How well each token of some texts is foretold by those before it.
+
+    Args:
+      windows: int arrays of 2 to `config.length + 1` tokens each.
+
+    Yields:
+      For each, of all tokens but the first: their nats, float32, and whether they are the likeliest
+      ones, bool.
+    """
+    # Devices share a batch by its rows; what is added to fill it is not looked at.
+    size, length = self.config.batch_size, self.config.length + 1
+    rows = size + -size % (self.mesh.size // self.mesh.shape["tensor"])
+    split = sharding.batch_sharding(self.mesh)
+    with jax.set_mesh(self.mesh):
+      for start in range(0, len(windows), size):
+        part = windows[start : start + size]
+        tokens = np.zeros((rows, length), np.int32)
+        for row, window in zip(tokens, part, strict=False):
+          row[: len(window)] = window
+        nats, greedy = jax.device_get(self._scores(self.params, jax.device_put(tokens, split)))
+        for i, window in enumerate(part):
+          yield nats[i, : len(window) - 1], greedy[i, : len(window) - 1]
+
+  @functools.cached_property
+  def _next_token(self) -> Any:
+    @jax.jit
+    def next_token(
+      params: Any, tokens_1xL: jax.Array, last: jax.Array, temperature: jax.Array, key: jax.Array
+    ) -> jax.Array:
+      logits_V = transformer.next_logits(self.model, params, tokens_1xL, last)[0]
+      sampled = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
+      return jnp.where(temperature > 0, sampled, jnp.argmax(logits_V))
+
+    return next_token
+
+  def generate(
+    self, prompt: Sequence[int], count: int, temperature: float = 0.0, seed: int = 0
+  ) -> Iterator[int]:
+    """Tokens that follow a prompt.
+
+    Every token's window is computed anew, which is for looking at a run, not for serving it.
+
+    Args:
+      prompt: tokens, one or more; of a longer one than `config.length` its end counts.
+      count: how many to write, at most: a text ends with the tokenizer's separator.
+      temperature: 0 takes the likeliest token, 1 draws as the model says.
+      seed: of the draws.
+
+    Yields:
+      Tokens, without the separator.
+    """
+    length, tokens = self.config.length, list(prompt)
+    whole = jax.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(self.mesh):
+      for i in range(count):
+        window = tokens[-length:]
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(window)] = window
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        token = self._next_token(
+          self.params,
+          jax.device_put(padded, whole),
+          np.int32(len(window) - 1),
+          np.float32(temperature),
+          jax.device_put(key, whole),
+        )
+        tokens.append(int(token))
+        if tokens[-1] == self.tokenizer.separator:
+          return
+        yield tokens[-1]
+
+
+def load(workdir: str | pathlib.Path) -> Trained:
+  """Opens a run, finished or under way, and changes nothing there.
+
+  Args:
+    workdir: of `scripts/train.py`.
+
+  Returns:
+    Its newest checkpoint that is whole, on all of this machine's devices.
+
+  Raises:
+    FileNotFoundError: if it is not the folder of a run, or has no checkpoint yet.
+    OSError: if all of its checkpoints are damaged.
+  """
+  folder = pathlib.Path(workdir)
+  if not (folder / "run.json").exists():
+    raise FileNotFoundError(f"{folder} has no run.json: it is not the workdir of a run")
+  run = json.loads((folder / "run.json").read_text())
+  config = config_lib.defaults()
+  config.update(run["config"])
+  # Parameters are split over whatever devices there are.
+  config.mesh.update(data=1, fsdp=-1, tensor=1, expert=1)
+  tx, mesh = methods.optimizer(config), sharding.make_mesh(config.mesh.to_dict())
+  where = pathlib.Path(config.checkpoint.folder or folder / "checkpoints")
+  saved = None
+  if where.exists():
+    with jax.set_mesh(mesh), checkpoints.manager(where, keep=None) as store:
+      target = step_lib.abstract_state(config, tx, mesh)
+      saved = checkpoints.restore(store, target, config, run["corpus"], read_only=True)
+  if saved is None:
+    raise FileNotFoundError(
+      f"{where} has no checkpoint: let the run go on until it has saved one (config.checkpoint)"
+    )
+  tokenizer = tokenizers.load(pathlib.Path(config.data.path or "."), run["corpus"]["tokenizer"])
+  return Trained(config, saved.step, saved.state.params, mesh, tokenizer)
+
+
+class Result(NamedTuple):
+  """The loss on a split of a corpus."""
+
+  loss: float  # Nats per token.
+  perplexity: float
+  nats_per_byte: float | None  # None where only some tokens count, or the bytes are not known.
+  tokens: int  # That were foretold.
+
+
+def evaluate(trained: Trained, data: shards.Dataset, split: str = "validation") -> Result:
+  """The mean loss over every token of a split, each window starting on the one before's last token.
+
+  Args:
+    trained: from `load`.
+    data: of the same tokenizer, from `shards.load` or `loop.load_data`.
+    split: "validation" or "train".
+
+  Returns:
+    Figures over the tokens that would be trained on, all but the first.
+
+  Raises:
+    ValueError: if the data has tokens that the model does not know.
+  """
+  if data.vocabulary > trained.config.model.vocabulary:
+    raise ValueError(
+      f"the data has {data.vocabulary} tokens and the model {trained.config.model.vocabulary}:"
+      " prepare it with the tokenizer of the run's data"
+    )
+  stream, length = getattr(data, split), trained.config.length
+  starts = range(0, len(stream) - 1, length)
+  ends = [min(start + length, len(stream) - 1) + 1 for start in starts]
+  windows = [stream.read(start, end) for start, end in zip(starts, ends, strict=True)]
+  nats, targets = 0.0, 0
+  for start, end, (own, _) in zip(starts, ends, trained.scores(windows), strict=True):
+    mask = stream.read_mask(start + 1, end)
+    own = own.astype(np.float64)
+    nats += float(own.sum() if mask is None else own[mask].sum())
+    targets += len(own) if mask is None else int(mask.sum())
+  size = data.manifest.get("splits", {}).get(split, {}).get("bytes")
+  if data.manifest["tokenizer"]["kind"] == "bytes":
+    size = len(stream)
+  is_whole = size and stream.read_mask(0, 1) is None
+  loss = nats / max(targets, 1)
+  per_byte = nats / size if is_whole else None
+  return Result(loss, math.exp(min(loss, 700.0)), per_byte, targets)
+
+
+def open_data(trained: Trained, path: str | None) -> shards.Dataset:
+  """Prepared tokens: those at `path`, or those that the run reads."""
+  if path is None:
+    return loop.load_data(trained.config)
+  return shards.load(path)
