@@ -89,9 +89,7 @@ def manager(folder: str | os.PathLike, keep: int | None) -> ocp.CheckpointManage
     with _explained(f"cannot read the checkpoints in {folder}"):
       return ocp.CheckpointManager(
         os.path.abspath(folder) if "://" not in str(folder) else folder,
-        options=ocp.CheckpointManagerOptions(
-          read_only=True, save_interval_steps=0, create=False
-        ),
+        options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False),
         item_names=("state", "record"),
       )
   best = lambda metrics: metrics["validation_loss"]
