@@ -11,6 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from eco_optax.training import evaluation, jobs, metrics, report
+from eco_optax.training.data import readers
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
 _DATA = flags.DEFINE_string("data", None, "Folder of prepared data; without, the run's own.")
@@ -35,6 +36,7 @@ def measure(trained: evaluation.Trained) -> dict[str, Any]:
     print(_PROMPT.value + text)
     return {"prompt": _PROMPT.value, "text": text, "tokens": written}
   if _TASKS.value:
+    readers.need("lm_eval", "--tasks", "eval")
     from eco_optax.training import lm_eval_model
 
     results = lm_eval_model.run(

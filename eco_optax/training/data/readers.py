@@ -89,8 +89,8 @@ def fingerprint(format: str, path: pathlib.Path) -> str:
   return shards.sha256(path)
 
 
-def need(module: str, what: str) -> Any:
-  """Imports a module of the extra [data].
+def need(module: str, what: str, extra: str = "data") -> Any:
+  """Imports a module of an extra.
 
   Raises:
     ImportError: if it is not installed, naming the remedy.
@@ -99,7 +99,7 @@ def need(module: str, what: str) -> Any:
     return importlib.import_module(module)
   except ImportError as error:
     package = module.partition(".")[0]
-    raise ImportError(f"{what} needs {package}: pip install 'eco_optax[data]'") from error
+    raise ImportError(f"{what} needs {package}: pip install 'eco_optax[{extra}]'") from error
 
 
 def _decode(data: bytes, place: str) -> str:
