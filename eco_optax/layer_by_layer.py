@@ -85,7 +85,7 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
       )
 
 
-def _write(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+def write_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
   """The stack with one layer changed."""
   write = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
   if stack.dtype.itemsize > 1 or not jnp.issubdtype(stack.dtype, jnp.floating):
@@ -168,7 +168,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
         layer_grads, weights, state = jax.tree.map(at, (pick(grads, carry[0]), *carry))
         new_weights, new_state = run(layer_grads, weights, shared | state, layer=i)
         return jax.tree.map(
-          lambda stack, x: _write(stack, x, i),
+          lambda stack, x: write_layer(stack, x, i),
           carry,
           (new_weights, pick(new_state, carry[1])),
         )

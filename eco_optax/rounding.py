@@ -156,6 +156,14 @@ def from_code_bits(code: jax.Array, dtype: np.dtype) -> jax.Array:
   return jax.lax.bitcast_convert_type(code.astype(unsigned), dtype)
 
 
+def to_code_bits(codes: jax.Array) -> jax.Array:
+  """The int32 from which `from_code_bits` makes these codes."""
+  if formats.grid(codes.dtype)[1] is None:
+    return codes.astype(jnp.int32)
+  unsigned = jnp.dtype(f"uint{formats.grid_bits(codes.dtype)}")
+  return jax.lax.bitcast_convert_type(codes, unsigned).astype(jnp.int32)
+
+
 def round_to_codes(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
   """Rounds scaled values to codes, to nearest (ties to even) or stochastically.
 

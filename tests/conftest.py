@@ -11,7 +11,8 @@ import jax
 import optax
 import pytest
 
-collect_ignore = ["training/distributed_run.py"]  # A program that a test starts.
+# Programs that tests start.
+collect_ignore = ["training/distributed_run.py", "interop/transformers_side.py"]
 
 # Strict promotion holds our own code to explicit dtypes. Optax's own bias correction raises a
 # Python float to an int32 count, which strict promotion forbids, so that one function is let off.

@@ -288,9 +288,10 @@ def _check_same_run(
       f"{where} has version {record['version']}, and this eco_optax reads version {VERSION}:"
       f" continue it with the eco_optax that wrote it ({record['versions'].get('eco_optax')})"
     )
-  # JSON makes lists of tuples.
-  now = json.loads(json.dumps(config_lib.flat(config)))
-  then = record["config"]
+  # JSON makes lists of tuples. A key that is not in the record is newer, and its default is what
+  # there was before it.
+  plain = lambda config: json.loads(json.dumps(config_lib.flat(config)))
+  now, then = plain(config), plain(config_lib.defaults()) | record["config"]
   different = [
     f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
     for key in sorted(now.keys() | then.keys())

@@ -73,9 +73,9 @@ def test_rms_norm_of_bfloat16_rounds_once():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("base", [10_000.0, 50.0])
 def test_rotate(interleaved, base):
-  config = dataclasses.replace(TINY, head_width=6)
+  config = dataclasses.replace(TINY, head_width=6, rope_base=base)
   x = inputs(B, 40, 3, 6)
-  y = parts.rotate(jnp.asarray(x), parts.rotation(config, 40, base), interleaved)
+  y = parts.rotate(jnp.asarray(x), parts.rotation(config, 40), interleaved)
   wanted = np.stack([numpy_transformer.rotate(s.astype(np.float64), base, interleaved) for s in x])
   # Angles of up to 39 radians have a float32 roundoff of 2e-6.
   np.testing.assert_allclose(y, wanted, atol=1e-5)
@@ -102,7 +102,7 @@ def test_attention(name):
   is_local = name in ("local", "itself alone")
   attention, x = parts.Attention(config, rngs()), 2 * inputs(B, L, 16)
   p = randomize(attention)
-  angle = parts.rotation(config, L, config.local_rope_base if is_local else config.rope_base)
+  angle = parts.rotation(config, L, is_global=not is_local)
   mask = parts.within_window(x.shape[1], jnp.asarray(config.window)) if is_local else None
   y = attention(jnp.asarray(x), angle, mask)
   wanted = np.stack([numpy_transformer.attention(config, p, s, layer) for s in x])

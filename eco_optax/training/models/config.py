@@ -38,6 +38,13 @@ class TransformerConfig:
   window: int = 0  # Of layers with local attention, in tokens; 0: all layers are global.
   global_every: int = 1  # With a window, every how many layers one is global.
   local_rope_base: float = 1e4  # Of layers with local attention.
+  # Longer contexts, but for local attention: slow rotations are slowed by this factor. Slow are
+  # those with fewer than rope_low turns in rope_length tokens, and partly so those with up to
+  # rope_high; with a rope_length of 0 all are.
+  rope_factor: float = 1.0
+  rope_length: int = 0
+  rope_low: float = 1.0
+  rope_high: float = 4.0
 
   experts: int = 0  # Routed ones; 0: MLPs.
   experts_per_token: int = 0
@@ -58,7 +65,8 @@ class TransformerConfig:
   def __post_init__(self):
     numbers = ("layers", "width", "heads", "vocabulary", "global_every", "loss_chunks")
     counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
-    for least, names in ((1, numbers), (0, (*counts, "dense_layers", "balance_weight"))):
+    more = ("dense_layers", "balance_weight", "rope_length")
+    for least, names in ((1, (*numbers, "rope_factor")), (0, (*counts, *more))):
       for name in names:
         if getattr(self, name) < least:
           raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
@@ -84,6 +92,8 @@ class TransformerConfig:
     fill("mlp_width", 256 * math.ceil(8 * self.width // 3 / 256))
     if self.head_width % 2:
       raise ValueError(f"head_width {self.head_width} is odd, rotary embedding turns pairs")
+    if self.rope_low >= self.rope_high:
+      raise ValueError(f"rope_low {self.rope_low} is not below rope_high {self.rope_high}")
     if self.heads % self.kv_heads:
       raise ValueError(f"{self.kv_heads} kv_heads do not divide {self.heads} heads")
     if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_width):

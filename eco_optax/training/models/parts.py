@@ -63,9 +63,20 @@ class Linear(nnx.Module):
     return matmul(x, kernel) if kernel.ndim == 2 else jax.vmap(matmul, (1, 0), 1)(x, kernel)
 
 
-def rotation(config: TransformerConfig, length: int, base: float) -> jax.Array:
-  """Angles of rotary position embedding: position × base^(−2i / K), float32 of shape (L, K / 2)."""
+def rotation(config: TransformerConfig, length: int, is_global: bool = True) -> jax.Array:
+  """Angles of rotary position embedding: position × base^(−2i / K), float32 of shape (L, K / 2).
+
+  Args:
+    config: of the model.
+    length: L, in tokens.
+    is_global: of which layers; what reaches further turns slower, where the config says so.
+  """
+  base = config.rope_base if is_global else config.local_rope_base
   rates = base ** (-np.arange(0, config.head_width, 2) / config.head_width)
+  if is_global:
+    turns = config.rope_length * rates / (2 * np.pi)
+    kept = np.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+    rates = kept * rates + (1 - kept) * rates / config.rope_factor
   return jnp.arange(length, dtype=jnp.float32)[:, None] * rates.astype(np.float32)
 
 

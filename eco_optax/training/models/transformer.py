@@ -111,8 +111,8 @@ def hidden(
   x_BxLxD = sharding.constrain(x_BxLxD, "batch", None, None)
   if config.scaled_embedding:
     x_BxLxD = x_BxLxD * jnp.asarray(math.sqrt(config.width), dtype)
-  angle_LxK2 = parts.rotation(config, L, config.rope_base)
-  local_angle_LxK2 = parts.rotation(config, L, config.local_rope_base)
+  angle_LxK2 = parts.rotation(config, L)
+  local_angle_LxK2 = parts.rotation(config, L, is_global=False)
   documents_Bx1xLxL = None
   if config.separator >= 0:
     documents_Bx1xLxL = parts.within_document(tokens_BxL, config.separator)

@@ -1,0 +1,1 @@
+"""Into and out of the ecosystem: checkpoints of Hugging Face, compressed-tensors, qwix."""
