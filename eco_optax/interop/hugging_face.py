@@ -176,6 +176,17 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
   return fields
 
 
+def check_config(folder: str | pathlib.Path, config: TransformerConfig) -> None:
+  """Raises `ValueError` naming every field of a model that is not what a checkpoint says."""
+  differ = [
+    f"{name} is {getattr(config, name)!r} and has to be {value!r}"
+    for name, value in read_config(folder).items()
+    if name not in ("rope_interleaved", "balance_weight") and getattr(config, name) != value
+  ]
+  if differ:
+    raise ValueError(f"the model is not that of {folder}: {'; '.join(differ)}")
+
+
 def _config_json(folder: str | pathlib.Path) -> dict[str, Any]:
   path = pathlib.Path(folder) / "config.json"
   if not path.exists():
@@ -361,14 +372,7 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
     >>> params["blocks"]["mlp"]["up"]["kernel"].qvalue.dtype
     dtype(float8_e4m3fn)
   """
-  found = read_config(folder)
-  differ = [
-    f"{name} is {getattr(config, name)!r} and has to be {value!r}"
-    for name, value in found.items()
-    if name not in ("rope_interleaved", "balance_weight") and getattr(config, name) != value
-  ]
-  if differ:
-    raise ValueError(f"the model is not that of {folder}: {'; '.join(differ)}")
+  check_config(folder, config)
   raw = _config_json(folder)
   tensors = safetensors.read(folder)
   stored = raw.get("quantization_config")
@@ -533,6 +537,7 @@ def save(
   dtype: Any = "float32",
   length: int = 2048,
   more: Mapping[str, Any] | None = None,
+  finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
   """Writes a checkpoint that transformers and vLLM load; packed leaves stay the codes they are.
 
@@ -544,6 +549,7 @@ def save(
     dtype: of leaves that are not packed.
     length: of the longest text, in tokens.
     more: for config.json, such as `eos_token_id`.
+    finish: is given the folder before it appears, to put a tokenizer beside the rest.
 
   Raises:
     FileExistsError: if the folder is there.
@@ -599,6 +605,8 @@ def save(
   try:
     safetensors.write(partial, tensors())
     (partial / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+    if finish is not None:
+      finish(partial)
     partial.rename(folder)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)

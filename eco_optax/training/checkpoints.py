@@ -40,6 +40,7 @@ FREE = (
   "tensorboard",
   "nonfinite",
   "data.",  # Its contents are compared.
+  "init_from",  # It was read once.
 )
 
 

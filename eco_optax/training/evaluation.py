@@ -32,6 +32,7 @@ class Trained:
   params: Any
   mesh: Mesh
   tokenizer: tokenizers.Tokenizer
+  corpus: dict[str, Any]  # The manifest of what it reads.
 
   @functools.cached_property
   def model(self) -> Any:
@@ -156,7 +157,7 @@ def load(workdir: str | pathlib.Path) -> Trained:
       f"{where} has no checkpoint: let the run go on until it has saved one (config.checkpoint)"
     )
   tokenizer = tokenizers.load(pathlib.Path(config.data.path or "."), run["corpus"]["tokenizer"])
-  return Trained(config, saved.step, saved.state.params, mesh, tokenizer)
+  return Trained(config, saved.step, saved.state.params, mesh, tokenizer, run["corpus"])
 
 
 class Result(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import eco_optax as eco
+from eco_optax.interop import hugging_face
 from eco_optax.training import checkpoints, jobs, memory, methods, metrics, report, sharding
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
@@ -27,6 +28,8 @@ def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
     ValueError: naming the keys that are out of order, before anything is computed.
   """
   config_lib.validate(config)
+  if config.init_from:
+    hugging_face.check_config(config.init_from, config_lib.model(config))
   mesh = sharding.make_mesh(config.mesh.to_dict())
   check_batch(config, mesh)
   return methods.optimizer(config), mesh

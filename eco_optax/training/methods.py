@@ -12,6 +12,7 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
+from eco_optax.master_weights import MasterWeightsState
 from eco_optax.quantize_params import PackedTransformation
 
 _ROUNDING = {"rtn": "nearest", "sr": "stochastic"}
@@ -93,6 +94,14 @@ def until(
   return PackedTransformation(first.init, update)
 
 
+def _quantizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  make = lambda rounding: eco.quantize_params(rounding=rounding, seed=config.seed)
+  quantizer = make(_ROUNDING[config.method.split("_")[1]])
+  if config.stochastic_after < 1:
+    quantizer = until(int(config.stochastic_after * config.steps), quantizer, make("stochastic"))
+  return quantizer
+
+
 def _low_bit(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
@@ -111,11 +120,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   clip = clip_by_global_norm(config.optimizer.max_norm)
   if config.method == "bf16_mw":
     return optax.with_extra_args_support(optax.chain(clip, _low_bit(config, inner)))
-  family, rounding = config.method.split("_")
-  make = lambda rounding: eco.quantize_params(rounding=rounding, seed=config.seed)
-  quantizer = make(_ROUNDING[rounding])
-  if config.stochastic_after < 1:
-    quantizer = until(int(config.stochastic_after * config.steps), quantizer, make("stochastic"))
+  family, quantizer = config.method.split("_")[0], _quantizer(config)
   if family == "mw":
     tx = eco.master_weights(inner, quantizer, config.residual)
   elif family == "naive":
@@ -125,3 +130,31 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     tx = eco.error_feedback_to_momentum(inner, quantizer, learning_rate)
   tx = eco.layer_by_layer(_low_bit(config, tx))
   return optax.with_extra_args_support(optax.chain(clip, tx))
+
+
+def with_master(
+  config: ml_collections.ConfigDict, params: Any, opt_state: Any, master: Any
+) -> tuple[Any, Any]:
+  """What a run with master weights starts from if these are given in float.
+
+  A step of an optimizer that changes nothing, from any stored weights to the master weights, leaves
+  the latter's rounding in the one and the rest in the residual.
+
+  Args:
+    config: of the run.
+    params: packed, as `opt_state` was made from.
+    opt_state: of `optimizer`, no step made.
+    master: float32 weights in the tree of `eco.dequantize(params)`.
+
+  Returns:
+    Parameters and state.
+  """
+  move = eco.layer_by_layer(
+    eco.master_weights(optax.identity(), _quantizer(config), config.residual)
+  )
+  way = jax.tree.map(jnp.subtract, master, eco.dequantize(params))
+  updates, moved = move.update(way, move.init(params), params)
+  kept = lambda state: isinstance(state, MasterWeightsState)
+  (start,) = [x for x in jax.tree.leaves(moved, is_leaf=kept) if kept(x)]
+  put = lambda x: x._replace(residual=start.residual) if kept(x) else x
+  return eco.apply_updates(params, updates), jax.tree.map(put, opt_state, is_leaf=kept)

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 import eco_optax as eco
+from eco_optax.interop import hugging_face
 from eco_optax.training import config as config_lib
 from eco_optax.training import methods, sharding
 from eco_optax.training.data.pipeline import Batch
@@ -56,12 +57,27 @@ def abstract_state(
 def init_state(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-  """A run's first state, each device making its own part of it, layer by layer."""
+  """A run's first state, each device making or reading its own part of it, layer by layer."""
   target = abstract_state(config, tx, mesh)
+  in_place = jax.tree.map(lambda x: x.sharding, target)
   with jax.set_mesh(mesh):
-    return jax.jit(
-      make_init(config, tx), out_shardings=jax.tree.map(lambda x: x.sharding, target)
-    )()
+    if not config.init_from:
+      return jax.jit(make_init(config, tx), out_shardings=in_place)()
+    model = config_lib.model(config)
+    params = hugging_face.load(config.init_from, target.params, model)
+    opt_state = jax.jit(tx.init, out_shardings=in_place.opt_state)(params)
+    if config.method.startswith("mw_"):
+      # Master weights are the checkpoint's own, and not what is left of them.
+      dense = jax.eval_shape(eco.dequantize, target.params)
+      place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+      dense = jax.tree.map(place, dense, sharding.shardings(dense, mesh))
+      master = hugging_face.load(config.init_from, dense, model)
+      params, opt_state = jax.jit(
+        lambda *args: methods.with_master(config, *args),
+        out_shardings=(in_place.params, in_place.opt_state),
+        donate_argnums=(0, 1),
+      )(params, opt_state, master)
+    return State(params, opt_state, jax.device_put(jnp.zeros([], jnp.int32), in_place.skipped))
 
 
 def make_train_step(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +110,20 @@ def _bytes() -> Tokenizer:
   return Tokenizer(encode, encode_with_starts, decode, 256, 0)
 
 
+def _bytes_in_json() -> str:
+  """The tokenizer.json of bytes."""
+  library = need("tokenizers", "a tokenizer of bytes for others to load")
+  # Byte-level models write bytes as characters: printable ones as they are, others from 256 on.
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  vocabulary = {chr(byte): byte for byte in printable}
+  vocabulary |= {chr(256 + i): byte for i, byte in enumerate(others)}
+  model = library.Tokenizer(library.models.BPE(vocabulary, []))
+  model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  model.decoder = library.decoders.ByteLevel()
+  return model.to_str()
+
+
 def _sentencepiece(path: pathlib.Path, separator: str | None) -> Tokenizer:
   library = need("sentencepiece", "a SentencePiece tokenizer")
   try:
@@ -194,3 +210,46 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> str:
   )
   model.train_from_iterator(texts, trainer)
   return model.to_str()
+
+
+def save_for_transformers(
+  folder: pathlib.Path, description: dict[str, Any], out: pathlib.Path, length: int
+) -> None:
+  """Writes what `transformers.AutoTokenizer` opens: texts become the tokens of the corpus.
+
+  Args:
+    folder: of the corpus.
+    description: of the tokenizer in its manifest.
+    out: folder to write to.
+    length: of the longest text, in tokens.
+
+  Raises:
+    As `describe`.
+  """
+  tokenizer, kind = load(folder, description), description["kind"]
+  settings: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": length,
+    "clean_up_tokenization_spaces": False,
+  }
+  if kind == "bytes":
+    (out / "tokenizer.json").write_text(_bytes_in_json())
+  elif kind == "sentencepiece":
+    path = folder / description["file"]
+    model = need("sentencepiece", "a SentencePiece tokenizer").SentencePieceProcessor(str(path))
+    settings["eos_token"] = model.id_to_piece(tokenizer.separator)
+    # Merges have their ranks for scores, and a unigram model's pieces logarithms.
+    if all(model.get_score(i) % 1 == 0 for i in range(model.get_piece_size())):
+      settings["tokenizer_class"], name = "LlamaTokenizer", "tokenizer.model"
+    else:
+      settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+      name = "spiece.model"
+    shutil.copyfile(path, out / name)
+  else:
+    shutil.copyfile(folder / description["file"], out / "tokenizer.json")
+    model = need("tokenizers", "a tokenizer.json").Tokenizer.from_file(str(out / "tokenizer.json"))
+    settings["eos_token"] = model.id_to_token(tokenizer.separator)
+  (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+  (out / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": tokenizer.separator}, indent=2) + "\n"
+  )

@@ -1,0 +1,47 @@
+"""Exports a run for serving: python scripts/export.py --workdir=runs/stdlib_1m --output=exported.
+
+The folder is a Hugging Face checkpoint in the compressed-tensors layout, with the trained codes and
+scales bit for bit. transformers and vLLM load it.
+"""
+
+import json
+import pathlib
+
+from absl import app, flags, logging
+
+from eco_optax.interop import hugging_face
+from eco_optax.training import evaluation, export, jobs
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
+_KIND = flags.DEFINE_enum(
+  "kind",
+  None,
+  list(hugging_face.FAMILIES),
+  "What config.json calls the model; without, what it is. transformers has no class of DeepSeek-MoE"
+  " and serves it as qwen2_moe.",
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "Of weights that are not quantized."
+)
+
+
+def main(_: list[str]) -> None:
+  """Reads the newest checkpoint and writes the folder."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity("error")  # Orbax tells of every step of its own.
+  with jobs.plain_errors():
+    trained = evaluation.load(_WORKDIR.value)
+    export.export(trained, _OUTPUT.value, _KIND.value, _DTYPE.value)
+    folder = pathlib.Path(_OUTPUT.value)
+    told = json.loads((folder / "config.json").read_text())
+    layout = told.get("quantization_config", {}).get("format", "float")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(
+      f"{folder}: step {trained.step}, {told['model_type']}, {layout}, {size / 1e6:,.1f} MB."
+      f" Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}) or vllm serve {folder}"
+    )
+
+
+if __name__ == "__main__":
+  app.run(main)

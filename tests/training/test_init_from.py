@@ -1,0 +1,101 @@
+"""Runs that start from a Hugging Face checkpoint."""
+
+import jax
+import numpy as np
+import pytest
+
+import eco_optax as eco
+from eco_optax.interop import hugging_face
+from eco_optax.training import config as config_lib
+from eco_optax.training import loop, methods, sharding
+from eco_optax.training import step as step_lib
+from eco_optax.training.data import corpus, shards
+from eco_optax.training.models import transformer
+
+pytest.importorskip("safetensors")
+# Optax's schedules compare an int32 count with Python floats.
+pytestmark = pytest.mark.standard_promotion
+
+
+def small(**changes):
+  config = config_lib.small()
+  config.model.update(layers=2, width=32, heads=2, mlp_width=64)
+  config.update(batch_size=8, length=32, steps=4, evaluate_every=4, log_every=2, **changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """Float weights of another seed, and their folder."""
+  folder = tmp_path_factory.mktemp("checkpoint") / "llama"
+  model = config_lib.model(small(method="bf16_mw"))
+  params = transformer.init(model, 7)
+  hugging_face.save(folder, params, model)
+  return folder, params
+
+
+def first_state(config, sizes):
+  mesh = sharding.make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
+  return step_lib.init_state(config, methods.optimizer(config), mesh)
+
+
+MESHES = [{"fsdp": 1}, {"fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("method", ["eco_sr", "naive_rtn", "bf16_mw"])
+def test_weights_are_the_checkpoints(checkpoint, method, sizes):
+  folder, params = checkpoint
+  state = first_state(small(method=method, format="INT4", init_from=str(folder)), sizes)
+  if method != "bf16_mw":
+    params = eco.quantize(params, eco.INT4, transformer.is_block_kernel)
+  assert jax.tree.structure(state.params) == jax.tree.structure(params)
+  for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("residual", ["float32", "int8"])
+@pytest.mark.parametrize("method", ["mw_rtn", "mw_sr"])
+def test_master_weights_start_in_float(checkpoint, method, residual):
+  folder, params = checkpoint
+  config = small(method=method, residual=residual, format="INT4", init_from=str(folder))
+  state = first_state(config, {"fsdp": 2})
+  stored = eco.dequantize(state.params)
+  is_state = lambda x: hasattr(x, "residual")
+  (master,) = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_state) if is_state(x)]
+  kernel = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"]
+  wanted, step = kernel(params), np.asarray(kernel(state.params).scale)
+  left = np.abs(wanted - kernel(stored)) / step
+  assert 0.1 < left.max() <= (0.5 if method == "mw_rtn" else 1.0) + 1e-5
+  if residual == "float32":
+    np.testing.assert_allclose(
+      kernel(stored) + kernel(master.residual), wanted, atol=1e-7, rtol=1e-6
+    )
+  else:  # 127 parts of the largest error each way, drawn.
+    largest = 0.5 if method == "mw_rtn" else 1.0
+    decoded = np.asarray(kernel(master.residual), np.float32) * largest / 127 * step
+    off = np.abs(kernel(stored) + decoded - wanted) / step
+    assert off.max() <= largest / 127 * 1.01
+  for name in ("embedding", "head"):
+    np.testing.assert_allclose(state.params[name], params[name], rtol=1e-6)
+
+
+def test_a_run_trains_from_it_and_goes_on_without_it(checkpoint, tmp_path, monkeypatch):
+  folder, _ = checkpoint
+  data = corpus.standard_library_dataset()
+  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 1003)]))
+  monkeypatch.setattr(corpus, "standard_library_dataset", lambda: data)
+  config = small(init_from=str(folder), seed=3)
+  config.checkpoint.every = 2
+  before = loop.train(config, tmp_path / "run")
+  assert before["validation_loss"] < 6
+  # What is saved does not need the checkpoint any more.
+  config.init_from, config.steps = "", 4
+  assert loop.train(config, tmp_path / "run")["validation_loss"] == before["validation_loss"]
+
+
+def test_another_model_is_named_before_anything_is_done(checkpoint):
+  config = small(init_from=str(checkpoint[0]))
+  config.model.layers = 3
+  with pytest.raises(ValueError, match="layers is 3 and has to be 2"):
+    loop.prepare(config)
