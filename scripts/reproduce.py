@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from eco_optax.training.studies import (
   claims,
   comparison,
+  finetune,
   nearest,
   optimizers,
   results,
@@ -26,6 +27,7 @@ _SWEEPS = {
   "storage": (storage, "stdlib_1m"),
   "nearest": (nearest, "stdlib_1m"),
   "optimizers": (optimizers, "stdlib_1m"),
+  "finetune": (finetune, "deepseek_3m_chat"),
 }
 _STUDY = flags.DEFINE_enum(
   "study",
@@ -33,7 +35,8 @@ _STUDY = flags.DEFINE_enum(
   ["methods", "families", *_SWEEPS, "results"],
   "All methods on one config; ECO and master weights on a model of each family; the paper's"
   " claims, at several learning rates and seeds; what moments and residuals are stored in; rules"
-  " for rounding to nearest; ECO over several optimizers; or RESULTS.md alone, which all write.",
+  " for rounding to nearest; ECO over several optimizers; INT4 fine-tuning; or RESULTS.md alone,"
+  " which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")
@@ -67,6 +70,8 @@ def _sweep(study: Any, config_name: str, workdir: pathlib.Path, out: pathlib.Pat
   config = _CONFIG.value
   if not flags.FLAGS["config"].present:
     config = runpy.run_path(str(_ROOT / "configs" / f"{config_name}.py"))["get_config"]()
+  if study is finetune:
+    config.init_from = str(finetune.base(config, workdir))
   lines, end = out / "runs.jsonl", time.monotonic() + 60 * _MINUTES.value
   left = lambda: sweep.missing(study.runs(sweep.read(lines), config.steps), lines, config)
   while left() and (minutes := (end - time.monotonic()) / 60) > 0:

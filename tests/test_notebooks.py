@@ -61,6 +61,13 @@ def check_plan_tpu(text):
   assert text.count("fits                                  yes") == 2
 
 
+def check_pretrain_to_serve(text):
+  assert "model.layers.0.mlp.up_proj float8_e4m3fn (128, 64) scales float32 (128, 1)" in text
+  assert "the trained codes: True" in text
+  assert "read back, all equal: True" in text
+  assert "transformers writes the same: True" in text or "transformers is not installed" in text
+
+
 # nbclient's own event loops and sockets are closed late; nothing of ours is involved.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -156,12 +156,11 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
     runs: metrics file by the name that the legend gives the run.
     out: the PNG to write.
   """
-  import matplotlib
+  # Without pyplot, whose backend is the notebook's or whoever else's that trains.
+  from matplotlib.figure import Figure
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
+  figure = Figure(figsize=(7, 4.3), layout="constrained")
+  axes = figure.subplots()
   for i, (label, path) in enumerate(runs.items()):
     color = f"C{i}"
     rows = metrics.read_metrics(path)
@@ -179,4 +178,3 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
   figure.savefig(out, dpi=140)
-  plt.close(figure)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import pathlib
 import platform
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from eco_optax.training.data import shards
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _VALIDATION_PERCENT = 5
+_SHORTEST_ANSWER = 30  # Characters.
 
 
 class Corpus(NamedTuple):
@@ -66,6 +69,40 @@ def standard_library(root: str | None = None) -> Corpus:
     "tokenizer": {"kind": "bytes"},
   }
   return Corpus(splits[False], splits[True], manifest)
+
+
+def docstring_chats(root: str | None = None) -> Iterator[str]:
+  """Questions about the standard library and its docstrings as answers, one chat each.
+
+  They are in the format of OpenAssistant-Guanaco, whose own chats have to be fetched: `### Human: …
+  ### Assistant: …`.
+
+  Args:
+    root: as of `standard_library`.
+
+  Yields:
+    Chats in the order of files and of lines, each answer once.
+  """
+  folder, seen = pathlib.Path(root or sysconfig.get_path("stdlib")), set()
+  for path in sorted(folder.rglob("*.py")):
+    name = path.relative_to(folder)
+    if _SKIPPED.intersection(name.parts):
+      continue
+    module = ".".join(name.with_suffix("").parts).removesuffix(".__init__")
+    for qualified, node in _definitions(ast.parse(path.read_bytes()), module):
+      answer = ast.get_docstring(node)
+      if answer and len(answer) >= _SHORTEST_ANSWER and answer not in seen:
+        seen.add(answer)
+        yield f"### Human: What does {qualified} do?### Assistant: {answer}"
+
+
+def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Any]]:
+  """Functions and classes with their qualified names."""
+  for node in ast.iter_child_nodes(tree):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+      name = f"{prefix}.{node.name}"
+      yield name, node
+      yield from _definitions(node, name)
 
 
 def standard_library_dataset(root: str | None = None) -> shards.Dataset:

@@ -81,6 +81,15 @@ def from_standard_library() -> list[Source]:
   return [Source(pathlib.Path(sysconfig.get_path("stdlib")), name, size)]
 
 
+def from_docstrings(cache: pathlib.Path) -> list[Source]:
+  """Chats about the standard library, in a Guanaco file that is written to `cache`."""
+  chats = "".join(json.dumps({"text": text}) + "\n" for text in corpus.docstring_chats())
+  path = cache / f"docstrings-{platform.python_version()}.jsonl"
+  cache.mkdir(parents=True, exist_ok=True)
+  metrics.write_whole(path, chats)
+  return [Source(path, path.name, path.stat().st_size)]
+
+
 def from_packages(
   cache: pathlib.Path, kinds: Sequence[str], show: Callable[[str], None]
 ) -> list[Source]:

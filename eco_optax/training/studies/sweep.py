@@ -131,7 +131,8 @@ def _settings(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
 
 
 def _kept(flat: dict[str, Any]) -> dict[str, Any]:
-  flat = {key: value for key, value in flat.items() if not key.startswith(("data.", "checkpoint."))}
+  places = ("data.", "checkpoint.", "init_from")
+  flat = {key: value for key, value in flat.items() if not key.startswith(places)}
   return json.loads(json.dumps(flat))
 
 
