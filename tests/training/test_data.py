@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eco_optax.training import sharding
-from eco_optax.training.data import corpus, pipeline
+from eco_optax.training.data import corpus, pipeline, prepare, readers
 from eco_optax.training.data.shards import TokenStream
 
 
@@ -160,3 +160,32 @@ def test_too_little_text_is_refused():
     pipeline.train_windows(stream(b"abc"), 8, 0)
   with pytest.raises(ValueError, match="do not fill one batch"):
     pipeline.batch_count(pipeline.validation_windows(stream(b"abcdefghijkl"), 8), 2)
+
+
+def test_docstrings_become_chats(tmp_path):
+  (tmp_path / "a" / "tests").mkdir(parents=True)
+  (tmp_path / "a" / "tests" / "b.py").write_text(
+    'def f():\n  """Left out, as tests are, all of it."""'
+  )
+  (tmp_path / "a" / "__init__.py").write_text(
+    '"""Of the module."""\n'
+    'class C:\n  """A class that says a little about itself."""\n'
+    '  def m(self):\n    """Too short."""\n'
+    '  async def n(self):\n    """Does what it does\n\n    at length, in two paragraphs."""\n'
+    'def again():\n  """A class that says a little about itself."""\n'
+  )
+  assert list(corpus.docstring_chats(str(tmp_path))) == [
+    "### Human: What does a.C do?### Assistant: A class that says a little about itself.",
+    "### Human: What does a.C.n do?### Assistant: Does what it does\n\n"
+    "at length, in two paragraphs.",
+  ]
+
+
+def test_docstrings_of_the_standard_library_are_guanaco(tmp_path):
+  (source,) = prepare.from_docstrings(tmp_path)
+  documents = list(readers.read("guanaco", source.path))
+  assert len(documents) > 3000
+  chat = next(d for d in documents if d.text.startswith("### Human: What does json.dumps do?"))
+  ((start, stop),) = chat.spans
+  assert stop == len(chat.text)
+  assert chat.text[start:].startswith(" Serialize ``obj`` to a JSON formatted ``str``.")

@@ -9,7 +9,7 @@ import pytest
 
 from eco_optax.training import config
 from eco_optax.training.data import prepare
-from eco_optax.training.studies import claims, nearest, optimizers, storage, sweep
+from eco_optax.training.studies import claims, finetune, nearest, optimizers, storage, sweep
 
 
 @pytest.fixture
@@ -158,3 +158,19 @@ def test_a_run_that_diverged_has_no_gap():
   assert sweep.compared(rows, ["a0", "a2"], ["b0", "b1"]) == ("2.0000", "+1.0000")
   assert sweep.compared(rows, ["b0", "b1"], ["c0", "c1"]) == ("1.2500 ± 0.2500", "–")
   assert sweep.compared(rows, ["c0"], ["b0"]) == ("–", "–")
+
+
+def test_fine_tuning_is_compared_at_each_methods_best_rate(tmp_path):
+  rows = {}
+  for i, run in enumerate(finetune.runs(rows, 100)):
+    rows[run.name] = {"validation_loss": 3 - 0.01 * i, "bytes_per_parameter": {"total": 8.5}}
+    c = config.small()
+    c.model.update(layers=1, width=16, heads=1)
+    c.update_from_flattened_dict(run.changes)
+    config.validate(c)
+  text = finetune.table(rows)
+  assert "before: 3.0000" in text
+  assert "| master weights + RTN | 8.50 | 2.9900 | 2.9400 | +0.0000 |" in text
+  assert "| ECO + SR | 8.50 | 2.9500 | 2.9000 | -0.0400 |" in text
+  finetune.plot(rows, tmp_path)
+  assert (tmp_path / "finetune.png").stat().st_size > 10_000
