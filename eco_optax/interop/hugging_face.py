@@ -342,7 +342,8 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   """Reads a checkpoint tensor by tensor, straight onto the devices.
 
   Packed leaves are quantized on the way, one layer at a time: no more than a layer is in float at
-  once. If the checkpoint has codes itself, as of compressed-tensors, they are taken as they are.
+  once. If the checkpoint has codes of their format itself, as compressed-tensors, they are taken as
+  they are; codes of another format are read as the values that they stand for.
 
   Args:
     folder: of the checkpoint.
@@ -456,6 +457,15 @@ def _assemble(x: Any, place: _Place, matrix: Callable[[str], np.ndarray]) -> jax
   return jax.make_array_from_callback(x.shape, _sharding(x), part)
 
 
+def _has_codes(stored: Format | None, wanted: Format) -> bool:
+  """Whether codes of one format are those of another, if their scales are too."""
+  if stored is None or (stored.dtype, stored.two_level) != (wanted.dtype, wanted.two_level):
+    return False
+  # Integers with one scale per tensor are stored with one per channel.
+  is_one = wanted.granularity == "tensor" and stored.granularity == "channel"
+  return stored.granularity == wanted.granularity or is_one
+
+
 def _load(tensors: Tensors, place: _Place, leaf: Any, stored_format: Format | None) -> Any:
   """One parameter."""
 
@@ -472,7 +482,7 @@ def _load(tensors: Tensors, place: _Place, leaf: Any, stored_format: Format | No
   if not is_quantized(leaf):
     return _assemble(leaf, place, in_float)
   _, first = next(place.names())
-  if "weight_scale" not in _module(tensors, first):
+  if "weight_scale" not in _module(tensors, first) or not _has_codes(stored_format, leaf.format):
     return _quantized(leaf, place, in_float)
 
   @functools.lru_cache(maxsize=1)  # Each of its fields is asked for.
@@ -587,6 +597,8 @@ def save(
           for _, name in place.names()
         ),
         *(name.removesuffix(".weight") for name in _shared_gates(kind, config)),
+        # A head that is the embedding has no tensors, and is a Linear there all the same.
+        *(["lm_head"] if config.tied_embedding else []),
       ],
       "config_groups": {"group_0": group},
     }
