@@ -20,6 +20,7 @@ LEARNING_RATES = (3e-4, 1e-3)
 BEFORE = "INT4 before fine-tuning"
 METHODS: dict[str, dict[str, Any]] = {
   "master weights + RTN": {"method": "mw_rtn"},
+  "master weights + SR": {"method": "mw_sr"},
   "naive RTN": {"method": "naive_rtn"},
   "naive SR": {"method": "naive_sr"},
   "ECO + RTN": {"method": "eco_rtn"},
