@@ -60,9 +60,10 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
   shapes = jax.eval_shape(lambda tree: tree, params)  # Nothing that is traced goes along.
   stacked = [path for paths in _stacks(_flatten(shapes)[0]).values() for path in paths]
 
-  def try_out() -> list[Any]:
+  # Compiled in two pieces: operation by operation, hundreds of small programs would be.
+  @jax.jit
+  def prepare() -> tuple[Any, Any, tuple[Any, Any]]:
     small = jax.tree.map(lambda x: _miniature(x, generator), shapes, is_leaf=is_quantized)
-    state = inner.init(small)
     first = jax.tree.map(
       lambda x: jnp.asarray(generator.standard_normal(x.shape), jnp.float32), dequantize(small)
     )
@@ -70,8 +71,15 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
     second = trees.map_with_path(
       lambda path, g: (1e4 * g).at[0].set(g[0]) if path in stacked else 1e4 * g, first
     )
-    step = jax.jit(inner.update)
-    return jax.device_get([dequantize(step(g, state, small)) for g in (first, second)])
+    return small, inner.init(small), (first, second)
+
+  @jax.jit
+  def step(grads: Any, state: Any, small: Any) -> Any:
+    return dequantize(inner.update(grads, state, small))
+
+  def try_out() -> list[Any]:
+    small, state, gradients = prepare()
+    return [jax.device_get(step(g, state, small)) for g in gradients]
 
   results = eager.now(try_out)
   one, other = (_flatten(result)[0] for result in results)

@@ -31,3 +31,10 @@ def strict_promotion(request, monkeypatch):
   mode = "standard" if request.node.get_closest_marker("standard_promotion") else "strict"
   with jax.numpy_dtype_promotion(mode):
     yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_go():
+  """Lets a module's compiled programs go, which would otherwise fill several GB in the end."""
+  yield
+  jax.clear_caches()
