@@ -105,7 +105,9 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
       if (loss := sweep.losses(rows, [_name(method, rate)])[0]) is not None
     ]
     if points:
-      ax.plot(*zip(*points, strict=True), "o-", label=method)
+      # Dashed, because ECO may lie upon what it is compared with.
+      style = "o--" if method.startswith("ECO") else "o-"
+      ax.plot(*zip(*points, strict=True), style, label=method)
   ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss, nats per token")
   ax.set_title("INT4 fine-tuning of a tiny DeepSeek-MoE on chats")
   ax.grid(alpha=0.3)
