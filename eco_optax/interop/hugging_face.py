@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # The harness imports the library, never the reverse.
   from eco_optax.training.models.config import TransformerConfig
 
 Tensors = Mapping[str, np.ndarray]
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class Family(NamedTuple):
@@ -43,6 +44,10 @@ class Family(NamedTuple):
   fields: Mapping[str, str] = types.MappingProxyType({})
   # What config.json has to say, if it says anything; None is among them too.
   required: Mapping[str, tuple[Any, ...]] = types.MappingProxyType({})
+  # What it may leave out, for then it is what a TransformerConfig without it has.
+  optional: tuple[str, ...] = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+  # What it has to say besides, though no field is it alone.
+  needed: tuple[str, ...] = ()
 
 
 _PLAIN = {
@@ -57,12 +62,27 @@ _PLAIN = {
 _NO_BIAS = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",)}
 _EXPERTS = {"experts_per_token": "num_experts_per_tok", "expert_width": "moe_intermediate_size"}
 _EXPERTS |= {"normalize_expert_weights": "norm_topk_prob"}
+_SHARED_WIDTH = "shared_expert_intermediate_size"  # Of qwen2_moe.
+_OPTIONAL_EXPERTS = (
+  "norm_topk_prob",
+  "n_shared_experts",
+  "first_k_dense_replace",
+  "aux_loss_alpha",
+  "router_aux_loss_coef",
+)
 
 # By what config.json calls model_type; the first that a model fits is what it is saved as.
 FAMILIES = {
   "llama": Family("LlamaForCausalLM", {**_PLAIN, "window": 0}, required=_NO_BIAS),
-  "mistral": Family("MistralForCausalLM", _PLAIN, required=_NO_BIAS),
-  "qwen3": Family("Qwen3ForCausalLM", _PLAIN | {"qk_norm": True, "window": 0}, required=_NO_BIAS),
+  "mistral": Family(
+    "MistralForCausalLM", _PLAIN, required=_NO_BIAS, optional=("head_dim", "tie_word_embeddings")
+  ),
+  "qwen3": Family(
+    "Qwen3ForCausalLM",
+    _PLAIN | {"qk_norm": True, "window": 0},
+    required=_NO_BIAS,
+    optional=("tie_word_embeddings",),
+  ),
   "gemma3_text": Family(
     "Gemma3ForCausalLM",
     {
@@ -81,6 +101,8 @@ FAMILIES = {
       "final_logit_softcapping": (),
       "use_bidirectional_attention": (False,),
     },
+    optional=("tie_word_embeddings",),
+    needed=("sliding_window",),
   ),
   "deepseek": Family(
     "DeepseekForCausalLM",
@@ -93,6 +115,7 @@ FAMILIES = {
       "balance_weight": "aux_loss_alpha",
     },
     required=_NO_BIAS | {"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+    optional=("num_key_value_heads", "head_dim", "tie_word_embeddings", *_OPTIONAL_EXPERTS),
   ),
   # How transformers, which has no class of DeepSeek-MoE's first version, can serve it: as a model
   # whose shared experts have a gate. One that is always half open goes with twice their output.
@@ -102,6 +125,8 @@ FAMILIES = {
     fields=_EXPERTS | {"experts": "num_experts", "balance_weight": "router_aux_loss_coef"},
     required=_NO_BIAS
     | {"qkv_bias": (False,), "decoder_sparse_step": (1,), "use_sliding_window": (False,)},
+    optional=("head_dim", "tie_word_embeddings", *_OPTIONAL_EXPERTS),
+    needed=(_SHARED_WIDTH,),
   ),
 }
 
@@ -147,16 +172,21 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     if raw.get(name) is not None and raw[name] not in allowed
   ]
   fields = {name: x for name, x in family.fixed.items() if name != "window"}
-  for name, theirs in {**_COMMON, **family.fields}.items():
-    if raw.get(theirs) is not None:
-      fields[name] = raw[theirs]
+  told = _COMMON | dict(family.fields)
+  needed = (*(name for name in told.values() if name not in family.optional), *family.needed)
+  if missing := [name for name in needed if raw.get(name) is None]:
+    raise ValueError(
+      f"{folder}: config.json does not say {', '.join(missing)}: fetch it again, or add what the"
+      " model has"
+    )
+  fields |= {name: raw[theirs] for name, theirs in told.items() if raw.get(theirs) is not None}
   fields.setdefault("tied_embedding", kind == "gemma3_text")
   fields["rope_interleaved"] = False
   if kind == "qwen2_moe":
     expert = fields["expert_width"]
-    fields["shared_experts"] = raw["shared_expert_intermediate_size"] // expert
+    fields["shared_experts"] = raw[_SHARED_WIDTH] // expert
     fields["dense_layers"] = len(raw.get("mlp_only_layers") or ())
-    if raw["shared_expert_intermediate_size"] % expert:
+    if raw[_SHARED_WIDTH] % expert:
       wrong.append("a shared expert that is no number of experts")
     if (raw.get("mlp_only_layers") or []) != list(range(fields["dense_layers"])):
       wrong.append("layers without experts behind some that have them")
@@ -191,10 +221,7 @@ def _config_json(folder: str | pathlib.Path) -> dict[str, Any]:
   path = pathlib.Path(folder) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"there is no {path}: name the folder of a Hugging Face checkpoint")
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+  return safetensors.read_json(path.read_bytes(), path)
 
 
 def _rope(raw: dict[str, Any], wrong: list[str]) -> dict[str, Any]:
@@ -408,7 +435,7 @@ def _check(
   """Raises `ValueError` naming every tensor that is not as it should be."""
   if missing := sorted(leaves.keys() ^ places.keys()):
     raise ValueError(f"the parameters are not those of the model: see {', '.join(missing[:5])}")
-  lacks, shapes = [name for name in gates if name not in tensors], []
+  lacks, shapes, dtypes = [name for name in gates if name not in tensors], [], []
   known = set(gates)
   for path, leaf in leaves.items():
     place = places[path]
@@ -427,12 +454,20 @@ def _check(
         continue
       if shape != wanted:
         shapes.append(f"{name} is {list(shape)} and has to be {list(wanted)}")
+      if "weight_scale" not in own and own["weight"].dtype.name not in _FLOATS:
+        dtypes.append(f"{name} is {own['weight'].dtype}")
   # Tables that can be computed, and a head that is the embedding.
   is_needless = lambda name: name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
   extra = [name for name in tensors if name not in known and not is_needless(name)]
+  found = {
+    "missing": lacks,
+    "not known": extra,
+    "of another shape:": shapes,
+    "codes without a weight_scale:": dtypes,
+  }
   problems = [
     f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    for what, names in (("missing", lacks), ("not known", extra), ("of another shape:", shapes))
+    for what, names in found.items()
     if names
   ]
   if problems:
@@ -702,7 +737,7 @@ def _told(kind: str, config: TransformerConfig, dtype: str, length: int) -> dict
   if kind == "qwen2_moe":
     told |= {
       "qkv_bias": False,
-      "shared_expert_intermediate_size": config.shared_experts * config.expert_width,
+      _SHARED_WIDTH: config.shared_experts * config.expert_width,
       "mlp_only_layers": list(range(config.dense_layers)),
       "decoder_sparse_step": 1,
       "use_sliding_window": False,
