@@ -14,8 +14,9 @@ import os
 import pathlib
 import shutil
 import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,14 @@ from eco_optax.interop import compressed_tensors, safetensors
 from eco_optax.layer_by_layer import write_layer
 from eco_optax.quantized_array import QuantizedArray, is_quantized
 
-if TYPE_CHECKING:  # The harness imports the library, never the reverse.
+if typing.TYPE_CHECKING:  # The harness imports the library, never the reverse.
   from eco_optax.training.models.config import TransformerConfig
 
-Tensors = Mapping[str, np.ndarray]
+_Tensors = Mapping[str, np.ndarray]
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-class Family(NamedTuple):
+class _Family(NamedTuple):
   """A kind of model that transformers knows."""
 
   architecture: str
@@ -71,19 +72,20 @@ _OPTIONAL_EXPERTS = (
   "router_aux_loss_coef",
 )
 
-# By what config.json calls model_type; the first that a model fits is what it is saved as.
+#: Kinds of models that can be read and saved, by what config.json calls model_type. The first that
+#: a model fits is what it is saved as.
 FAMILIES = {
-  "llama": Family("LlamaForCausalLM", {**_PLAIN, "window": 0}, required=_NO_BIAS),
-  "mistral": Family(
+  "llama": _Family("LlamaForCausalLM", {**_PLAIN, "window": 0}, required=_NO_BIAS),
+  "mistral": _Family(
     "MistralForCausalLM", _PLAIN, required=_NO_BIAS, optional=("head_dim", "tie_word_embeddings")
   ),
-  "qwen3": Family(
+  "qwen3": _Family(
     "Qwen3ForCausalLM",
     _PLAIN | {"qk_norm": True, "window": 0},
     required=_NO_BIAS,
     optional=("tie_word_embeddings",),
   ),
-  "gemma3_text": Family(
+  "gemma3_text": _Family(
     "Gemma3ForCausalLM",
     {
       "activation": "gelu",
@@ -104,7 +106,7 @@ FAMILIES = {
     optional=("tie_word_embeddings",),
     needed=("sliding_window",),
   ),
-  "deepseek": Family(
+  "deepseek": _Family(
     "DeepseekForCausalLM",
     {name: value for name, value in _PLAIN.items() if name != "experts"} | {"window": 0},
     fields=_EXPERTS
@@ -119,7 +121,7 @@ FAMILIES = {
   ),
   # How transformers, which has no class of DeepSeek-MoE's first version, can serve it: as a model
   # whose shared experts have a gate. One that is always half open goes with twice their output.
-  "qwen2_moe": Family(
+  "qwen2_moe": _Family(
     "Qwen2MoeForCausalLM",
     {name: value for name, value in _PLAIN.items() if name != "experts"} | {"window": 0},
     fields=_EXPERTS | {"experts": "num_experts", "balance_weight": "router_aux_loss_coef"},
@@ -419,7 +421,7 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   )
 
 
-def _module(tensors: Tensors, name: str) -> dict[str, np.ndarray]:
+def _module(tensors: _Tensors, name: str) -> dict[str, np.ndarray]:
   """Tensors of a module by what is behind its name."""
   ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale")
   return {end: tensors[f"{name}.{end}"] for end in ends if f"{name}.{end}" in tensors}
@@ -427,7 +429,7 @@ def _module(tensors: Tensors, name: str) -> dict[str, np.ndarray]:
 
 def _check(
   folder: Any,
-  tensors: Tensors,
+  tensors: _Tensors,
   places: Mapping[str, _Place],
   leaves: Mapping[str, Any],
   gates: list[str],
@@ -501,7 +503,7 @@ def _has_codes(stored: Format | None, wanted: Format) -> bool:
   return stored.granularity == wanted.granularity or is_one
 
 
-def _load(tensors: Tensors, place: _Place, leaf: Any, stored_format: Format | None) -> Any:
+def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | None) -> Any:
   """One parameter."""
 
   def in_float(name: str) -> np.ndarray:

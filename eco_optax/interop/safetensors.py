@@ -11,7 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+#: Name of the file that says which tensor is in which file, if there are several.
 INDEX = "model.safetensors.index.json"
+#: The most that `write` puts in a file, if not told otherwise.
 SHARD_BYTES = 2 << 30
 
 _DTYPES = {
