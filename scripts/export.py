@@ -39,8 +39,20 @@ def main(_: list[str]) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
       f"{folder}: step {trained.step}, {told['model_type']}, {layout}, {size / 1e6:,.1f} MB."
-      f" Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}) or vllm serve {folder}"
+      f" {_how_to_load(folder, told['model_type'], layout)}"
     )
+
+
+def _how_to_load(folder: pathlib.Path, kind: str, layout: str) -> str:
+  if kind == "deepseek":
+    return "transformers has no class of it: export with --kind=qwen2_moe too, to serve it there"
+  # Fused experts and micro-scaled codes become floats in transformers.
+  widened = layout != "float" and (kind == "qwen2_moe" or layout.startswith(("mx", "nv")))
+  more = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if widened else ""
+  return (
+    f"Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}{more}) or vllm serve"
+    f" {folder}"
+  )
 
 
 if __name__ == "__main__":
