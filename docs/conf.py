@@ -47,6 +47,7 @@ MODULES = (
   "eco_optax",
   "eco_optax.diagnostics",
   "eco_optax.interop.compressed_tensors",
+  "eco_optax.interop.config_json",
   "eco_optax.interop.hugging_face",
   "eco_optax.interop.qwix",
   "eco_optax.interop.safetensors",
