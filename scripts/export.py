@@ -9,7 +9,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from eco_optax.interop import hugging_face
+from eco_optax.interop import config_json
 from eco_optax.training import evaluation, export, jobs
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
@@ -17,7 +17,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _KIND = flags.DEFINE_enum(
   "kind",
   None,
-  list(hugging_face.FAMILIES),
+  list(config_json.FAMILIES),
   "What config.json calls the model; without, what it is. transformers has no class of DeepSeek-MoE"
   " and serves it as qwen2_moe.",
 )

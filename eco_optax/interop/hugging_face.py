@@ -24,7 +24,6 @@ import numpy as np
 from eco_optax import quantized_array, trees
 from eco_optax.formats import Format
 from eco_optax.interop import compressed_tensors, config_json, safetensors
-from eco_optax.interop.config_json import FAMILIES as FAMILIES
 from eco_optax.interop.config_json import check_config as check_config
 from eco_optax.interop.config_json import read_config as read_config
 from eco_optax.layer_by_layer import write_layer
@@ -363,7 +362,7 @@ def save(
     folder: that there is not yet; it appears once it is whole.
     params: of the model, on devices that this process can read.
     config: of the model; its activation_format is how the served model rounds activations.
-    kind: one of `FAMILIES`; None takes the first that the model fits.
+    kind: one of `config_json.FAMILIES`; None takes the first that the model fits.
     dtype: of leaves that are not packed.
     length: of the longest text, in tokens.
     more: for config.json, such as `eos_token_id`.
