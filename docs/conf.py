@@ -43,7 +43,17 @@ python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
 # The package and those of its modules that users reach into.
-MODULES = ("eco_optax", "eco_optax.diagnostics", "eco_optax.rounding", "eco_optax.theory")
+MODULES = (
+  "eco_optax",
+  "eco_optax.diagnostics",
+  "eco_optax.interop.compressed_tensors",
+  "eco_optax.interop.config_json",
+  "eco_optax.interop.hugging_face",
+  "eco_optax.interop.qwix",
+  "eco_optax.interop.safetensors",
+  "eco_optax.rounding",
+  "eco_optax.theory",
+)
 
 
 def public_names() -> set[str]:

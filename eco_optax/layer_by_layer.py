@@ -12,7 +12,7 @@ import optax
 
 from eco_optax import eager, trees
 from eco_optax.quantize_params import PackedTransformation, require_params
-from eco_optax.quantized_array import dequantize, is_quantized, quantize_array
+from eco_optax.quantized_array import as_parameter, dequantize, is_quantized, quantize_array
 
 _Leaves = dict[str, Any]  # Leaves of a tree by path.
 
@@ -162,7 +162,8 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       new_updates, new_state = inner.update(
         _keep(updates, grads), masked, _keep(params, weights), **extra_args, **layer
       )
-      return _flatten(new_updates)[0], _flatten(new_state)[0]
+      new_weights = jax.tree.map(as_parameter, new_updates, is_leaf=is_quantized)
+      return _flatten(new_weights)[0], _flatten(new_state)[0]
 
     rest = [path for path in weights if path not in stacked]
     rest_states = pick(states, [path for path in states if owners[path] not in stacked])

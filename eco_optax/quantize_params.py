@@ -15,6 +15,7 @@ from eco_optax.quantized_array import (
   QuantizedArray,
   Rounding,
   Where,
+  as_update,
   default_where,
   dequantize,
   is_quantized,
@@ -30,6 +31,15 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
 
   # How far from its proposal it may put a weight, in steps of the grid.
   largest_error = 1.0
+
+  def __new__(cls, init: Any, update: Any) -> PackedTransformation:
+    """Updates of packed leaves say that they are updates, so that nothing adds them."""
+
+    def update_that_says_so(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+      updates, state = update(*args, **kwargs)
+      return jax.tree.map(as_update, updates, is_leaf=is_quantized), state
+
+    return super().__new__(cls, init, update_that_says_so)
 
 
 class _Nearest(PackedTransformation):

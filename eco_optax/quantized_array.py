@@ -27,7 +27,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["qvalue", "scale", "tensor_scale", "sink"],
-  meta_fields=["format", "odd"],
+  meta_fields=["format", "odd", "role"],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
@@ -45,6 +45,9 @@ class QuantizedArray:
     sink: where the gradient of a layer that multiplies the codes directly is collected, see
       `value_and_grad`; None outside of it.
     odd: whether the last packed byte holds one code only (static).
+    role: a parameter, or the update that takes its place (static). The two are trees of different
+      structure: what adds updates to parameters leaf by leaf, as `optax.apply_updates` does, is
+      refused by JAX, in an error that says this, instead of adding codes to codes.
   """
 
   qvalue: jax.Array
@@ -53,6 +56,7 @@ class QuantizedArray:
   tensor_scale: jax.Array | None = None
   sink: jax.Array | None = None
   odd: bool = False
+  role: str = "parameter"
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -122,6 +126,17 @@ class QuantizedArray:
     """`y × scale` for float32 values of the tensor's shape."""
     scale = _spread(self.float_scale(), self.format)
     return times_scale(_grouped(y, self.format), scale).reshape(y.shape)
+
+
+def as_update(leaf: Any) -> Any:
+  """A packed leaf as the update that replaces another; other leaves as they are."""
+  role = "update: call eco_optax.apply_updates, not optax.apply_updates"
+  return dataclasses.replace(leaf, role=role) if is_quantized(leaf) else leaf
+
+
+def as_parameter(leaf: Any) -> Any:
+  """A packed update as a parameter; other leaves as they are."""
+  return dataclasses.replace(leaf, role="parameter") if is_quantized(leaf) else leaf
 
 
 def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:

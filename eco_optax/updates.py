@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from eco_optax import trees
-from eco_optax.quantized_array import dequantize, is_quantized
+from eco_optax.quantized_array import as_parameter, dequantize, is_quantized
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
   """`optax.apply_updates` for packed parameters: packed leaves are replaced, float leaves added.
+
+  `optax.apply_updates` itself raises for them: the update of a packed leaf is its new value, and
+  marked as one, so that nothing adds it.
 
   Args:
     params: a tree with QuantizedArray and float leaves.
@@ -35,7 +38,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
   def apply(path: str, leaf: Any, update: Any) -> Any:
     if is_quantized(leaf) and is_quantized(update):
-      return update
+      return as_parameter(update)
     if is_quantized(leaf):
       raise ValueError(
         f"{trees.leaf_name(path)} is packed, but its update is not: end the optimizer with"

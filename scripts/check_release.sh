@@ -34,7 +34,8 @@ echo "$(wc -l <"$work/found") files, all of them wanted"
 
 # The tests of the library; those of the harness, of notebooks and of the checkout itself stay behind.
 mkdir "$work/away"
-cp -r "$work/source/tests" "$work/source/pyproject.toml" "$work/away"
+cp -r "$work/source"/{tests,examples,pyproject.toml} "$work/away"
+mv "$work/away/tests/training/numpy_transformer.py" "$work/away/tests"  # Checkpoints are held against it.
 rm -r "$work/away/tests"/{training,test_package.py,test_docs.py,test_notebooks.py}
 
 for job in "$@"; do
@@ -48,15 +49,17 @@ for job in "$@"; do
   venv="$work/venv"
   rm -rf "$venv"
   "$python" -m venv "$venv"
-  # Of what the library does not require, its tests read and write checkpoints with Orbax.
+  # Of what the library does not require, its tests read and write checkpoints with Orbax and safetensors,
+  # and the models that these are of are Flax's.
   "$venv/bin/pip" install --quiet "${constraints[@]}" "$work"/dist/*.whl \
-    pytest pytest-xdist hypothesis orbax-checkpoint
+    pytest pytest-xdist hypothesis orbax-checkpoint flax safetensors
   (
     cd "$work/away"
     library=$("$venv/bin/python" -c "import eco_optax; print(eco_optax.__path__[0])")
     case $library in "$venv"/*) ;; *) echo "$library is not the wheel's"; exit 1 ;; esac
-    "$venv/bin/python" -c "import platform, jax, optax; print(*map(str, (
-      'Python', platform.python_version(), 'jax', jax.__version__, 'optax', optax.__version__)))"
+    "$venv/bin/python" -c "import platform, flax, jax, optax; print(*map(str, (
+      'Python', platform.python_version(), 'jax', jax.__version__, 'flax', flax.__version__, 'optax',
+      optax.__version__)))"
     "$venv/bin/python" -m pytest --config-file=pyproject.toml tests "$library" \
       --ignore="$library/training" "${warnings[@]}" "${arguments[@]}"
   )

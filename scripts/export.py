@@ -9,7 +9,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from eco_optax.interop import hugging_face
+from eco_optax.interop import config_json
 from eco_optax.training import evaluation, export, jobs
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
@@ -17,7 +17,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _KIND = flags.DEFINE_enum(
   "kind",
   None,
-  list(hugging_face.FAMILIES),
+  list(config_json.FAMILIES),
   "What config.json calls the model; without, what it is. transformers has no class of DeepSeek-MoE"
   " and serves it as qwen2_moe.",
 )
@@ -39,8 +39,20 @@ def main(_: list[str]) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
       f"{folder}: step {trained.step}, {told['model_type']}, {layout}, {size / 1e6:,.1f} MB."
-      f" Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}) or vllm serve {folder}"
+      f" {_how_to_load(folder, told['model_type'], layout)}"
     )
+
+
+def _how_to_load(folder: pathlib.Path, kind: str, layout: str) -> str:
+  if kind == "deepseek":
+    return "transformers has no class of it: export with --kind=qwen2_moe too, to serve it there"
+  # Fused experts and micro-scaled codes become floats in transformers.
+  widened = layout != "float" and (kind == "qwen2_moe" or layout.startswith(("mx", "nv")))
+  more = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if widened else ""
+  return (
+    f"Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}{more}) or vllm serve"
+    f" {folder}"
+  )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
 
+import importlib.util
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -13,6 +14,22 @@ import pytest
 
 # Programs that tests start.
 collect_ignore = ["training/distributed_run.py", "interop/transformers_side.py"]
+
+# Modules whose docstrings have examples that take a package of an extra.
+_EXTRAS = {
+  "eco_optax.interop.qwix": "qwix",
+  "eco_optax.interop.safetensors": "safetensors",
+  "eco_optax.interop.hugging_face": "safetensors",
+}
+
+
+def pytest_collection_modifyitems(items):
+  """Leaves out examples whose packages are not installed."""
+  for item in items:
+    module = getattr(getattr(item, "dtest", None), "globs", {}).get("__name__")
+    if module in _EXTRAS and importlib.util.find_spec(_EXTRAS[module]) is None:
+      item.add_marker(pytest.mark.skip(reason=f"needs {_EXTRAS[module]}"))
+
 
 # Strict promotion holds our own code to explicit dtypes. Optax's own bias correction raises a
 # Python float to an int32 count, which strict promotion forbids, so that one function is let off.

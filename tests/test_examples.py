@@ -15,7 +15,9 @@ pytestmark = pytest.mark.standard_promotion
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
-NEEDS = {"equinox_mlp": "equinox", "haiku_mlp": "haiku", "flax_nnx": "flax", "flax_linen": "flax"}
+NEEDS = {"equinox_mlp": "equinox", "haiku_mlp": "haiku"}
+NEEDS |= dict.fromkeys(("flax_nnx", "flax_linen", "nnx_optimizer"), "flax")
+EMULATED = ("emulation", "nnx_optimizer")
 
 
 def example(name):
@@ -32,13 +34,13 @@ def test_examples_train(name):
   leaves = jax.tree.leaves(params, is_leaf=is_packed)
   matrices = [leaf for leaf in leaves if leaf.ndim > 1]
   assert len(matrices) == 2
-  if name in ("emulation", "switch"):  # These end in floats; those of the first are on the grid.
+  if name in (*EMULATED, "switch"):  # These end in floats; those of the first are on the grid.
     assert not any(map(is_packed, leaves))
     on_grid = eco.dequantize(eco.quantize(params, eco.FP8))
     # `optax.apply_updates` adds a difference in float32.
     pairs = zip(leaves, jax.tree.leaves(on_grid), strict=True)
     same = [np.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs]
-    assert all(same) == (name == "emulation")
+    assert all(same) == (name in EMULATED)
   else:
     assert all(map(is_packed, matrices))
     assert {leaf.qvalue.dtype.name for leaf in matrices} == {"float8_e4m3fn"}

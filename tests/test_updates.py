@@ -40,6 +40,22 @@ def test_mismatched_updates_name_the_leaf(params):
     eco.apply_updates(dense, params)
 
 
+def test_updates_of_packed_leaves_cannot_be_added(params):
+  grads = eco.dequantize(params)
+  stock, naive = optax.sgd(0.1, momentum=0.9), eco.quantize_params(rounding="nearest")
+  for tx in (
+    eco.adamw(0.1),
+    eco.chain(stock, naive),
+    eco.layer_by_layer(eco.master_weights(stock, naive)),
+  ):
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"call eco_optax\.apply_updates"):
+      optax.apply_updates(params, updates)
+    new = eco.apply_updates(params, updates)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    np.testing.assert_array_equal(new["kernel"].qvalue, updates["kernel"].qvalue)
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_value_and_grad_with_aux_and_arguments(params, dense):
   x = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])

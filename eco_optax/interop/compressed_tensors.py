@@ -236,6 +236,8 @@ def decode(tensors: Mapping[str, np.ndarray], format: Format, name: str) -> Quan
     scale = scale.reshape(-1, 1)[:1]
   if format.scale_dtype.name == "float8_e8m0fnu":
     scale = scale.view(ml_dtypes.float8_e8m0fnu)
+  elif format.scale_dtype == np.float32 and scale.dtype.name in ("bfloat16", "float16"):
+    scale = scale.astype(np.float32)  # As llm-compressor stores them: the same numbers.
   odd = False
   if not is_packed:
     codes, inputs = np.asarray(tensors["weight"]), tensors["weight"].shape[1]

@@ -11,7 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+#: Name of the file that says which tensor is in which file, if there are several.
 INDEX = "model.safetensors.index.json"
+#: The most that `write` puts in a file, if not told otherwise.
 SHARD_BYTES = 2 << 30
 
 _DTYPES = {
@@ -61,7 +63,9 @@ def read(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
   folder = pathlib.Path(folder)
   index = folder / INDEX
   if index.exists():
-    named = _json(index.read_bytes(), index).get("weight_map", {})
+    named = read_json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+      raise ValueError(f"{index} is damaged (its weight_map names no files): fetch it again")
     files = sorted(set(named.values()))
     if missing := [name for name in files if not (folder / name).is_file()]:
       raise FileNotFoundError(
@@ -71,7 +75,10 @@ def read(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
   else:
     named, files = None, sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
-      raise FileNotFoundError(f"{folder} has no {INDEX} and no .safetensors file")
+      raise FileNotFoundError(
+        f"{folder} has no {INDEX} and no .safetensors file: fetch the whole checkpoint, or save one"
+        " of pytorch_model.bin files anew with transformers"
+      )
   tensors: dict[str, np.ndarray] = {}
   for name in files:
     own = _read_file(folder / name)
@@ -83,11 +90,19 @@ def read(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _json(raw: bytes, path: pathlib.Path) -> Any:
+def read_json(raw: bytes, path: pathlib.Path) -> dict[str, Any]:
+  """An object in JSON.
+
+  Raises:
+    ValueError: if it is none, naming the file that it is from.
+  """
   try:
-    return json.loads(raw)
+    found = json.loads(raw)
   except ValueError as error:
     raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} is damaged (it has no object in JSON): fetch it again")
+  return found
 
 
 def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -97,12 +112,16 @@ def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
       raise ValueError(f"{path} is no safetensors file, or not whole: fetch it again")
-    header = _json(file.read(length), path)
+    header = read_json(file.read(length), path)
   header.pop("__metadata__", None)
   data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0)
   tensors = {}
   for name, entry in header.items():
-    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    try:
+      dtype, (start, end) = str(entry["dtype"]), map(int, entry["data_offsets"])
+      shape = tuple(map(int, entry["shape"]))
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f"{path} is damaged ({name!r} is {entry!r}): fetch it again") from error
     if dtype not in _DTYPES:
       raise ValueError(f"{path}: {name!r} is of dtype {dtype}, not of {', '.join(_DTYPES)}")
     expected = math.prod(shape) * _DTYPES[dtype].itemsize

@@ -181,12 +181,19 @@ def evaluate(trained: Trained, data: shards.Dataset, split: str = "validation") 
     Figures over the tokens that would be trained on, all but the first.
 
   Raises:
-    ValueError: if the data has tokens that the model does not know.
+    ValueError: if the data has tokens that the model does not know, or is of another tokenizer.
   """
+  # The same file may be a corpus's own BPE here and a tokenizer.json there.
+  which = lambda manifest: manifest["tokenizer"].get("sha256", manifest["tokenizer"]["kind"])
   if data.vocabulary > trained.config.model.vocabulary:
     raise ValueError(
       f"the data has {data.vocabulary} tokens and the model {trained.config.model.vocabulary}:"
       " prepare it with the tokenizer of the run's data"
+    )
+  if which(data.manifest) != which(trained.corpus):
+    raise ValueError(
+      "the data is in tokens of another tokenizer than the run's: prepare it with --tokenizer= and"
+      " the tokenizer of the run's data"
     )
   stream, length = getattr(data, split), trained.config.length
   starts = range(0, len(stream) - 1, length)

@@ -21,7 +21,7 @@ def export(
   Args:
     trained: from `evaluation.load`.
     folder: that there is not yet; it appears once it is whole.
-    kind: of `hugging_face.FAMILIES`; None takes the first that the model fits.
+    kind: of `config_json.FAMILIES`; None takes the first that the model fits.
     dtype: of weights that are not packed.
 
   Raises:

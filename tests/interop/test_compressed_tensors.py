@@ -93,6 +93,14 @@ def test_rows_that_do_not_fill_their_last_word(format, inputs):
   np.testing.assert_array_equal(back.qvalue, w.qvalue)
 
 
+def test_scales_in_bfloat16_are_read():
+  tensors = compressed_tensors.encode(kernel(eco.FP8), False)
+  half = tensors["weight_scale"].astype(ml_dtypes.bfloat16)
+  w = compressed_tensors.decode(tensors | {"weight_scale": half}, eco.FP8, "module")
+  assert w.scale.dtype == np.float32
+  np.testing.assert_array_equal(w.scale, half.astype(np.float32).T)
+
+
 def test_activations_are_told():
   group = compressed_tensors.scheme(eco.FP8, eco.FP8_TOKEN)
   assert group["input_activations"] == {

@@ -296,6 +296,7 @@ def test_tensors_that_are_not_as_they_should_be_are_all_named(tmp_path):
     del tensors[f"{at}.up_proj.weight"], tensors["model.norm.weight"]
     tensors["model.layers.1.mlp.gate.bias"] = np.zeros(6)
     tensors[f"{at}.down_proj.weight"] = np.zeros((32, 64))
+    tensors[f"{at}.gate_proj.weight"] = np.zeros((32, 64), np.int8)
 
   rewrite(tmp_path / "deepseek", spoil)
   with pytest.raises(ValueError, match="does not hold this model") as error:
@@ -306,6 +307,7 @@ def test_tensors_that_are_not_as_they_should_be_are_all_named(tmp_path):
   )
   assert "not known model.layers.1.mlp.gate.bias" in text
   assert f"of another shape: {at}.down_proj is [32, 64] and has to be [64, 32]" in text
+  assert f"codes without a weight_scale: {at}.gate_proj is int8" in text
 
 
 def test_another_model_is_named(tmp_path):
@@ -325,6 +327,7 @@ def test_another_model_is_named(tmp_path):
     ({"scoring_func": "sigmoid"}, "no scoring_func 'sigmoid'"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "no rope_type 'yarn'"),
     ({"hidden_act": "relu", "moe_layer_freq": 2}, "no hidden_act 'relu', no moe_layer_freq 2"),
+    ({"hidden_size": None, "rms_norm_eps": None}, "does not say hidden_size, rms_norm_eps"),
   ],
 )
 def test_what_models_here_have_not_is_refused(tmp_path, changes, message):

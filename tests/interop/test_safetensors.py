@@ -68,7 +68,16 @@ def test_what_is_damaged_or_missing_is_named(tmp_path):
   safetensors.write(tmp_path, ARRAYS.items(), 1)
   files = sorted(tmp_path.glob("*.safetensors"))
   whole = files[0].read_bytes()
-  for damaged in (whole[:-1], whole[:20], b"", b"\xff" * 40, whole.replace(b"F8_E4M3", b"F9_E4M3")):
+  headers = (b"[]", b'{"a": 3}', b'{"a": {"shape": [1], "data_offsets": [0, 4]}}')
+  damaged_header = [len(x).to_bytes(8, "little") + x + bytes(4) for x in headers]
+  for damaged in (
+    whole[:-1],
+    whole[:20],
+    b"",
+    b"\xff" * 40,
+    whole.replace(b"F8_E4M3", b"F9_E4M3"),
+    *damaged_header,
+  ):
     files[0].write_bytes(damaged)
     with pytest.raises(ValueError, match=files[0].name):
       safetensors.read(tmp_path)
@@ -81,3 +90,7 @@ def test_what_is_damaged_or_missing_is_named(tmp_path):
   (tmp_path / safetensors.INDEX).write_text(json.dumps(index))
   with pytest.raises(ValueError, match="'lost', which is in none of its files"):
     safetensors.read(tmp_path)
+  for damaged in ("[]", "{}", '{"weight_map": {"a": 3}}'):
+    (tmp_path / safetensors.INDEX).write_text(damaged)
+    with pytest.raises(ValueError, match=f"{safetensors.INDEX} is damaged"):
+      safetensors.read(tmp_path)

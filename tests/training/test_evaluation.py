@@ -133,6 +133,9 @@ def test_what_is_no_run_is_named(workdir, trained, tmp_path):
     evaluation.load(tmp_path)
   with pytest.raises(ValueError, match="the data has 300 tokens and the model 256"):
     evaluation.evaluate(trained, workdir[1]._replace(vocabulary=300))
+  other = {"tokenizer": {"kind": "bpe", "sha256": "0"}}
+  with pytest.raises(ValueError, match="tokens of another tokenizer than the run's"):
+    evaluation.evaluate(trained, workdir[1]._replace(manifest=other))
 
 
 CHOICE = """

@@ -1,5 +1,6 @@
 """From a run to a folder that transformers serves."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -58,8 +59,34 @@ CASES = {
   "bpe, INT4": ("bpe", {"format": "INT4", "activation_format": "none"}),
   "sentencepiece bpe, master weights": ("sp_bpe", {"method": "mw_rtn"}),
   "sentencepiece unigram, float": ("sp_unigram", {"method": "bf16_mw"}),
-  "experts, INT4": ("bpe", {"format": "INT4", "activation_format": "none"}),
+  "experts, INT4, fine-tuned": ("bpe", {"format": "INT4", "activation_format": "none"}),
 }
+
+
+def write_texts(folder):
+  for i in range(40):
+    (folder / f"{i}.txt").write_text(f"{TEXTS[i % 2]} {i} " * 20)
+  return "text"
+
+
+def write_chats(folder):
+  turns = [f"### Human: {TEXTS[0]} {i}### Assistant: {TEXTS[1]} {i}" for i in range(200)]
+  rows = [{"text": "".join(turns[i : i + 1 + i % 3])} for i in range(200)]
+  (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return "guanaco"
+
+
+def fine_tuning(config, folder):
+  """The paper's settings for DeepSeek-MoE, scaled down, from a checkpoint of random weights."""
+  config.model.update(rope_interleaved=False, norm_epsilon=1e-6, dense_layers=1)
+  config.model.update(experts=4, experts_per_token=2, expert_width=32, shared_experts=1)
+  config.update(accumulation=16, batch_size=16 * 8, length=32, steps=20)  # On eight devices.
+  config.evaluate_every = config.log_every = config.checkpoint.every = 20
+  config.optimizer.update(learning_rate=2e-2, start_fraction=1e-5, warmup_fraction=0.03)
+  config.optimizer.update(end_fraction=0.0, weight_decay=0.0)
+  config.init_from = str(folder / "base")
+  model = config_lib.model(config)
+  hugging_face.save(folder / "base", transformer.init(model, 7), model, kind="deepseek")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -68,25 +95,25 @@ def run(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   tokenizer, changes = CASES[request.param]
   config = small(**changes)
-  if request.param.startswith("experts"):
-    config.model.update(rope_interleaved=False, norm_epsilon=1e-6, dense_layers=1)
-    config.model.update(experts=4, experts_per_token=2, expert_width=32, shared_experts=1)
+  is_chat = request.param.endswith("fine-tuned")
   with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
     if tokenizer == "bytes":
       data = corpus.standard_library_dataset()
       data = data._replace(validation=shards.TokenStream([data.validation.read(0, 1003)]))
       patch.setattr(corpus, "standard_library_dataset", lambda: data)
     else:
+      config.model.vocabulary = 320
+      if is_chat:
+        fine_tuning(config, folder)
       (folder / "text").mkdir()
-      for i in range(40):
-        (folder / "text" / f"{i}.txt").write_text(f"{TEXTS[i % 2]} {i} " * 20)
+      format = (write_chats if is_chat else write_texts)(folder / "text")
       if tokenizer.startswith("sp_"):
         name = folder / "sp.model"
         name.write_bytes(sentencepiece_model(tokenizer[3:]))
       prepare.prepare(
         folder / "data",
-        prepare.from_files([str(folder / "text" / "*.txt")]),
-        format="text",
+        prepare.from_files([str(folder / "text" / "*")]),
+        format=format,
         name="text",
         percent=20.0,
         tokenizer=str(name) if tokenizer.startswith("sp_") else tokenizer,
@@ -94,7 +121,6 @@ def run(request, tmp_path_factory):
         workers=1,
       )
       config.data.path = str(folder / "data")
-      config.model.vocabulary = 320
     loop.train(config, folder / "run")
     trained = evaluation.load(folder / "run")
     kind = "qwen2_moe" if config.model.experts else None
@@ -109,6 +135,21 @@ def test_codes_are_the_trained_ones(run):
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(trained.params), strict=True):
     assert x.dtype == y.dtype
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_fine_tuning_lowers_the_loss_of_what_is_answered(run):
+  trained, _ = run
+  if not trained.config.init_from:
+    pytest.skip("it starts from nothing")
+  data = evaluation.open_data(trained, None)
+  assert data.validation.read_mask(0, len(data.validation)).mean() < 0.6
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  target = jax.tree.map(place, trained.params)
+  begun = hugging_face.load(trained.config.init_from, target, trained.model)
+  before = evaluation.evaluate(dataclasses.replace(trained, params=begun), data)
+  after = evaluation.evaluate(trained, data)
+  assert before.tokens == after.tokens
+  assert after.loss < before.loss - 1
 
 
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is in the extra [interop]")
@@ -154,7 +195,9 @@ def test_the_command_says_what_it_made(run, tmp_path):
     cwd=ROOT,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  assert f"{tmp_path / 'out'}: step 30, " in done.stdout
+  assert f"{tmp_path / 'out'}: step {trained.step}, " in done.stdout
+  hint = "--kind=qwen2_moe" if trained.config.model.experts else "AutoModelForCausalLM"
+  assert hint in done.stdout
   told = json.loads((tmp_path / "out" / "config.json").read_text())
   assert told["torch_dtype"] == "bfloat16"
   again = subprocess.run(

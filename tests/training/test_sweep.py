@@ -172,5 +172,7 @@ def test_fine_tuning_is_compared_at_each_methods_best_rate(tmp_path):
   assert "before: 3.0000" in text
   assert "| master weights + RTN | 8.50 | 2.9900 | 2.9300 | +0.0000 |" in text
   assert "| ECO + SR | 8.50 | 2.9400 | 2.8800 | -0.0500 |" in text
+  assert finetune.gap(rows, "ECO + SR") == pytest.approx(-0.05)
+  assert finetune.gap({name: rows[name] for name in list(rows)[:-1]}, "ECO + SR") is None
   finetune.plot(rows, tmp_path)
   assert (tmp_path / "finetune.png").stat().st_size > 10_000

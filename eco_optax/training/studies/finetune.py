@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
   "ECO + RTN": {"method": "eco_rtn"},
   "ECO + SR": {"method": "eco_sr"},
 }
+BASELINE = "master weights + RTN"
 BASE_STEPS = 400
 
 
@@ -74,20 +75,26 @@ def table(rows: Mapping[str, Any]) -> str:
     " | at its best, against master weights |",
     "|---|---|" + "---|" * len(LEARNING_RATES) + "---|",
   ]
-  first = _best(rows, next(iter(METHODS)))
   for method in METHODS:
     names = [_name(method, rate) for rate in LEARNING_RATES]
     cells = [method, sweep.used_bytes(rows, names)]
     cells += ["–" if x is None else f"{x:.4f}" for x in sweep.losses(rows, names)]
-    own = _best(rows, method)
-    cells.append("–" if own is None or first is None else f"{own - first:+.4f}")
+    against = gap(rows, method)
+    cells.append("–" if against is None else f"{against:+.4f}")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
 
-def _best(rows: Mapping[str, Any], method: str) -> float | None:
-  found = sweep.losses(rows, [_name(method, rate) for rate in LEARNING_RATES])
-  return min((x for x in found if x is not None), default=None)
+def gap(rows: Mapping[str, Any], method: str) -> float | None:
+  """A method's best loss less that of master weights; None until all of their runs are finished."""
+  own, reference = (
+    sweep.losses(rows, [_name(each, rate) for rate in LEARNING_RATES])
+    for each in (method, BASELINE)
+  )
+  finished = [x for x in own + reference if x is not None]
+  if len(finished) < len(own + reference):
+    return None
+  return min(finished[: len(own)]) - min(finished[len(own) :])
 
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from eco_optax.training.studies import claims, nearest, optimizers, storage, sweep
+from eco_optax.training.studies import claims, finetune, nearest, optimizers, storage, sweep
 
 _HEAD = """# What the paper claims, and what was measured
 
@@ -137,6 +137,17 @@ def _family(results: pathlib.Path, family: str) -> str:
   return f"{own[0] - other[0]:+.4f} with {size / 1e6:.1f}M parameters, one seed"
 
 
+def _finetuned(results: pathlib.Path, method: str) -> str:
+  """A method's gap to master weights in INT4 fine-tuning."""
+  rows = sweep.read(results / "finetune" / "runs.jsonl")
+  gap = finetune.gap(rows, method)
+  if gap is None:
+    raise _Missing(method)
+  size = next(iter(rows.values()))["parameters"] / 1e6
+  shown = f"{gap:+.4f}" if math.isfinite(gap) else "diverges"
+  return f"{shown} with {size:.1f}M parameters, each at its best learning rate, one seed"
+
+
 Measure = Callable[[pathlib.Path], str]
 
 
@@ -180,6 +191,11 @@ def _claims() -> list[tuple[str, str, Measure, str]]:
   ):
     claim = f"ECO + SR against master weights + SR, {name}"
     rows.append((claim, paper, functools.partial(_family, family=family), "families"))
+  for method in finetune.METHODS:
+    if not method.startswith("master weights"):
+      claim = f"{method}, against {finetune.BASELINE}, DeepSeek-MoE fine-tuned in INT4"
+      paper = "diverges" if method.startswith("naive") else "matches"
+      rows.append((claim, paper, functools.partial(_finetuned, method=method), "finetune"))
   return rows
 
 
@@ -195,6 +211,7 @@ def _beyond(results: pathlib.Path) -> list[str]:
     ("storage", storage, "What moments and residuals may be stored in"),
     ("nearest", nearest, "Rounding to nearest: what may be done about its dead zone"),
     ("optimizers", optimizers, "ECO over other optimizers"),
+    ("finetune", finetune, "INT4 fine-tuning of a tiny DeepSeek-MoE on chats"),
   ):
     rows = sweep.read(results / study / "runs.jsonl")
     out += [f"## {what}", ""]
