@@ -12,7 +12,7 @@ MINUTES ?= 60
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.interop
+test: $(VENV)/.dev $(VENV)/.interop $(VENV)/.eval
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
 
 # The oldest supported versions, which warn that others have deprecated what they use.
