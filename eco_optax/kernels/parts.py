@@ -8,6 +8,7 @@ depend on beyond a part is exchanged, one number for each scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,7 +53,11 @@ def _sharing(weight: QuantizedArray, split: _Split) -> tuple[str, ...]:
 
 
 def fused_update(
-  step: Step, rounding: Rounding, leaf: Leaf, sharding: Any = None
+  step: Step,
+  rounding: Rounding,
+  leaf: Leaf,
+  sharding: Any = None,
+  implementation: Callable[..., tuple[QuantizedArray, Moments]] = fused.fused_update,
 ) -> tuple[QuantizedArray, Moments]:
   """`fused_update.fused_update` of a leaf that may be split over the devices of a mesh.
 
@@ -63,13 +68,14 @@ def fused_update(
     sharding: of the leaf's codes, or of the stack that it is one layer of; without a
       `NamedSharding`, or where this would cut a block, a program of several devices keeps to the
       definition.
+    implementation: of the step of one part, see `fused_update`.
 
   Returns:
     As `fused_update.definition`.
   """
   split = _split(leaf, sharding)
   if split is None or sharding.mesh.size == 1:
-    return fused.fused_update(step, rounding, leaf)
+    return implementation(step, rounding, leaf)
   shape, sharing = leaf.weight.shape, _sharing(leaf.weight, split)
 
   def spec(x: Any) -> PartitionSpec:
@@ -84,7 +90,7 @@ def fused_update(
       jax.lax.axis_index(axes) * np.int32(size) if axes else jnp.zeros([], jnp.int32)
       for size, axes in zip(leaf.weight.shape, split, strict=True)
     )
-    return fused.fused_update(step, rounding, leaf._replace(part=Part(first, shape, sharing)))
+    return implementation(step, rounding, leaf._replace(part=Part(first, shape, sharing)))
 
   return jax.shard_map(
     on_one_device,
