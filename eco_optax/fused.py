@@ -229,7 +229,7 @@ def fuse(
       rest_state = codec.read(rest_state, shapes)
     new_updates, new_state = general.update(rest(updates), rest_state, rest(params), **extra_args)
     if codec is not None:
-      new_state = codec.store(new_state, shapes, codec_step, extra_args.get("layer"))
+      new_state = codec.store(new_state, rest(params), codec_step, extra_args.get("layer"))
 
     def fill(tree: Any, leaves: dict[str, Any]) -> Any:
       return trees.map_with_path(

@@ -214,7 +214,7 @@ def origin(leaf: Leaf) -> Origin:
   """That of a part, or of a whole leaf."""
   if leaf.part is None:
     return Origin(0, 0, leaf.weight.shape[-1])
-  return Origin(*leaf.part.first[-2:], leaf.part.shape[-1])
+  return Origin(leaf.part.first[-2], leaf.part.first[-1], leaf.part.shape[-1])
 
 
 def tile_bits(

@@ -38,7 +38,8 @@ from eco_optax.quantized_array import (
 from eco_optax.stored_moments import SecondMoment
 
 _LANES = 128  # Columns of a panel.
-_TILE = 256  # Rows that are computed at a time, at least.
+_TILE = 256  # Rows that are computed at a time, at least where a matrix has so many.
+_LARGEST_TILE = 8 * _TILE
 
 
 def _vmem() -> int:
@@ -78,9 +79,23 @@ class _Plan(NamedTuple):
     return self.format.granularity == "tensor" or self.format.two_level
 
 
+def _tile(rows: int, format: Format, heights: list[int]) -> int | None:
+  """Rows of a tile: whole groups of `heights`, and whole registers of codes; None if there is none.
+
+  Scales, too, are stored eight rows at a time, unless all at once.
+  """
+  registers = 32 * 8 // format.bits
+  several = math.lcm(registers, *(8 * height for height in heights))
+  fits = [n for n in range(several, _LARGEST_TILE + 1, several) if rows % n == 0]
+  if rows <= _LARGEST_TILE and rows % math.lcm(registers, *heights) == 0:
+    fits.append(rows)
+  return min((n for n in fits if n >= _TILE), default=max(fits, default=None))
+
+
 def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
   format, m = leaf.weight.format, fused.matrices(leaf)
+  # Of other widths compilers turn matrices round, to keep padding small.
   if m is None or m.columns % _LANES:
     return None
   kinds = tuple(
@@ -89,20 +104,17 @@ def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
     else _Stored(x.dtype, None, 1, False)
     for x in leaf.moments
   )
-  tile = height = _TILE
+  heights = [x.height for x in kinds if x.format]
   if isinstance(format.granularity, tuple):
-    height, width = format.granularity
-    if width not in (1, _LANES) or height % 8:
+    if format.granularity[1] not in (1, _LANES) or format.granularity[0] % 8:
       return None
-    tile = max(_TILE, 8 * height)  # Scales are stored eight rows at a time.
-    tile = tile if m.rows % tile == 0 else m.rows
+    heights.append(format.granularity[0])
+  tile = _tile(m.rows, format, heights)
   moments = 2 * sum(x.dtype.itemsize for x in kinds)
   panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
-  if m.rows % tile or tile % height or tile > 8 * _TILE or 2 * panel > _vmem():
+  if tile is None or 2 * panel > _vmem():
     return None
-  # Of the scales of moments, too, there are eight rows in a tile, or all.
-  if any(x.format and tile % (8 * x.height) and tile != m.rows for x in kinds):
-    return None
+  height = format.granularity[0] if isinstance(format.granularity, tuple) else tile
   columns, stacked = fused.origin(leaf).columns, leaf.layer is not None or leaf.weight.ndim > 2
   plan = _Plan(step, rounding, format, kinds, m, columns, stacked, tile, height, False)
   return plan._replace(finds=plan.whole or bool(leaf.part and leaf.part.sharing))
