@@ -74,7 +74,9 @@ def adamw(
     keep_error: as in `error_feedback_to_momentum`.
 
   Returns:
-    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
+    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`. On a mesh its
+    `update` takes `shardings=`, a tree of the parameters' NamedShardings, by which each device does
+    the step of its own part; without, the compiler splits the step, and moves more bytes.
 
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco
@@ -125,7 +127,9 @@ def sgd(
     keep_error: as in `error_feedback_to_momentum`; then it equals master weights.
 
   Returns:
-    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
+    A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`. On a mesh its
+    `update` takes `shardings=`, a tree of the parameters' NamedShardings, by which each device does
+    the step of its own part; without, the compiler splits the step, and moves more bytes.
 
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco

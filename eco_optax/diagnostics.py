@@ -212,7 +212,7 @@ def watch(
     shapes = shapes_of(params)
     if is_low_bit:
       step = jnp.zeros([], jnp.int32)
-      state = LowBitMomentsState(step, moments.store(state, shapes, step))
+      state = LowBitMomentsState(step, moments.store(state, params, step))
     error = {path: jnp.zeros(shapes[path], jnp.float32) for path in paths}
     return WatchState(state, error, Metrics(*[nan] * len(Metrics._fields)))
 
@@ -225,7 +225,7 @@ def watch(
     updates, (new_state, seen) = tx.update(updates, inner_state, params, **extra_args)
     if is_low_bit:
       step = state.inner.step
-      stored = moments.store(new_state, shapes, step, extra_args.get("layer"))
+      stored = moments.store(new_state, params, step, extra_args.get("layer"))
       new_state = LowBitMomentsState(optax.safe_increment(step), stored)
       where = error_feedback.Momentum(shapes, tuple(seen.stored))
       seen = seen._replace(stored=where.get(moments.read(stored.inner, shapes)))

@@ -15,7 +15,8 @@ from eco_optax import momentum as momentum_lib
 from eco_optax import rounding as rounding_lib
 from eco_optax.error_feedback import ErrorFeedbackState
 from eco_optax.kernels import steps
-from eco_optax.kernels.fused_update import Leaf, fits, fused_update
+from eco_optax.kernels.fused_update import Leaf, fits
+from eco_optax.kernels.parts import fused_update
 from eco_optax.quantize_params import PackedTransformation, float_gradients, require_params
 from eco_optax.quantized_array import Rounding, is_quantized
 
@@ -170,11 +171,14 @@ def fuse(
     params: Any = None,
     codec: Any = None,
     codec_step: Any = None,
+    shardings: Any = None,
     **extra_args: Any,
   ) -> tuple[Any, ErrorFeedbackState]:
     require_params(params)
     weights: dict[str, Any] = {}
     trees.map_with_path(weights.__setitem__, params, is_leaf=is_quantized)
+    places: dict[str, Any] = {}
+    trees.map_with_path(places.__setitem__, shardings, is_leaf=is_quantized)
     gradients = momentum_lib.flat(updates)
 
     def moments_in(state: ErrorFeedbackState) -> tuple[Any, list[dict[str, Any]]]:
@@ -206,7 +210,9 @@ def fuse(
         tuple(m[path] for m in moments),
         tuple(k[path] for k in keys) if codec is not None else (),
       )
-      done[path] = fused_update(closed.step, rounding, leaf)
+      place = places.get(path)
+      place = place.qvalue if is_quantized(place) else place
+      done[path] = fused_update(closed.step, rounding, leaf, place)
 
     def rest(tree: Any) -> Any:
       """Without the leaves that are done."""
@@ -223,7 +229,7 @@ def fuse(
       rest_state = codec.read(rest_state, shapes)
     new_updates, new_state = general.update(rest(updates), rest_state, rest(params), **extra_args)
     if codec is not None:
-      new_state = codec.store(new_state, shapes, codec_step, extra_args.get("layer"))
+      new_state = codec.store(new_state, rest(params), codec_step, extra_args.get("layer"))
 
     def fill(tree: Any, leaves: dict[str, Any]) -> Any:
       return trees.map_with_path(

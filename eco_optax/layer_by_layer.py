@@ -31,9 +31,7 @@ def _keep(tree: Any, kept: _Leaves) -> Any:
 
 def _owner(path: str, params: _Leaves) -> str | None:
   """The parameter that a leaf of an optimizer's state belongs to, by its path's end."""
-  parts = path.split("/")
-  suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
-  return next((suffix for suffix in suffixes if suffix in params), None)
+  return next((end for end in trees.path_ends(path) if end in params), None)
 
 
 def _stacks(params: _Leaves) -> dict[int, list[str]]:

@@ -32,7 +32,7 @@ class LowBitMomentsState(NamedTuple):
 class Codec(NamedTuple):
   """How an optimizer's state is stored and read back; shapes are of the parameters, by path."""
 
-  store: Callable[..., Any]  # (state, shapes, step, layer) → state
+  store: Callable[..., Any]  # (state, parameters, step, layer) → state
   read: Callable[[Any, Any], Any]  # (state, shapes) → state
   keys: Callable[..., Any]  # (state, shapes, step) → state with keys of random bits as moments
 
@@ -45,14 +45,18 @@ def codec(mu: MomentDtype, nu: MomentDtype) -> Codec:
   dtypes = {"first": mu, "second": nu}
   key = lambda step, path: rounding_lib.stream_key(_SEED, step, path)
 
-  def store_state(state: Any, shapes: Any, step: jax.Array, layer: Any = None) -> Any:
+  def store_state(state: Any, params: Any, step: jax.Array, layer: Any = None) -> Any:
+    weights = momentum_lib.flat(params)
+
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       if dtypes[kind] == "float32" or not x.ndim or not trees.is_float(x):
         return x
       bits = rounding_lib.counter_bits(key(step, path), x.shape, layer)
-      return store(x, kind, dtypes[kind], bits)
+      # The longest end of the moment's path that is one of a parameter.
+      owner = next(end for end in trees.path_ends(path) if end in weights)
+      return store(x, kind, dtypes[kind], bits, is_quantized(weights[owner]))
 
-    return momentum_lib.map_moments(store_leaf, state, shapes)
+    return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
   def read_state(state: Any, shapes: Any) -> Any:
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
@@ -80,10 +84,11 @@ def low_bit_moments(
   that `error_feedback_to_momentum` puts there. With FP8 weights and 8-bit moments, training
   without master weights takes 3.1 bytes per parameter instead of 9.
 
-  FP8 codes are in blocks of 32 rows with scales of powers of two (MXFP8), INT8 codes in blocks of
-  up to 128 along the last axis. Of a second moment the square root is stored, rounded so that its
-  square is unbiased; what is not zero stays so. Steps of `eco.adamw` and `eco.sgd` read and write
-  FP8 and bfloat16 moments in the same pass as the weights.
+  Codes of matrices are in blocks of 32 rows with scales of powers of two (MXFP8, MXINT8); INT8
+  codes of parameters that are not packed, such as an embedding, in blocks of up to 128 along the
+  last axis. Of a second moment the square root is stored, rounded so that its square is unbiased;
+  what is not zero stays so. Steps of `eco.adamw` and `eco.sgd` read and write them in the same pass
+  as the weights.
 
   Args:
     inner: any optimizer, stock or of this package, whole: `eco.adamw(…)`,
@@ -122,7 +127,7 @@ def low_bit_moments(
         f"the optimizer keeps no moments in its {type(state).__name__} that could be stored in few"
         " bits: use it without eco_optax.low_bit_moments"
       )
-    return LowBitMomentsState(step, moments.store(state, shapes, step))
+    return LowBitMomentsState(step, moments.store(state, params, step))
 
   def update(
     updates: Any, state: LowBitMomentsState, params: Any = None, **extra_args: Any
@@ -133,10 +138,9 @@ def low_bit_moments(
         updates, state.inner, params, codec=moments, codec_step=state.step, **extra_args
       )
     else:
-      shapes = shapes_of(params)
-      unpacked = moments.read(state.inner, shapes)
+      unpacked = moments.read(state.inner, shapes_of(params))
       updates, inner_state = inner_update(updates, unpacked, params, **extra_args)
-      stored = moments.store(inner_state, shapes, state.step, extra_args.get("layer"))
+      stored = moments.store(inner_state, params, state.step, extra_args.get("layer"))
     return updates, LowBitMomentsState(optax.safe_increment(state.step), stored)
 
   kind = (

@@ -37,24 +37,27 @@ class SecondMoment(QuantizedArray):
     return jnp.square(super().dequantize()).astype(dtype)
 
 
-def block_format(shape: tuple[int, ...], dtype: str) -> Format:
+def block_format(shape: tuple[int, ...], dtype: str, packed: bool) -> Format:
   """The format of a moment of this shape.
 
-  Floating-point codes of matrices are in blocks of 32 rows, with scales of powers of two in one
-  byte: MXFP8, which a step on columns reads and writes as it goes. Integers span fewer binades, too
-  few for the rows of an embedding, whose tokens are not equally frequent: their blocks lie along
-  the last axis, 128 long where that divides it, with scales in float32. So do those of vectors.
+  Codes of matrices are in blocks of 32 rows, with scales of powers of two in one byte: MXFP8 and
+  MXINT8, which a step on columns reads and writes as it goes. Integers span fewer binades, too few
+  for the rows of an embedding, whose tokens are not equally frequent: where the parameter is not
+  packed, their blocks lie along the last axis, 128 long where that divides it, with scales in
+  float32. So do those of vectors.
 
   Args:
     shape: of the moment, with one axis or more.
     dtype: of the codes, a name.
+    packed: whether its parameter is a packed leaf.
 
   Returns:
     A format that fits.
   """
+  by_rows = packed or dtype != "int8"
+  if by_rows and len(shape) > 1 and shape[-2] % BLOCK == 0:
+    return Format(dtype, (BLOCK, 1), "float8_e8m0fnu")
   scale = "float32" if dtype == "int8" else "float8_e8m0fnu"
-  if dtype != "int8" and len(shape) > 1 and shape[-2] % BLOCK == 0:
-    return Format(dtype, (BLOCK, 1), scale)
   size = shape[-1]
   block = max(n for n in range(1, min(size, _LONGEST_BLOCK) + 1) if size % n == 0)
   if block < min(size, _SHORTEST_BLOCK):  # Then a scale for the whole row costs less.
@@ -91,7 +94,7 @@ def _store_root(x: jax.Array, format: Format, bits: jax.Array) -> SecondMoment:
   return SecondMoment(qvalue, holder.scale, format, holder.tensor_scale, None, odd)
 
 
-def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array) -> Any:
+def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False) -> Any:
   """A moment in few bits, rounded stochastically.
 
   Args:
@@ -99,6 +102,7 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array) -> Any:
     kind: "first", or "second" for values that are not negative.
     dtype: of the codes, or "bfloat16".
     bits: uint32 random bits of x's shape.
+    packed: whether its parameter is a packed leaf.
 
   Returns:
     A QuantizedArray, a SecondMoment or a bfloat16 array, whose mean over the random bits is x.
@@ -106,7 +110,7 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array) -> Any:
   x = x.astype(jnp.float32)
   if dtype == "bfloat16":
     return rounding_lib.stochastic_cast(x, jnp.dtype(dtype), bits)
-  format = block_format(x.shape, dtype)
+  format = block_format(x.shape, dtype, packed)
   if kind == "second":
     return _store_root(x, format, bits)
   return quantize_array(x, format, "stochastic", bits)

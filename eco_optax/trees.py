@@ -36,3 +36,9 @@ def map_with_path(
   return jax.tree_util.tree_map_with_path(
     lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest, is_leaf=is_leaf
   )
+
+
+def path_ends(path: str) -> list[str]:
+  """A path and what is left of it without its first parts, the longest first."""
+  parts = path.split("/")
+  return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -23,8 +23,8 @@ def read(stored):
   return np.asarray(stored, np.float64)
 
 
-def store(x, kind, dtype, bits):
-  return stored_moments.store(jnp.asarray(x, jnp.float32), kind, dtype, bits)
+def store(x, kind, dtype, bits, packed=False):
+  return stored_moments.store(jnp.asarray(x, jnp.float32), kind, dtype, bits, packed)
 
 
 def all_dithers(shape):
@@ -99,15 +99,16 @@ def test_a_second_moment_never_becomes_zero(dtype):
     ((2, 64, 131), (32, 1)),
   ],
 )
-def test_blocks_divide_an_axis(shape, granularity):
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_divide_an_axis(shape, granularity, packed):
   for dtype in LOW:
-    format = stored_moments.block_format(shape, dtype)
-    if granularity == (32, 1) and dtype == "int8":
-      granularity = "channel"
+    format = stored_moments.block_format(shape, dtype, packed)
+    if granularity == (32, 1) and dtype == "int8" and not packed:
+      granularity = "channel"  # Rows of an embedding may differ by more than integers span.
     assert format.granularity == granularity
     format.check(shape)
     x = np.random.default_rng(0).standard_normal(shape)
-    stored = store(x, "first", dtype, jnp.zeros(shape, jnp.uint32))
+    stored = store(x, "first", dtype, jnp.zeros(shape, jnp.uint32), packed)
     size = shape[-1] if granularity == "channel" else granularity[0]
     assert stored.scale.size == np.prod(shape) // size
     assert np.linalg.norm(read(stored) - x) < 0.3 * np.linalg.norm(x)
@@ -180,7 +181,7 @@ def test_moments_of_stock_optimizers(name):
     ("float32", "float32", 9),
     ("bfloat16", "bfloat16", 5),
     ("float8_e4m3fn", "float8_e4m3fn", 3 + 2 / 32),
-    ("int8", "float8_e4m3fn", 3 + 4 / 128 + 1 / 32),
+    ("int8", "float8_e4m3fn", 3 + 2 / 32),
   ],
 )
 def test_bytes_per_parameter(mu, nu, wanted):
@@ -224,7 +225,7 @@ def test_watch_tells_what_is_left_of_the_injection(mu, lost):
   assert (state.inner.inner.inner[0].mu["w"].dtype if mu == "bfloat16" else mu) == mu
   # At this rate the injection is half of the momentum, and it is the momentum that is rounded: by
   # 4% of itself in E4M3, whose steps are 6% to 12%; by 2^-9 in bfloat16, whose are a 16th of that.
-  assert state.metrics.injection_to_momentum > 0.5
+  assert state.metrics.injection_to_momentum == pytest.approx(0.5, abs=0.02)
   assert lost / 4 < state.metrics.lost_injection < lost
   assert state.metrics.kept_injection == pytest.approx(1, abs=0.02)
 

@@ -1,8 +1,9 @@
 """One leaf's whole ECO step: optimizer, rounding, error and injection, fused.
 
-`definition` says what is computed, in plain `jnp`. On one device it runs as a kernel that touches
-memory as little as that device allows; elsewhere, and wherever no kernel fits, as it stands, for
-XLA to partition. Which of them is a matter of lowering: a traced program serves every platform.
+`definition` says what is computed, in plain `jnp`. A device by itself runs it as a kernel that
+touches memory as little as that device allows; where no kernel fits, and in programs of several
+devices that were not told their parts of the leaf (see `parts`), it stands as it is, for XLA to
+partition. Which of them is a matter of lowering: a traced program serves every platform.
 """
 
 from __future__ import annotations
@@ -34,6 +35,20 @@ from eco_optax.quantized_array import (
 from eco_optax.stored_moments import SecondMoment
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["first"],
+  meta_fields=["shape", "sharing"],
+)
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Where in a leaf the part lies that a device has."""
+
+  first: tuple[jax.Array, ...]  # int32: index of its first element, on each axis of the leaf.
+  shape: tuple[int, ...]  # Of the whole leaf.
+  sharing: tuple[str, ...]  # Mesh axes along which parts have weights of one scale.
+
+
 class Leaf(NamedTuple):
   """Operands of one leaf's step."""
 
@@ -44,6 +59,7 @@ class Leaf(NamedTuple):
   gradient: jax.Array
   moments: tuple[Any, ...]  # The momentum first; as they are stored, see `fits`.
   moment_keys: tuple[jax.Array, ...] = ()  # Of their random bits, where any is stored in few.
+  part: Part | None = None  # Where the arrays are one device's part of the leaf.
 
 
 def fits(moment: Any, rounds: bool) -> bool:
@@ -120,18 +136,16 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   weight = stored_weight(leaf.weight)
   values = tuple(stored_moment(x) for x in leaf.moments)
   update, moments = step.propose(leaf.scalars, leaf.gradient, values, weight)
-  bits = None
-  if rounding == "stochastic":
-    bits = rounding_lib.counter_bits(leaf.key, leaf.weight.shape, leaf.layer)
-  format = leaf.weight.format
-  code, holder, stored = put_on_grid(add_update(weight, update), format, rounding, bits)
+  bits = random_bits(leaf, leaf.key) if rounding == "stochastic" else None
+  format, proposal = leaf.weight.format, add_update(weight, update)
+  largest = largest_proposal(leaf, proposal) if leaf.part and leaf.part.sharing else None
+  code, holder, stored = put_on_grid(proposal, format, rounding, bits, largest)
   qvalue, odd = pack(code, format)
   moments = injected(step, leaf.scalars, moments, weight, stored, update)
   new_moments = []
   for k, (old, x) in enumerate(zip(leaf.moments, moments, strict=True)):
     if is_low(old):
-      bits = rounding_lib.counter_bits(leaf.moment_keys[k], x.shape, leaf.layer)
-      x = stored_moments.store_like(old, x, bits)
+      x = stored_moments.store_like(old, x, random_bits(leaf, leaf.moment_keys[k]))
     new_moments.append(x)
   return dataclasses.replace(holder, qvalue=qvalue, odd=odd), tuple(new_moments)
 
@@ -172,29 +186,74 @@ def matrices(leaf: Leaf) -> Matrices | None:
   return Matrices(math.prod(shape[:-2]), shape[-2], shape[-1], unit)
 
 
-def first_matrix(leaf: Leaf) -> jax.Array | None:
-  """The number, int32, of a leaf's first matrix in its stack; None where there is no stack."""
-  if leaf.layer is None:
-    return jnp.zeros([], jnp.int32) if leaf.weight.ndim > 2 else None
-  return leaf.layer.astype(jnp.int32) * np.int32(math.prod(leaf.weight.shape[:-2]))
+def matrix_numbers(leaf: Leaf) -> jax.Array | None:
+  """The numbers, int32, of a leaf's matrices in its stack; None where there is no stack."""
+  lead = leaf.weight.shape[:-2]
+  if leaf.layer is None and not lead:
+    return None
+  whole = leaf.part.shape[:-2] if leaf.part else lead
+  number = jnp.zeros(lead, jnp.int32)
+  for axis, size in enumerate(whole):
+    index = jax.lax.broadcasted_iota(jnp.int32, lead, axis)
+    index = index + leaf.part.first[axis] if leaf.part else index
+    number = number * np.int32(size) + index
+  if leaf.layer is not None:
+    number = number + leaf.layer.astype(jnp.int32) * np.int32(math.prod(whole))
+  return number.reshape(-1)
+
+
+class Origin(NamedTuple):
+  """Where a leaf's matrices begin in the whole ones, and how wide these are."""
+
+  row: jax.Array | int
+  column: jax.Array | int
+  columns: int
+
+
+def origin(leaf: Leaf) -> Origin:
+  """That of a part, or of a whole leaf."""
+  if leaf.part is None:
+    return Origin(0, 0, leaf.weight.shape[-1])
+  return Origin(leaf.part.first[-2], leaf.part.first[-1], leaf.part.shape[-1])
 
 
 def tile_bits(
   key: Any,
   matrix: jax.Array | None,
   columns: int,
-  row: jax.Array,
+  row: jax.Array | int,
   column: jax.Array | int,
   shape: tuple[int, ...],
 ) -> jax.Array:
-  """The part of `rounding.counter_bits` that starts at `row` and `column` of a matrix."""
+  """The part of `rounding.counter_bits` that starts at `row` and `column` of each matrix."""
   row, column = (
     jax.lax.broadcasted_iota(jnp.int32, shape, axis) + first
-    for axis, first in enumerate((row, column))
+    for axis, first in zip((len(shape) - 2, len(shape) - 1), (row, column), strict=True)
   )
   unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
   element = unsigned(row * np.int32(columns) + column)
   return rounding_lib.element_bits(key, element, None if matrix is None else unsigned(matrix))
+
+
+def random_bits(leaf: Leaf, key: jax.Array) -> jax.Array:
+  """`rounding.counter_bits` of a leaf, or of the part that is there of it."""
+  shape = leaf.weight.shape
+  if leaf.part is None:
+    return rounding_lib.counter_bits(key, shape, leaf.layer)
+  numbers, at = matrix_numbers(leaf), origin(leaf)
+  numbers = None if numbers is None else numbers.reshape(*shape[:-2], 1, 1)
+  return tile_bits(key, numbers, at.columns, at.row, at.column, shape)
+
+
+def largest_proposal(leaf: Leaf, proposal: jax.Array) -> jax.Array:
+  """The largest magnitude for each scale that whole columns or matrices share, on all devices."""
+  axes = (-2,) if leaf.weight.format.granularity == "channel" else (-2, -1)
+  largest = largest_magnitude(proposal, axes, keepdims=True)
+  if not (leaf.part and leaf.part.sharing):
+    return largest
+  # Magnitudes are in the order of their bits, with NaN above all.
+  bits = jax.lax.pmax(jax.lax.bitcast_convert_type(largest, jnp.int32), leaf.part.sharing)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 # Elements of a chunk: a CPU's caches hold a few such arrays, and its threads are worth starting.
@@ -244,6 +303,7 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   if m is None or size is None:
     return definition(step, rounding, leaf)
   chunks, shape = m.rows // size, (size, m.columns)
+  numbers, at = matrix_numbers(leaf), origin(leaf)
   blocked = isinstance(format.granularity, tuple)
 
   names = ("qvalue", "scale", "tensor_scale")
@@ -295,13 +355,11 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
       return jnp.maximum(largest, bits)
 
     largest = jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(shape, jnp.int32))
-    axes = (-2,) if format.granularity == "channel" else (-2, -1)
-    return largest_magnitude(jax.lax.bitcast_convert_type(largest, jnp.float32), axes, True)
+    return largest_proposal(leaf, jax.lax.bitcast_convert_type(largest, jnp.float32))
 
   def bits_of(key: jax.Array, matrix: jax.Array, i: jax.Array) -> jax.Array:
-    number = first_matrix(leaf)
-    number = None if number is None else number + matrix
-    return tile_bits(key, number, m.columns, i * size, 0, shape)
+    number = None if numbers is None else numbers[matrix]
+    return tile_bits(key, number, at.columns, at.row + i * size, at.column, shape)
 
   def one_matrix(matrix: jax.Array, carry: Any) -> Any:
     stores, new_scales, moments = carry
@@ -371,11 +429,13 @@ def fused_update(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedA
     As `definition`.
   """
   flat, treedef = jax.tree.flatten(leaf)
-  out_shape = jax.eval_shape(functools.partial(definition, step, rounding), leaf)
-  out, out_treedef = jax.tree.flatten(out_shape)
-  del out
   results = _fused_update_p.bind(*flat, step=step, rounding=rounding, treedef=treedef)
-  return jax.tree.unflatten(out_treedef, results)
+  return jax.tree.unflatten(jax.tree.structure(like_results(leaf)), results)
+
+
+def like_results(leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """What has the results' structure, shapes and dtypes."""
+  return dataclasses.replace(leaf.weight, sink=None), leaf.moments
 
 
 def _flat(implementation: Any) -> Any:
@@ -398,9 +458,9 @@ def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
 
 
 @_fused_update_p.def_abstract_eval
-def _abstract_eval(*flat: Any, **params: Any) -> list[Any]:
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
-  out = jax.eval_shape(functools.partial(_flat(definition), **params), *shapes)
+def _abstract_eval(*flat: Any, treedef: Any, **params: Any) -> list[Any]:
+  del params
+  out = jax.tree.leaves(like_results(jax.tree.unflatten(treedef, flat)))
   return [jax.core.ShapedArray(x.shape, x.dtype) for x in out]
 
 
@@ -413,15 +473,17 @@ batching.primitive_batchers[_fused_update_p] = _batched
 
 
 def _on_one_device(implementation: Any) -> Any:
-  """Lowers to `implementation` in a program of one device, and to `definition` in others.
+  """Lowers to `implementation` where a device is by itself, and to `definition` elsewhere.
 
   A kernel sees local indices and is not partitioned; the definition is, with the bits of global
-  indices.
+  indices. Inside `jax.shard_map` over all axes of a mesh each device is by itself.
   """
 
   def lower(ctx: Any, *args: Any, **params: Any) -> Any:
-    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
-    chosen = implementation if devices == 1 else definition
+    axes = ctx.module_context.axis_context
+    devices, mesh = getattr(axes, "num_devices", None), getattr(axes, "mesh", None)
+    alone = devices == 1 or (mesh and set(axes.manual_axes) == set(mesh.axis_names))
+    chosen = implementation if alone else definition
     return mlir.lower_fun(_flat(chosen), multiple_results=True)(ctx, *args, **params)
 
   return lower

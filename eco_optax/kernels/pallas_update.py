@@ -2,15 +2,14 @@
 
 One program takes a panel, all rows of 128 columns of a matrix, and works through it tile by tile.
 Where a scale depends on all rows a first loop over the tiles finds the largest proposals, and where
-it depends on other columns too, a kernel before does. The arithmetic is that of
-`fused_update.definition`, by the same functions.
+it depends on other columns too, or on rows that other devices have, a kernel before does. The
+arithmetic is that of `fused_update.definition`, by the same functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,7 +38,8 @@ from eco_optax.quantized_array import (
 from eco_optax.stored_moments import SecondMoment
 
 _LANES = 128  # Columns of a panel.
-_TILE = 256  # Rows that are computed at a time, at least.
+_TILE = 256  # Rows that are computed at a time, at least where a matrix has so many.
+_LARGEST_TILE = 8 * _TILE
 
 
 def _vmem() -> int:
@@ -67,9 +67,11 @@ class _Plan(NamedTuple):
   format: Format
   moments: tuple[_Stored, ...]
   m: fused.Matrices
+  columns: int  # Of whole matrices, of which m may be a part.
   stacked: bool  # Whether random bits depend on the matrix.
   tile: int  # Rows of a tile.
   height: int  # Rows of a tile that share a scale.
+  finds: bool  # Whether a scale depends on what a panel has not.
 
   @property
   def whole(self) -> bool:
@@ -77,9 +79,23 @@ class _Plan(NamedTuple):
     return self.format.granularity == "tensor" or self.format.two_level
 
 
+def _tile(rows: int, format: Format, heights: list[int]) -> int | None:
+  """Rows of a tile: whole groups of `heights`, and whole registers of codes; None if there is none.
+
+  Scales, too, are stored eight rows at a time, unless all at once.
+  """
+  registers = 32 * 8 // format.bits
+  several = math.lcm(registers, *(8 * height for height in heights))
+  fits = [n for n in range(several, _LARGEST_TILE + 1, several) if rows % n == 0]
+  if rows <= _LARGEST_TILE and rows % math.lcm(registers, *heights) == 0:
+    fits.append(rows)
+  return min((n for n in fits if n >= _TILE), default=max(fits, default=None))
+
+
 def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
   format, m = leaf.weight.format, fused.matrices(leaf)
+  # Of other widths compilers turn matrices round, to keep padding small.
   if m is None or m.columns % _LANES:
     return None
   kinds = tuple(
@@ -88,21 +104,20 @@ def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
     else _Stored(x.dtype, None, 1, False)
     for x in leaf.moments
   )
-  tile = height = _TILE
+  heights = [x.height for x in kinds if x.format]
   if isinstance(format.granularity, tuple):
-    height, width = format.granularity
-    if width not in (1, _LANES) or height % 8:
+    if format.granularity[1] not in (1, _LANES) or format.granularity[0] % 8:
       return None
-    tile = max(_TILE, 8 * height)  # Scales are stored eight rows at a time.
-    tile = tile if m.rows % tile == 0 else m.rows
+    heights.append(format.granularity[0])
+  tile = _tile(m.rows, format, heights)
   moments = 2 * sum(x.dtype.itemsize for x in kinds)
   panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
-  if m.rows % tile or tile % height or tile > 8 * _TILE or 2 * panel > _vmem():
+  if tile is None or 2 * panel > _vmem():
     return None
-  # Of the scales of moments, too, there are eight rows in a tile, or all.
-  if any(x.format and tile % (8 * x.height) and tile != m.rows for x in kinds):
-    return None
-  return _Plan(step, rounding, format, kinds, m, fused.first_matrix(leaf) is not None, tile, height)
+  height = format.granularity[0] if isinstance(format.granularity, tuple) else tile
+  columns, stacked = fused.origin(leaf).columns, leaf.layer is not None or leaf.weight.ndim > 2
+  plan = _Plan(step, rounding, format, kinds, m, columns, stacked, tile, height, False)
+  return plan._replace(finds=plan.whole or bool(leaf.part and leaf.part.sharing))
 
 
 def applies(leaf: fused.Leaf) -> bool:
@@ -125,17 +140,18 @@ def _pack(code: jax.Array, format: Format) -> jax.Array:
 class _Panel(NamedTuple):
   """One program's blocks: references to int32, float32 and the stored arrays."""
 
-  integers: Any  # Keys of the random bits, and number of the first matrix.
+  integers: Any  # First row and column, numbers of the matrices, keys of the random bits.
   scalars: Any
-  largest: Any  # Of the matrix, where it is needed.
+  largest: Any  # Of each column's group, where `plan.finds`.
   scale: Any
   qvalue: Any
   gradient: Any
   moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
 
-  def key(self, k: int) -> tuple[jax.Array, jax.Array]:
+  def key(self, plan: _Plan, k: int) -> tuple[jax.Array, jax.Array]:
     """The key of the weight's random bits, 0, or of a moment's, from 1 on."""
-    words = (self.integers[2 * k + i] for i in (1, 2))
+    begin = 2 + (plan.m.stack if plan.stacked else 0) + 2 * k
+    words = (self.integers[begin + i] for i in (0, 1))
     first, second = (jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
     return first, second
 
@@ -221,11 +237,11 @@ def _update(plan: _Plan, *refs: Any) -> None:
   new_scale, new_qvalue, *new_moments = refs[6 + count :]
   format, granularity = plan.format, plan.format.granularity
   s = plan.step.scalars(*(panel.scalars[k] for k in range(panel.scalars.shape[0])))
-  matrix = panel.integers[0] + pl.program_id(0) if plan.stacked else None
-  column = pl.program_id(1) * _LANES
+  matrix = panel.integers[2 + pl.program_id(0)] if plan.stacked else None
+  row, column = panel.integers[0], panel.integers[1] + pl.program_id(1) * _LANES
   largest = unit = None
-  if plan.whole:
-    largest = panel.largest[0, :, :1]
+  if plan.finds:
+    largest = panel.largest[0, :, :1] if plan.whole else panel.largest[0]
     unit = matrix_scale(largest, format) if format.two_level else None
   elif granularity == "channel":
     largest = panel.largest_of_columns(plan)
@@ -241,7 +257,7 @@ def _update(plan: _Plan, *refs: Any) -> None:
     scale = group_scale(of_group, unit if unit is None else unit[None], format, plan.rounding)
     factor = scale if unit is None else times_scale(unit[None], scale)
     bits_of = lambda k: fused.tile_bits(
-      panel.key(k), matrix, plan.m.columns, i * plan.tile, column, weight.shape
+      panel.key(plan, k), matrix, plan.columns, row + i * plan.tile, column, weight.shape
     )
     bits = bits_of(0) if plan.rounding == "stochastic" else None
     y = divide(proposal, factor).reshape(weight.shape)
@@ -263,34 +279,18 @@ def _update(plan: _Plan, *refs: Any) -> None:
   jax.lax.fori_loop(0, plan.m.rows // plan.tile, write, None)
 
 
-def _place(plan: _Plan, x: Any) -> tuple[tuple[int, int, int], Callable[..., tuple]]:
-  """The part of an array that one program has: its shape, and its place by program."""
-  of_matrix = x.shape[-1] == _LANES != plan.m.columns
-  return (1, x.shape[1], _LANES), lambda i, j: (i, 0, 0 if of_matrix else j)
-
-
-def _block(plan: _Plan, x: Any) -> pl.BlockSpec:
-  return pl.BlockSpec(*_place(plan, x))
+def _block(x: Any) -> pl.BlockSpec:
+  """The part of an array that one program has."""
+  return pl.BlockSpec((1, x.shape[1], _LANES), lambda i, j: (i, 0, j))
 
 
 def _grid(plan: _Plan) -> tuple[int, int]:
   return plan.m.stack, plan.m.columns // _LANES
 
 
-def _moved(plan: _Plan, arrays: list[Any]) -> int:
-  """Bytes of the blocks that the programs load and store.
-
-  A block is loaded or stored once for as long as consecutive programs have the same one.
-  """
-  programs = list(itertools.product(*(range(n) for n in _grid(plan))))
-
-  def moved(x: Any) -> int:
-    shape, place = _place(plan, x)
-    places = [place(*program) for program in programs]
-    changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
-    return changes * math.prod(shape) * x.dtype.itemsize
-
-  return sum(moved(x) for x in arrays)
+def _moved(arrays: list[Any]) -> int:
+  """Bytes that the programs load and store: every array once."""
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def _call(
@@ -308,14 +308,14 @@ def _call(
     grid=_grid(plan),
     in_specs=[
       *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars),
-      *(_block(plan, x) for x in operands),
+      *(_block(x) for x in operands),
     ],
-    out_specs=[_block(plan, x) for x in results],
+    out_specs=[_block(x) for x in results],
     out_shape=results,
     input_output_aliases=in_place,
     # Arithmetic is not what a step waits for.
     cost_estimate=pl.CostEstimate(
-      flops=0, transcendentals=0, bytes_accessed=_moved(plan, [*operands, *results])
+      flops=0, transcendentals=0, bytes_accessed=_moved([*operands, *results])
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
@@ -326,10 +326,10 @@ def _call(
 
 def _operands(plan: _Plan, leaf: fused.Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
   """A kernel's scalars, and the leaf's arrays as stacks of matrices."""
-  number = fused.first_matrix(leaf)
-  number = jnp.zeros([], jnp.int32) if number is None else number
+  first = jnp.stack([jnp.asarray(x, jnp.int32) for x in fused.origin(leaf)[:2]])
+  numbers = fused.matrix_numbers(leaf)
   keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
-  integers = jnp.concatenate([number[None], *keys])
+  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), *keys])
   scalars = [integers, jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])]
   stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
   # Scales are few: one of each column for each of their rows, in float32.
@@ -343,12 +343,12 @@ def _operands(plan: _Plan, leaf: fused.Leaf) -> tuple[list[jax.Array], list[jax.
   return scalars, [scale, *(stack(x) for x in (leaf.weight.qvalue, leaf.gradient, *moments))]
 
 
-def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, Any, list[Any]]:
-  """Shapes of a matrix's largest proposal, of its columns', and of the step's results."""
+def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, list[Any]]:
+  """Shapes of columns' largest proposals, and of the step's results."""
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   scale, qvalue, _, *moments = operands
-  one = lambda width: jax.ShapeDtypeStruct((plan.m.stack, 1, width), jnp.float32)
-  return one(_LANES), one(plan.m.columns), [shape(x) for x in (scale, qvalue, *moments)]
+  columns = jax.ShapeDtypeStruct((plan.m.stack, 1, plan.m.columns), jnp.float32)
+  return columns, [shape(x) for x in (scale, qvalue, *moments)]
 
 
 def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
@@ -361,9 +361,9 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
   if plan is None:
     raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
   _, operands = jax.eval_shape(functools.partial(_operands, plan), leaf)
-  largest, columns, results = _shapes(plan, operands)
-  moved = _moved(plan, [largest, *operands, *results])
-  return moved + (_moved(plan, [*operands, columns]) if plan.whole else 0)
+  columns, results = _shapes(plan, operands)
+  moved = _moved([columns, *operands, *results])
+  return moved + (_moved([*operands, columns]) if plan.finds else 0)
 
 
 def by_panels(
@@ -385,11 +385,11 @@ def by_panels(
     return fused.definition(step, rounding, leaf)
   weight, format = leaf.weight, plan.format
   scalars, operands = _operands(plan, leaf)
-  of_matrix, of_columns, results = _shapes(plan, operands)
-  largest = jnp.zeros(of_matrix.shape, jnp.float32)
-  if plan.whole:
-    (columns,) = _call(_find, plan, scalars, operands, [of_columns], {}, interpret)
-    largest = jnp.broadcast_to(largest_magnitude(columns, (-2, -1), True), largest.shape)
+  columns, results = _shapes(plan, operands)
+  largest = jnp.zeros(columns.shape, jnp.float32)
+  if plan.finds:
+    (found,) = _call(_find, plan, scalars, operands, [columns], {}, interpret)
+    largest = jnp.broadcast_to(fused.largest_proposal(leaf, found), largest.shape)
   in_place = {3: 0, 4: 1} | {6 + k: 2 + k for k in range(len(results) - 2)}
   scale, qvalue, *moments = _call(
     _update, plan, scalars, [largest, *operands], results, in_place, interpret

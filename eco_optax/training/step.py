@@ -156,7 +156,11 @@ def make_train_step(
 
     def update() -> State:
       updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, grad_norm=metrics["grad_norm"]
+        grads,
+        state.opt_state,
+        state.params,
+        grad_norm=metrics["grad_norm"],
+        shardings=in_place.params,
       )
       return State(eco.apply_updates(state.params, updates), opt_state, state.skipped)
 

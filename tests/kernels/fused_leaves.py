@@ -1,14 +1,17 @@
 """Leaves to try a fused update on, and a program that compares implementations without FMA."""
 
+import functools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax import rounding, stored_moments
-from eco_optax.kernels import fused_update, pallas_update, steps
+from eco_optax.kernels import fused_update, pallas_update, parts, steps
 
 STEPS = {
   "adamw": steps.ADAMW,
@@ -38,7 +41,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
     bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
     moments = tuple(
-      stored_moments.store(x, kind, moments_in, bits)
+      stored_moments.store(x, kind, moments_in, bits, packed=True)
       for x, kind in zip(moments, kinds, strict=True)
     )
   return fused_update.Leaf(
@@ -62,6 +65,20 @@ def by_interpreted_panels(step, how, leaf):
   return pallas_update.by_panels(step, how, leaf, interpret=True)
 
 
+def spread(leaf, sharding):
+  """A leaf, or its shapes, split over a mesh: what has its axes, where they are longer than 1."""
+  mesh, spec = sharding.mesh, sharding.spec
+
+  def place(x):
+    own = P(*(axes if n > 1 else None for n, axes in zip(x.shape, spec, strict=False)))
+    own = NamedSharding(mesh, own if x.ndim == leaf.weight.ndim else P())
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
+    return jax.device_put(x, own)
+
+  return jax.tree.map(place, leaf)
+
+
 def main():
   """Exits with what is not equal to the bit."""
   cases = [("adamw", name, "float32") for name in FORMATS]
@@ -69,21 +86,29 @@ def main():
   cases += [
     ("adamw", "FP8", "float8_e4m3fn"),
     ("nadamw", "INT4", "float8_e5m2"),
-    ("sgd", "MXFP8", "float8_e4m3fn"),
+    ("sgd", "MXFP8", "int8"),
+    ("adamw", "INT8", "int8"),
     ("adamw", "FP8", "bfloat16"),
   ]
   differ = []
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+  of_layer, of_stack = (NamedSharding(mesh, P(*lead, None, "x", "y")) for lead in ((), (None,)))
   for name, preset, moments_in in cases:
-    # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically.
+    # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically, on
+    # four devices, each of which has half of the rows and of the columns.
     for how, shape, layer, dtype in (
-      ("nearest", (512, 128), None, jnp.float32),
-      ("stochastic", (2, 256, 256), 5, jnp.bfloat16),
+      ("nearest", (640, 128), None, jnp.float32),
+      ("stochastic", (2, 512, 256), 5, jnp.bfloat16),
     ):
       leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
       assert pallas_update.applies(leaf)
       wanted = run(fused_update.definition, STEPS[name], how, leaf)
       for other in (fused_update.by_rows, by_interpreted_panels):
-        found = run(other, STEPS[name], how, leaf)
+        if layer is None:
+          found = run(other, STEPS[name], how, leaf)
+        else:
+          split = functools.partial(parts.fused_update, sharding=of_stack, implementation=other)
+          found = run(split, STEPS[name], how, spread(leaf, of_layer))
         if not all(
           np.array_equal(a.view(np.uint8), b.view(np.uint8))
           for a, b in zip(found, wanted, strict=True)

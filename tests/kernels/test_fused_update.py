@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
-from eco_optax.kernels import fused_update, pallas_update, steps
+from eco_optax.kernels import fused_update, pallas_update, parts, steps
+from eco_optax.training import compile as compile_lib
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -149,7 +150,8 @@ def test_every_format_takes_the_step_of_the_general_path(format):
 def test_kernels_equal_the_definition_to_the_bit():
   """Without fused multiply-adds, which a compiler puts where it likes; in a process of its own."""
   program = pathlib.Path(fused_leaves.__file__)
-  flags = os.environ | {"XLA_FLAGS": "--xla_cpu_max_isa=AVX", "JAX_PLATFORMS": "cpu"}
+  flags = "--xla_cpu_max_isa=AVX --xla_force_host_platform_device_count=4"
+  flags = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, program], env=flags, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-4000:]
 
@@ -173,15 +175,29 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
     np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-def test_a_sharded_leaf_takes_the_same_step():
-  """In a program of several devices the definition is partitioned: the same codes."""
-  leaf = fused_leaves.make(steps.ADAMW, eco.FP8, (512, 256))
-  step = jax.jit(lambda leaf: fused_update.fused_update(steps.ADAMW, "stochastic", leaf))
-  wanted, _ = step(leaf)
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+  ("format", "spec"),
+  [
+    (eco.FP8, P("x", "y")),
+    (eco.FP8, P(None, ("y", "x"))),
+    (eco.INT4, P("x")),
+    # Eight rows are a quarter of a block: such parts are none, and the definition is partitioned.
+    (eco.MXFP8, P(("x", "y"))),
+  ],
+)
+def test_a_sharded_leaf_takes_the_same_step(format, spec, told):
+  """In a program of several devices, told of its parts or not: the same codes where they were."""
+  leaf = fused_leaves.make(steps.ADAMW, format, (64, 32))
+  wanted, _ = jax.jit(lambda x: parts.fused_update(steps.ADAMW, "stochastic", x))(leaf)
   mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
-  spread = lambda x: NamedSharding(mesh, P("x", "y") if x.shape == (512, 256) else P())
-  found, _ = step(jax.tree.map(lambda x: jax.device_put(x, spread(x)), leaf))
-  assert len(found.qvalue.sharding.device_set) == 8
+  where = NamedSharding(mesh, spec)
+  given = leaf._replace(gradient=jax.device_put(leaf.gradient, where))
+  given = given._replace(weight=jax.device_put(leaf.weight, NamedSharding(mesh, P())))
+  sharding = where if told else None
+  step = jax.jit(lambda x: parts.fused_update(steps.ADAMW, "stochastic", x, sharding))
+  found, moments = step(given)
+  assert len(moments[0].sharding.device_set) == 8
   differ = np.asarray(found.qvalue).view(np.uint8) != np.asarray(wanted.qvalue).view(np.uint8)
   assert np.sum(differ) <= 1
 
@@ -201,23 +217,31 @@ def test_a_cpu_holds_no_float32_copy():
 
 
 @pytest.fixture(scope="module")
-def tpu():
-  """A TPU that is not there."""
+def tpus():
+  """Four TPUs that are not there."""
   pytest.importorskip("libtpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-  from eco_optax.training import compile as compile_lib
-
-  return compile_lib.topology_devices("v5p:2x2x1")[0]
+  return compile_lib.topology_devices("v5p:2x2x1")
 
 
-def compile_for(tpu, leaf):
-  """The fused step of a leaf, its weight and moments donated."""
-  here = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(tpu)), leaf
-  )
-  step = lambda weight, moments, rest: fused_update.fused_update(
-    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+@pytest.fixture
+def tpu(tpus):
+  """One of them."""
+  return tpus[0]
+
+
+def compile_for(where, leaf):
+  """The fused step of a leaf on a TPU, or by a sharding on several; weight and moments donated."""
+  sharding = None
+  if isinstance(where, NamedSharding):
+    here, sharding = fused_leaves.spread(leaf, where), where
+  else:
+    here = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(where)), leaf
+    )
+  step = lambda weight, moments, rest: parts.fused_update(
+    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments), sharding
   )
   lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
     here.weight, here.moments, here._replace(weight=None, moments=None)
@@ -245,6 +269,30 @@ def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once
   assert once < compiled.cost_analysis()["bytes accessed"] / size < once + scales
   assert used.alias_size_in_bytes >= size * (once - 2) / 2
   assert used.temp_size_in_bytes / size < 0.3
+
+
+@pytest.mark.parametrize(
+  # Output channels that are whole take one pass. Of those whose rows several devices have, the
+  # largest proposals are found in one more: gradient, codes and moments.
+  ("spec", "moments_in", "wanted"),
+  [(P(None, "x"), "int8", 9.8), (P("x", None), "float32", 20 + 2 + 1 + 8)],
+)
+def test_kernels_compile_for_several_tpus(tpus, spec, moments_in, wanted):
+  shape = (4096, 16384)
+  leaf = jax.eval_shape(
+    lambda: fused_leaves.make(
+      steps.ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
+    )
+  )
+  size = shape[0] * shape[1] // len(tpus)
+  compiled = compile_for(NamedSharding(Mesh(np.array(tpus), ("x",)), spec), leaf)
+  used = compiled.memory_analysis()
+  assert compiled.cost_analysis()["bytes accessed"] / size == pytest.approx(wanted, abs=0.1)
+  assert used.alias_size_in_bytes >= (3 if moments_in != "float32" else 9) * size
+  assert used.temp_size_in_bytes / size < 0.3
+  # What is exchanged is one number for each channel.
+  found = compile_lib.collectives(compiled.as_text())
+  assert found == ({} if spec[0] is None else {"all-reduce": {"s32": {"count": 1, "bytes": 65536}}})
 
 
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)

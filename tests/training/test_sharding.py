@@ -152,8 +152,8 @@ def test_batches_that_devices_cannot_share_are_refused():
 
 
 def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
-  # No harness: a sharded packed tree, stock jit.
-  mesh = sharding.make_mesh({"fsdp": 8})
+  # No harness: a sharded packed tree, stock jit, told where the parameters lie.
+  mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
   w = jax.random.normal(jax.random.key(0), (3, 64, 64))
   params = eco.quantize({"blocks": {"up": {"kernel": w}}}, eco.FP8)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
@@ -162,12 +162,15 @@ def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
 
   def run(params):
     state = tx.init(params)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    step = jax.jit(lambda *args: tx.update(*args, shardings=shardings))
     for _ in range(3):
-      updates, state = jax.jit(tx.update)(grads, state, params)
+      updates, state = step(grads, state, params)
       params = eco.apply_updates(params, updates)
     moments = state.inner.inner[0]
     return [tree["blocks"]["up"]["kernel"] for tree in (params, moments.mu, moments.nu)]
 
   for one, many in zip(run(params), run(placed), strict=True):
-    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 8, 64)
-    np.testing.assert_array_equal(one.qvalue.view(jnp.uint8), many.qvalue.view(jnp.uint8))
+    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 32, 16)
+    differ = np.asarray(one.qvalue).view(np.uint8) != np.asarray(many.qvalue).view(np.uint8)
+    assert np.sum(differ) <= 3  # Once in a million, where a last place decides; moments follow.
