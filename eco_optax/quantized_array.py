@@ -235,7 +235,9 @@ def _round_scale(scale: jax.Array, format: Format, rounding: Rounding) -> jax.Ar
   return jnp.where(jnp.isnan(scale), scale, nearest)
 
 
-def matrix_scale(whole: jax.Array, format: Format) -> jax.Array:
+def matrix_scale(
+  whole: jax.Array, format: Format, divide: Callable[[jax.Array, Any], jax.Array] = divide
+) -> jax.Array:
   """The `tensor_scale` of a two-level format, from its matrix's largest magnitude."""
   most = np.float32(format.max * grid_max(format.scale_dtype))
   # The product of both scales must not be flushed to zero either.
@@ -245,7 +247,11 @@ def matrix_scale(whole: jax.Array, format: Format) -> jax.Array:
 
 
 def group_scale(
-  largest: jax.Array, unit: jax.Array | None, format: Format, rounding: Rounding
+  largest: jax.Array,
+  unit: jax.Array | None,
+  format: Format,
+  rounding: Rounding,
+  divide: Callable[[jax.Array, Any], jax.Array] = divide,
 ) -> jax.Array:
   """Scales, in units of the matrix's scale if that is given.
 
@@ -254,6 +260,7 @@ def group_scale(
     unit: the `tensor_scale` of a two-level format.
     format: of the codes.
     rounding: of the codes.
+    divide: by IEEE division, where that takes another instruction.
 
   Returns:
     float32 scales of largest's shape, exact in `format.scale_dtype`; NaN where the group has a NaN
