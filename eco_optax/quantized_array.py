@@ -272,10 +272,12 @@ def group_scale(
     # step beyond it still comes back. With that limit a stored group finds its own scale again.
     if rounding == "nearest":
       top += np.float32(grid_top_step(format.dtype) / 2)
-    raw = jax.lax.bitcast_convert_type(divide(largest, top), jnp.int32)
-    exponent = (raw >> 23) + (raw & 0x7FFFFF != 0).astype(jnp.int32)
-    scale = jax.lax.bitcast_convert_type(jnp.minimum(exponent, 254) << 23, jnp.float32)
-    scale = jnp.clip(scale, _SMALLEST_NORMAL, _largest_scale(format))
+    # The exponent of their quotient, rounded up: bits of floats are in order, and their difference
+    # exceeds whole exponents as far as the mantissas do.
+    over = jax.lax.bitcast_convert_type(largest, jnp.int32) - top.view(np.int32)
+    exponent = jnp.clip(((over + np.int32(0x7FFFFF)) >> 23) + 127, 1, 254)
+    scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    scale = jnp.minimum(scale, _largest_scale(format))
   elif unit is not None:
     # Among subnormal scales a stored block would not find its own scale again.
     scale = jnp.maximum(divide(largest, unit * top), _smallest_block_scale(format))

@@ -1,10 +1,15 @@
 """The fused update as Pallas kernels for NVIDIA GPUs, by way of Triton.
 
-One program takes a tile of a matrix, or a block of tiles that shares a scale. Where a scale depends
-on a whole column or matrix, a first pass finds the largest proposals. It is made chunk by chunk, in
-launches that take the step of one chunk while they look through the next, so that what the second
-pass reads again is still in the L2 cache. The arithmetic is that of `fused_update.definition`, by
-the same functions.
+One program takes a tile of a matrix, or the tiles of a block that shares a scale. Where a scale
+depends on a whole column or matrix, launches go chunk by chunk: each takes the step of one chunk
+and finds the largest proposals of the next, so that the second reading is from the L2 cache if a
+chunk fits there, which whole matrices do not. The arithmetic is that of `fused_update.definition`,
+by the same functions; scales and codes are divided as IEEE asks.
+
+These kernels have been compiled for GPUs and interpreted, but not yet run on one: they compile for
+compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0 with JAX 0.10.2, for 9.0 with 0.12.0. Elsewhere,
+and in programs that are lowered where no GPU is, the definition is used, which needs 5 to 9 bytes
+of temporaries per weight. JAX means to remove its Triton backend; without it the definition stays.
 """
 
 from __future__ import annotations
@@ -40,8 +45,8 @@ from eco_optax.quantized_array import (
 from eco_optax.stored_moments import SecondMoment
 
 _TILE = 32  # Rows of a tile: a block of moments, and of most block formats.
-_WIDTHS = (128, 64, 32)  # Columns of a tile: the most that divide a matrix's.
-_PER_THREAD = 16  # Elements of a tile.
+_WIDTHS = (64, 32)  # Columns of a tile: the most that divide a matrix's, or those of a block.
+_PER_THREAD = 8  # Elements of a tile: few enough for the registers of several programs.
 _REREAD = 2**24  # Bytes that stay in the L2 cache until they are read again; it has 40 MB or more.
 
 
@@ -63,7 +68,6 @@ class _Plan(NamedTuple):
   moments: tuple[_Stored, ...]
   m: fused.Matrices
   stacked: bool  # Whether random bits depend on the matrix.
-  tile: int  # Rows of a tile.
   width: int  # Columns of a tile.
   height: int  # Rows that share a scale.
   rows: int  # Of a program: those of a tile, or of a block that is higher.
@@ -81,17 +85,42 @@ class _Plan(NamedTuple):
     return self.m.stack // self.chunk[0], self.m.columns // (self.width * self.chunk[1])
 
 
+def available() -> bool:
+  """Whether the kernels run on this process's GPUs, or on the abstract device of a mesh in use."""
+  if jax.__version_info__ < (0, 10):
+    return False
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu":
+    return True
+  try:
+    devices = jax.local_devices(backend="cuda")
+  except RuntimeError:
+    return False
+  return all(float(x.compute_capability) >= 8 for x in devices)  # Triton asks for that.
+
+
 def _divide(x: jax.Array, divisor: Any) -> jax.Array:
   """`quantized_array.divide` in a kernel, where `/` may be two last places off."""
-  divisor = jnp.broadcast_to(jnp.asarray(divisor, jnp.float32), x.shape)
+  # The instruction takes arrays, of one shape, that were computed.
+  divisor = jnp.where(jnp.isnan(x), np.float32(1), divisor)
+  shape = x.shape or (1,)
   (quotient,) = pltriton.elementwise_inline_asm(
     "div.rn.f32 $0, $1, $2;",
-    args=[x, divisor],
+    args=[x.reshape(shape), divisor.reshape(shape)],
     constraints="=f,f,f",
     pack=1,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
   )
-  return quotient
+  return quotient.reshape(x.shape)
+
+
+def _over(plan: _Plan, x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+  """X / scale, in fewer instructions where that is exact."""
+  if not format.power_of_two:
+    return plan.divide(x, scale)
+  raw = jax.lax.bitcast_convert_type(scale, jnp.int32)
+  inverse = jax.lax.bitcast_convert_type(np.int32(254 << 23) - raw, jnp.float32)
+  return times_scale(x, jnp.where(jnp.isnan(scale), scale, inverse))
 
 
 def _fitting(count: int, most: float) -> int:
@@ -112,19 +141,17 @@ def _plan(
     else _Stored(x.dtype, None, 1, False)
     for x in leaf.moments
   )
-  widths = [n for n in _WIDTHS if m.columns % n == 0]
-  height, tile, rows = m.rows, _TILE, _TILE
+  height, rows, widths = m.rows, _TILE, _WIDTHS
   if isinstance(format.granularity, tuple):
     height, wide = format.granularity
-    widths = [n for n in widths if wide in (1, n)]
-    # A block that is higher than a tile is read twice by its program, so that it should be alone in
-    # its L1 cache.
-    tile, rows = min(max(height, _TILE), 2 * _TILE), max(height, _TILE)
-  if not widths or m.rows % rows or rows % tile or any(tile % x.height for x in kinds):
+    rows = max(height, _TILE)
+    widths = widths if wide == 1 else tuple({wide} & {32, 64, 128})
+    if _TILE % height and height % _TILE:
+      return None
+  width = next((n for n in widths if m.columns % n == 0), None)
+  if width is None or m.rows % rows or any(_TILE % x.height for x in kinds):
     return None
-  if isinstance(format.granularity, tuple) and tile % height and height % tile:
-    return None
-  panels = m.columns // widths[0]
+  panels = m.columns // width
   read = leaf.gradient.dtype.itemsize + format.bits / 8 + sum(x.dtype.itemsize for x in kinds)
   matrices = _REREAD / (m.rows * m.columns * read)
   chunk = m.stack, panels
@@ -133,8 +160,8 @@ def _plan(
   elif format.granularity == "channel":
     chunk = _fitting(m.stack, matrices), _fitting(panels, panels * matrices)
   return _Plan(
-    step, rounding, format, kinds, m, fused.first_matrix(leaf) is not None, tile, widths[0], height,
-    rows, chunk, divide if interpret else _divide,
+    step, rounding, format, kinds, m, fused.first_matrix(leaf) is not None, width, height, rows,
+    chunk, divide if interpret else _divide,
   )  # fmt: skip
 
 
@@ -194,7 +221,7 @@ class _Program(NamedTuple):
     """The index of a tile's part of an array, each element of which may stand for several."""
     m = self.plan.m
     high, wide = m.rows // ref.shape[1], m.columns // ref.shape[2]
-    rows = pl.ds(jax.lax.div(tile.row, np.int32(high)), max(self.plan.tile // high, 1))
+    rows = pl.ds(jax.lax.div(tile.row, np.int32(high)), max(_TILE // high, 1))
     columns = pl.ds(jax.lax.div(tile.column, np.int32(wide)), max(self.plan.width // wide, 1))
     return tile.matrix, rows, columns
 
@@ -203,7 +230,7 @@ class _Program(NamedTuple):
     words = (self.integers[2 * k + i] for i in (1, 2))
     key = tuple(jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
     matrix = self.integers[0] + tile.matrix if self.plan.stacked else None
-    shape = self.plan.tile, self.plan.width
+    shape = _TILE, self.plan.width
     return fused.tile_bits(key, matrix, self.plan.m.columns, tile.row, tile.column, shape)
 
   def step_scalars(self) -> Any:
@@ -212,13 +239,16 @@ class _Program(NamedTuple):
 
   def grouped(self, x: jax.Array) -> jax.Array:
     """Rows that share a scale together, in three axes."""
-    return x.reshape(-1, min(self.plan.height, self.plan.tile), self.plan.width)
+    return x.reshape(-1, min(self.plan.height, _TILE), self.plan.width)
 
   def largest(self, proposal: jax.Array) -> jax.Array:
     """The largest proposals of a tile by scale: (groups, 1, columns or 1)."""
     granularity = self.plan.format.granularity
-    of_columns = granularity == "channel" or granularity[1:] == (1,)
-    return largest_magnitude(self.grouped(proposal), (1,) if of_columns else (1, 2), keepdims=True)
+    of_columns = largest_magnitude(self.grouped(proposal), (1,), keepdims=True)
+    if granularity == "channel" or granularity[1:] == (1,):
+      return of_columns
+    # A scalar, which a program has once; Triton would spread an array of one element over threads.
+    return largest_magnitude(of_columns, (0, 1, 2), keepdims=False)
 
   def read_moments(self, tile: _Tile) -> Moments:
     """The moments of a tile."""
@@ -256,7 +286,7 @@ def _store_moment(plan: _Plan, kind: _Stored, x: jax.Array, bits: Any) -> tuple[
   grouped = value.reshape(-1, kind.height, plan.width)
   largest = largest_magnitude(grouped, (1,), True)
   scale = group_scale(largest, None, kind.format, "stochastic", plan.divide)
-  y = plan.divide(grouped, scale).reshape(x.shape)
+  y = _over(plan, grouped, scale, kind.format).reshape(x.shape)
   if kind.is_root:
     y = stored_moments.root_on_grid(y, x, kind.dtype)
   return scale[:, 0], _pack(rounding_lib.code_bits(y, kind.dtype, bits()), kind.format)
@@ -265,21 +295,20 @@ def _store_moment(plan: _Plan, kind: _Stored, x: jax.Array, bits: Any) -> tuple[
 def _find(program: _Program, found: Any, tile: _Tile) -> None:
   """Kernel: raises the largest proposals, of columns or matrices, to those of a tile."""
   weight, update, _ = program.read(tile)
-  axes = (0,) if found.shape[2] > 1 else (0, 1)
-  largest = largest_magnitude(add_update(weight, update), axes, keepdims=True)
-  bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
-  pltriton.atomic_max(found, program.part(found, tile), bits)
+  largest = largest_magnitude(add_update(weight, update), (0,), keepdims=True)
+  if found.shape[2] == 1:
+    largest = largest_magnitude(largest, (1,), keepdims=True)
+  pltriton.atomic_max(found, program.part(found, tile), largest)
 
 
 def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
   """Kernel: the whole step of a program's tiles."""
   plan, format = program.plan, program.plan.format
   new_scale, new_qvalue, *new_moments = out
-  at = lambda i: first._replace(row=first.row + i * np.int32(plan.tile))
+  at = lambda i: first._replace(row=first.row + i * np.int32(_TILE))
   largest = unit = None
   if plan.finds:
-    bits = found[program.part(found, first)]
-    largest = jax.lax.bitcast_convert_type(bits, jnp.float32)[None]
+    largest = found[program.part(found, first)][None]
     if format.two_level:
       unit, largest = matrix_scale(largest, format, plan.divide), None
 
@@ -295,14 +324,17 @@ def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
     scale = group_scale(of_group, unit, format, plan.rounding, plan.divide)
     factor = scale if unit is None else times_scale(unit, scale)
     bits = program.bits(0, tile) if plan.rounding == "stochastic" else None
-    y = plan.divide(program.grouped(proposal), factor).reshape(weight.shape)
+    y = _over(plan, program.grouped(proposal), factor, format).reshape(weight.shape)
     code = rounding_lib.code_bits(y, format.dtype, bits)
     value = program.grouped(rounding_lib.decode(code, format.dtype))
     stored = times_scale(value, factor).reshape(weight.shape)
     moments = fused.injected(plan.step, program.step_scalars(), moments, weight, stored, update)
 
     # The programs of a column or matrix all store the same.
-    new_scale[program.part(new_scale, tile)] = scale[:, 0]
+    at_scale = new_scale[program.part(new_scale, tile)]
+    new_scale[program.part(new_scale, tile)] = jnp.broadcast_to(
+      scale if scale.ndim == 0 else scale[:, 0], at_scale.shape
+    )
     new_qvalue[program.part(new_qvalue, tile)] = _pack(code, format)
     refs = iter(new_moments)
     for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
@@ -310,12 +342,11 @@ def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
         ref = next(refs)
         ref[program.part(ref, tile)] = array
 
-  tiles = plan.rows // plan.tile
+  tiles = plan.rows // _TILE
   if tiles == 1:
     write(np.int32(0), None)
     return
-  columns = 1 if format.granularity[1] > 1 else plan.width  # type: ignore[misc]
-  zero = jnp.zeros((1, 1, columns), jnp.float32)
+  zero = jnp.zeros((1, 1, plan.width) if format.granularity[1] == 1 else (), jnp.float32)
   largest = jax.lax.fori_loop(0, tiles, proposals, zero)
   jax.lax.fori_loop(0, tiles, write, None)
 
@@ -387,7 +418,7 @@ def _launch(
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
     input_output_aliases=in_place,
     compiler_params=pltriton.CompilerParams(
-      num_warps=max(plan.tile * plan.width // (32 * _PER_THREAD), 1), num_stages=1
+      num_warps=max(_TILE * plan.width // (32 * _PER_THREAD), 1), num_stages=1
     ),
     interpret=interpret,
     name="fused_update",
@@ -441,7 +472,7 @@ def by_tiles(
   if plan.finds:
     # Of columns if these have scales of their own, and of matrices.
     columns = plan.m.columns if format.granularity == "channel" else 1
-    found = jnp.zeros((plan.m.stack, 1, columns), jnp.int32)
+    found = jnp.zeros((plan.m.stack, 1, columns), jnp.float32)
     changed = [found, jnp.zeros_like(given[2]), *changed]
     turns = math.prod(plan.chunks) + 1
     found, *changed = jax.lax.fori_loop(0, turns, lambda i, x: launch(i, given, x), changed)
@@ -452,8 +483,7 @@ def by_tiles(
   typed = lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
   tensor_scale = weight.tensor_scale
   if tensor_scale is not None:
-    largest = jax.lax.bitcast_convert_type(found, jnp.float32)
-    tensor_scale = matrix_scale(largest, format).reshape(tensor_scale.shape)
+    tensor_scale = matrix_scale(found, format).reshape(tensor_scale.shape)
   new = QuantizedArray(
     typed(qvalue, weight.qvalue),
     new_scale.reshape(weight.scale.shape).astype(format.scale_dtype),
