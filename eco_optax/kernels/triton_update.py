@@ -141,7 +141,8 @@ def _plan(
     else _Stored(x.dtype, None, 1, False)
     for x in leaf.moments
   )
-  height, rows, widths = m.rows, _TILE, _WIDTHS
+  height, rows = m.rows, _TILE
+  widths: tuple[int, ...] = _WIDTHS
   if isinstance(format.granularity, tuple):
     height, wide = format.granularity
     rows = max(height, _TILE)
@@ -344,7 +345,7 @@ def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
 
   tiles = plan.rows // _TILE
   if tiles == 1:
-    write(np.int32(0), None)
+    write(jnp.zeros([], jnp.int32), None)
     return
   zero = jnp.zeros((1, 1, plan.width) if format.granularity[1] == 1 else (), jnp.float32)
   largest = jax.lax.fori_loop(0, tiles, proposals, zero)

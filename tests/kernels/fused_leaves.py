@@ -8,7 +8,7 @@ import numpy as np
 
 import eco_optax as eco
 from eco_optax import rounding, stored_moments
-from eco_optax.kernels import fused_update, pallas_update, steps
+from eco_optax.kernels import fused_update, pallas_update, steps, triton_update
 
 STEPS = {
   "adamw": steps.ADAMW,
@@ -62,6 +62,14 @@ def by_interpreted_panels(step, how, leaf):
   return pallas_update.by_panels(step, how, leaf, interpret=True)
 
 
+def by_interpreted_tiles(step, how, leaf):
+  return triton_update.by_tiles(step, how, leaf, interpret=True)
+
+
+# What those for GPUs are tried on, which have fewer ways through them.
+ON_TILES = ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4")
+
+
 def main():
   """Exits with what is not equal to the bit."""
   cases = [("adamw", name, "float32") for name in FORMATS]
@@ -72,6 +80,7 @@ def main():
     ("sgd", "MXFP8", "float8_e4m3fn"),
     ("adamw", "FP8", "bfloat16"),
   ]
+  triton_update._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
   differ = []
   for name, preset, moments_in in cases:
     # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically.
@@ -82,7 +91,11 @@ def main():
       leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
       assert pallas_update.applies(leaf)
       wanted = run(fused_update.definition, STEPS[name], how, leaf)
-      for other in (fused_update.by_rows, by_interpreted_panels):
+      others = [fused_update.by_rows, by_interpreted_panels]
+      on_tiles = preset in ON_TILES and name in ("adamw", "sgd")
+      if on_tiles and (how == "stochastic" or moments_in == "float32"):
+        others.append(by_interpreted_tiles)
+      for other in others:
         found = run(other, STEPS[name], how, leaf)
         if not all(
           np.array_equal(a.view(np.uint8), b.view(np.uint8))
