@@ -447,6 +447,25 @@ def _as_bytes(x: jax.Array) -> jax.Array:
   return x if x.dtype.itemsize > 1 else jax.lax.bitcast_convert_type(x, jnp.uint8)
 
 
+def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
+  """What the kernels load from memory and store there for a leaf (of shapes, or of arrays).
+
+  What a chunk that fits in the L2 cache is read from there a second time does not count.
+
+  Returns:
+    Bytes.
+  """
+  plan = _plan(step, rounding, leaf)
+  if plan is None:
+    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
+  _, _, scale, qvalue, gradient, *moments = jax.eval_shape(_operands, leaf)
+  size = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
+  written = size(scale, qvalue, *moments)
+  read = size(gradient) + written
+  again = plan.finds and read / math.prod(plan.chunks) > 1.01 * _REREAD  # Scales are few.
+  return read * (1 + again) + written
+
+
 def by_tiles(
   step: Step, rounding: Rounding, leaf: fused.Leaf, interpret: bool = False
 ) -> tuple[QuantizedArray, Moments]:

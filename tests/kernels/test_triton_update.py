@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import eco_optax as eco
-from eco_optax.kernels import steps, triton_update
+from eco_optax.kernels import fused_update, steps, triton_update
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -75,3 +75,30 @@ def test_programs_for_a_gpu_have_kernels(format):
     assert "gpu.triton" in lowered()
   if format == "FP8":
     assert "gpu.triton" not in lowered()
+
+
+@pytest.mark.parametrize("moments_in", ["float32", "float8_e4m3fn"])
+@pytest.mark.parametrize("format", ["FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4"])
+def test_kernels_compile_for_an_h100_and_work_in_place(format, moments_in):
+  pytest.importorskip("jax_cuda12_plugin")
+  from eco_optax.training import compile as compile_lib
+
+  (h100,) = compile_lib.topology_devices("h100:1")
+  shape, preset = (4096, 14336), fused_leaves.FORMATS[format]
+  leaf = compile_lib.on_device(
+    h100, shapes_of(preset, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in)
+  )
+  step = lambda weight, moments, rest: fused_update.fused_update(
+    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+  )
+  with compile_lib.abstractly(h100):
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+      leaf.weight, leaf.moments, leaf._replace(weight=None, moments=None)
+    )
+  compiled = lowered.compile()
+  assert "gpu.triton" in compiled.as_text()
+  used, size = compiled.memory_analysis(), shape[0] * shape[1]
+  of_moment = 4 if moments_in == "float32" else 1
+  assert used.alias_size_in_bytes >= size * (2 * of_moment + preset.bits / 8)
+  # Block scales, those of moments too, are in float32 on their way in and out.
+  assert used.temp_size_in_bytes / size < 0.8
