@@ -6,10 +6,13 @@ and finds the largest proposals of the next, so that the second reading is from 
 chunk fits there, which whole matrices do not. The arithmetic is that of `fused_update.definition`,
 by the same functions; scales and codes are divided as IEEE asks.
 
-These kernels have been compiled for GPUs and interpreted, but not yet run on one: they compile for
-compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0 with JAX 0.10.2, for 9.0 with 0.12.0. Elsewhere,
-and in programs that are lowered where no GPU is, the definition is used, which needs 5 to 9 bytes
-of temporaries per weight. JAX means to remove its Triton backend; without it the definition stays.
+No GPU has run these kernels yet. They compile for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0
+with JAX 0.10.2 and for 9.0 with 0.12.0, in place and without copies; where JAX's CUDA plugin is
+installed the tests compile them for an H100, run its instructions one by one, and find the codes
+and moments of the definition. So they are used where a process has GPUs from 8.0 on, and JAX 0.10
+or later. Elsewhere, and in programs that are lowered where no GPU is, unless for an abstract one,
+the definition is, which holds 5 to 9 bytes of temporaries per weight. JAX means to remove its
+Triton backend; without it the definition stays.
 """
 
 from __future__ import annotations
