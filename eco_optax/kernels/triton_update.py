@@ -335,10 +335,9 @@ def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
     moments = fused.injected(plan.step, program.step_scalars(), moments, weight, stored, update)
 
     # The programs of a column or matrix all store the same.
-    at_scale = new_scale[program.part(new_scale, tile)]
-    new_scale[program.part(new_scale, tile)] = jnp.broadcast_to(
-      scale if scale.ndim == 0 else scale[:, 0], at_scale.shape
-    )
+    scales = scale[:, 0] if scale.ndim else scale
+    _, rows, columns = at_scale = program.part(new_scale, tile)
+    new_scale[at_scale] = jnp.broadcast_to(scales, (rows.size, columns.size))
     new_qvalue[program.part(new_qvalue, tile)] = _pack(code, format)
     refs = iter(new_moments)
     for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
