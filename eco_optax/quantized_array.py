@@ -250,7 +250,9 @@ def _round_scale(scale: jax.Array, format: Format, rounding: Rounding) -> jax.Ar
   return jnp.where(jnp.isnan(scale), scale, nearest)
 
 
-def matrix_scale(whole: jax.Array, format: Format) -> jax.Array:
+def matrix_scale(
+  whole: jax.Array, format: Format, divide: Callable[[jax.Array, Any], jax.Array] = divide
+) -> jax.Array:
   """The `tensor_scale` of a two-level format, from its matrix's largest magnitude."""
   most = np.float32(format.max * grid_max(format.scale_dtype))
   # The product of both scales must not be flushed to zero either.
@@ -260,7 +262,11 @@ def matrix_scale(whole: jax.Array, format: Format) -> jax.Array:
 
 
 def group_scale(
-  largest: jax.Array, unit: jax.Array | None, format: Format, rounding: Rounding
+  largest: jax.Array,
+  unit: jax.Array | None,
+  format: Format,
+  rounding: Rounding,
+  divide: Callable[[jax.Array, Any], jax.Array] = divide,
 ) -> jax.Array:
   """Scales, in units of the matrix's scale if that is given.
 
@@ -269,6 +275,7 @@ def group_scale(
     unit: the `tensor_scale` of a two-level format.
     format: of the codes.
     rounding: of the codes.
+    divide: by IEEE division, where that takes another instruction.
 
   Returns:
     float32 scales of largest's shape, exact in `format.scale_dtype`; NaN where the group has a NaN
@@ -280,10 +287,12 @@ def group_scale(
     # step beyond it still comes back. With that limit a stored group finds its own scale again.
     if rounding == "nearest":
       top += np.float32(grid_top_step(format.dtype) / 2)
-    raw = jax.lax.bitcast_convert_type(divide(largest, top), jnp.int32)
-    exponent = (raw >> 23) + (raw & 0x7FFFFF != 0).astype(jnp.int32)
-    scale = jax.lax.bitcast_convert_type(jnp.minimum(exponent, 254) << 23, jnp.float32)
-    scale = jnp.clip(scale, _SMALLEST_NORMAL, _largest_scale(format))
+    # The exponent of their quotient, rounded up: bits of floats are in order, and their difference
+    # exceeds whole exponents as far as the mantissas do.
+    over = jax.lax.bitcast_convert_type(largest, jnp.int32) - top.view(np.int32)
+    exponent = jnp.clip(((over + np.int32(0x7FFFFF)) >> 23) + 127, 1, 254)
+    scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    scale = jnp.minimum(scale, _largest_scale(format))
   elif unit is not None:
     # Among subnormal scales a stored block would not find its own scale again.
     scale = jnp.maximum(divide(largest, unit * top), _smallest_block_scale(format))

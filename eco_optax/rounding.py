@@ -39,6 +39,15 @@ def grid_step(y: jax.Array, dtype: np.dtype) -> jax.Array:
   return _power_of_two(_biased_exponent(jnp.abs(y), dtype) - np.int32(mantissa))
 
 
+def _nearest(units: jax.Array) -> jax.Array:
+  """Units, of at most 2^22, to the nearest int32, ties to even.
+
+  By a sum whose last bits are the integer, because Triton has no instruction for it.
+  """
+  raw = jax.lax.bitcast_convert_type(units + np.float32(2**23), jnp.int32)
+  return raw & np.int32(2**23 - 1)
+
+
 def _dithered(units: jax.Array, integer_bits: int, bits: jax.Array) -> jax.Array:
   """floor(units + U) as int32, for units below 2^integer_bits.
 
@@ -96,7 +105,7 @@ def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> j
     units = magnitude * _power_of_two(np.int32(254 + mantissa) - exponent)  # |y| / ulp, exactly.
 
   if bits is None:
-    count = jnp.round(units).astype(jnp.int32)  # Ties to even.
+    count = _nearest(units)
   else:
     integer_bits = mantissa + 1 if minimum is not None else int(largest).bit_length()
     count = _dithered(units, integer_bits, bits)

@@ -1,8 +1,8 @@
-"""Measures steps: python scripts/benchmark.py --backend=cpu|cuda|tpu-aot.
+"""Measures steps: python scripts/benchmark.py --backend=cpu|cuda|tpu-aot|cuda-aot.
 
 On this machine's CPU or GPU it times optimizer steps, random bits and whole training steps. For
-TPUs it compiles ahead of time, without one, and counts bytes. Figures go to results/benchmark/,
-where a table and a chart are made of all that lie there.
+TPUs and GPUs it compiles ahead of time, without one, and counts bytes. Figures go to
+results/benchmark/, where a table and a chart are made of all that lie there.
 With --config=configs/llama_3m.py it times that run's checkpoints instead.
 """
 
@@ -20,8 +20,9 @@ from ml_collections import config_flags
 from eco_optax.training import benchmark, report
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_BACKEND = flags.DEFINE_enum("backend", "cpu", ["cpu", "cuda", "tpu-aot"], "What is measured.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "That tpu-aot compiles for.")
+_AHEAD = {"tpu-aot": "v5p:2x2x1", "cuda-aot": "h100:1"}
+_BACKEND = flags.DEFINE_enum("backend", "cpu", ["cpu", "cuda", *_AHEAD], "What is measured.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "That is compiled for ahead of time.")
 _SIZE = flags.DEFINE_integer("size", 2**24, "Elements per array; a multiple of 4096.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds of a timing.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of a run whose checkpoints are timed.")
@@ -46,12 +47,13 @@ def checkpoints() -> None:
 
 
 def compiled() -> None:
-  """Counts what steps move on a TPU that need not be there."""
+  """Counts what steps move on a TPU or GPU that need not be there."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
   from eco_optax.training import compile as compile_lib
 
-  device = compile_lib.topology_devices(_TOPOLOGY.value)[0]
+  topology = _TOPOLOGY.value or _AHEAD[_BACKEND.value]
+  device = compile_lib.topology_devices(topology)[0]
   shape = (4096, _SIZE.value // 4096)
   figures = {
     "elements": _SIZE.value,
@@ -59,7 +61,7 @@ def compiled() -> None:
     "optimizer_step": benchmark.compiled_step(device, shape),
     "kernels": benchmark.kernel_traffic(device, shape),
   }
-  write(f"benchmark/tpu_{_TOPOLOGY.value.split(':')[0]}", figures)
+  write(f"benchmark/{_BACKEND.value.removesuffix('-aot')}_{topology.split(':')[0]}", figures)
 
 
 def timed() -> None:
@@ -85,7 +87,7 @@ def main(_: list[str]) -> None:
   if _CONFIG.value:
     checkpoints()
     return
-  if _BACKEND.value == "tpu-aot":
+  if _BACKEND.value in _AHEAD:
     compiled()
   else:
     timed()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -495,6 +496,23 @@ def _by_panels(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   return pallas_update.by_panels(step, rounding, leaf)
 
 
+def _by_tiles(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  try:
+    from eco_optax.kernels import triton_update
+  except ImportError:  # A JAX without that backend.
+    return definition(step, rounding, leaf)
+  chosen = triton_update.by_tiles if triton_update.available() else definition
+  return chosen(step, rounding, leaf)
+
+
+def _on_cuda(ctx: Any, *args: Any, **params: Any) -> Any:
+  with warnings.catch_warnings():
+    # Where it is gone `_by_tiles` does without.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    return _on_one_device(_by_tiles)(ctx, *args, **params)
+
+
 mlir.register_lowering(_fused_update_p, _on_one_device(definition))
 mlir.register_lowering(_fused_update_p, _on_one_device(by_rows), platform="cpu")
 mlir.register_lowering(_fused_update_p, _on_one_device(_by_panels), platform="tpu")
+mlir.register_lowering(_fused_update_p, _on_cuda, platform="cuda")

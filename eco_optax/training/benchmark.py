@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import SingleDeviceSharding
 
 import eco_optax as eco
 from eco_optax import rounding
-from eco_optax.kernels import fused_update, pallas_update, steps
+from eco_optax.kernels import fused_update, pallas_update, steps, triton_update
 from eco_optax.quantized_array import is_quantized
 from eco_optax.training import checkpoints, loop, memory, sharding
+from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import pipeline
@@ -90,6 +90,7 @@ class Way(NamedTuple):
   init: Callable[[Any], Any]  # Float32 weights → what is kept, as one tree.
   step: Callable[[Any, Any], Any]  # (that, gradients) → that, for `jit` with donation.
   runs_on: tuple[str, ...] = ("cpu", "tpu", "gpu")
+  needs_device: bool = False  # To be compiled.
 
 
 def _way(tx: optax.GradientTransformation, convert: Callable[[Any], Any]) -> Way:
@@ -133,7 +134,7 @@ def _flashoptim() -> Way | None:
     params = optax.tree.cast(dense, jnp.bfloat16)
     return params, tx.init(params)
 
-  return Way(init, lambda kept, grads: tx.step(*kept, grads), ("gpu",))
+  return Way(init, lambda kept, grads: tx.step(*kept, grads), ("gpu",), True)
 
 
 RATE = 1e-3
@@ -180,12 +181,12 @@ def ways() -> dict[str, Way]:
 def _program(way: Way, dense: Any, grads: Any, device: Any = None) -> Any:
   """The compiled step of one way, for `device`, which need not be there, or for this machine."""
   kept = jax.eval_shape(way.init, dense)
-  if device is not None:
-    kept, grads = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
-      (kept, grads),
-    )
-  return jax.jit(way.step, donate_argnums=0).lower(kept, grads).compile()
+  step = jax.jit(way.step, donate_argnums=0)
+  if device is None:
+    return step.lower(kept, grads).compile()
+  with compile_lib.abstractly(device):
+    lowered = step.lower(*compile_lib.on_device(device, (kept, grads)))
+  return lowered.compile()
 
 
 def at_rest(way: Way, dense: Any) -> float:
@@ -237,7 +238,7 @@ def optimizer_step(
 
 
 def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
-  """What one step of one matrix moves and holds on a TPU, which need not be there.
+  """What one step of one matrix moves and holds on a TPU or GPU, which need not be there.
 
   Args:
     device: of a topology, see `compile.topology_devices`.
@@ -245,17 +246,18 @@ def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, fl
 
   Returns:
     By name, per parameter: `bytes_at_rest`, `temporaries`, and `moved`, the bytes read and written,
-    as the compiler counts them.
+    as the compiler counts them, which that for GPUs does not.
   """
   dense = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
   grads = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
   size, rows = math.prod(shape), {}
   for name, way in ways().items():
     rows[name] = {"bytes_at_rest": at_rest(way, dense)}
-    if "tpu" not in way.runs_on:
+    if device.platform not in way.runs_on or way.needs_device:
       continue
     program = _program(way, dense, grads, device)
-    rows[name]["moved"] = program.cost_analysis()["bytes accessed"] / size
+    if cost := program.cost_analysis():
+      rows[name]["moved"] = cost["bytes accessed"] / size
     rows[name]["temporaries"] = program.memory_analysis().temp_size_in_bytes / size
   return rows
 
@@ -369,7 +371,7 @@ KERNELS = ("FP8", "FP8_E5M2", "INT8", "INT4", "FP8_BLOCK128", "MXFP8", "MXFP4", 
 
 
 def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
-  """Bytes per parameter of fused AdamW steps compiled for a TPU, which need not be there.
+  """Bytes per parameter of fused AdamW steps compiled for a TPU or GPU, which need not be there.
 
   Args:
     device: of a topology, see `compile.topology_devices`.
@@ -380,6 +382,7 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
   """
   scalars = steps.AdamScalars(*[jnp.zeros([], jnp.float32)] * len(steps.AdamScalars._fields))
   size, figures = shape[0] * shape[1], {}
+  kernels: Any = {"tpu": pallas_update, "gpu": triton_update}[device.platform]
 
   def leaf(format: eco.Format) -> fused_update.Leaf:
     moment = jnp.zeros(shape)
@@ -394,20 +397,18 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
 
   for name in KERNELS:
     operands = jax.eval_shape(functools.partial(leaf, getattr(eco, name)))
-    here = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
-      operands,
-    )
+    here = compile_lib.on_device(device, operands)
     step = jax.jit(
       lambda weight, moments, rest: fused_update.fused_update(
         steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
       ),
       donate_argnums=(0, 1),
     )
-    rest = here._replace(weight=None, moments=None)  # type: ignore[arg-type]
-    used: Any = step.lower(here.weight, here.moments, rest).compile().memory_analysis()
+    with compile_lib.abstractly(device):
+      lowered = step.lower(here.weight, here.moments, here._replace(weight=None, moments=None))
+    used: Any = lowered.compile().memory_analysis()
     figures[name] = {
-      "moved": pallas_update.bytes_moved(steps.ADAMW, "stochastic", operands) / size,
+      "moved": kernels.bytes_moved(steps.ADAMW, "stochastic", operands) / size,
       "temporaries": used.temp_size_in_bytes / size,
     }
   return figures
@@ -454,23 +455,29 @@ def table(results: pathlib.Path) -> str:
   found = _figures(results)
   rows = sweep.read(results / "storage" / "runs.jsonl")
   timed = [backend for backend in ("cpu", "cuda") if backend in found]
-  tpus = [name for name in found if name.startswith("tpu")]
+  compiled = [name for name in found if "compiled_for" in found[name]]
+  # Not every compiler counts what a program moves.
+  counted = lambda file: {
+    key: form
+    for key, form in {"moved": ".1f", "temporaries": ".2f"}.items()
+    if any(key in row for row in found[file]["optimizer_step"].values())
+  }
   head = ["AdamW, 1 matrix", "bytes at rest"]
-  for tpu in tpus:
-    kind = found[tpu]["compiled_for"]
-    head += [f"moved on {kind}", f"temporaries on {kind}"]
+  for file in compiled:
+    kind = found[file]["compiled_for"]
+    head += [f"{key} on {kind}" for key in counted(file)]
   for backend in timed:
     head += [f"time on {found[backend]['machine']['device']}", "quartiles"]
   head += ["validation loss, 1M parameters"]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  names = dict.fromkeys(n for f in [*timed, *tpus] for n in found[f]["optimizer_step"])
+  names = dict.fromkeys(n for f in [*timed, *compiled] for n in found[f]["optimizer_step"])
   for name in names:
     own = lambda file, key, name=name: found[file]["optimizer_step"].get(name, {}).get(key)
     number = lambda value, form: "–" if value is None else format(value, form)
-    rest = next(x for f in [*timed, *tpus] if (x := own(f, "bytes_at_rest")) is not None)
+    rest = next(x for f in [*timed, *compiled] if (x := own(f, "bytes_at_rest")) is not None)
     cells = [name, f"{rest:.2f}"]
-    for tpu in tpus:
-      cells += [number(own(tpu, "moved"), ".1f"), number(own(tpu, "temporaries"), ".2f")]
+    for file in compiled:
+      cells += [number(own(file, key), form) for key, form in counted(file).items()]
     for backend in timed:
       ratio, low, high = (own(backend, key) for key in ("ratio", "low", "high"))
       cells += ["–", "–"] if ratio is None else [f"{ratio:.2f}×", f"{low:.2f}–{high:.2f}"]
@@ -495,9 +502,11 @@ def plot(results: pathlib.Path) -> None:
   panels = []  # Title, figures by name, and the key.
   first = next(iter(found.values()))
   panels.append(("bytes per parameter at rest", first["optimizer_step"], "bytes_at_rest"))
-  for name, figures in sorted(found.items(), reverse=True):
+  for _, figures in sorted(found.items(), reverse=True):
     rows = figures["optimizer_step"]
-    if name.startswith("tpu"):
+    if "compiled_for" in figures:
+      if not any("moved" in row for row in rows.values()):
+        continue
       panels.append((f"bytes moved, {figures['compiled_for']} (compiled)", rows, "moved"))
     else:
       kind = figures["machine"]["device"]

@@ -1,4 +1,4 @@
-"""Compiling a run's step ahead of time for TPUs that are not there, and reading what came out."""
+"""Compiling a run's step ahead of time for chips that are not there, and reading what came out."""
 
 from __future__ import annotations
 
@@ -34,15 +34,78 @@ TOPOLOGIES = {
 _BITS = {"pred": 8, "bf16": 16}  # Of dtypes whose name does not end in their bits.
 
 
+# What XLA's compiler for GPUs asks of an H100 SXM, after its data sheet and CUDA's properties.
+_H100 = """
+  platform_name: "CUDA"
+  device_description_str: "NVIDIA H100 80GB HBM3"
+  runtime_version { major: 12 minor: 9 }
+  dnn_version_info { major: 9 minor: 8 }
+  gpu_device_info {
+    cuda_compute_capability { major: 9 }
+    core_count: 132
+    fpus_per_core: 128
+    clock_rate_ghz: 1.98
+    memory_bandwidth: 3352000000000
+    device_memory_size: 85000000000
+    l2_cache_size: 52428800
+    registers_per_core_limit: 65536
+    registers_per_block_limit: 65536
+    shared_memory_per_core: 233472
+    shared_memory_per_block: 49152
+    shared_memory_per_block_optin: 232448
+    threads_per_warp: 32
+    threads_per_core_limit: 2048
+    threads_per_block_limit: 1024
+    block_dim_limit_x: 2147483647
+    block_dim_limit_y: 65535
+    block_dim_limit_z: 65535
+  }
+"""
+
+
+def _gpus(count: str) -> list[Any]:
+  from jax.experimental import topologies
+
+  try:
+    return list(
+      topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{count}"
+      ).devices
+    )
+  except NotImplementedError as error:
+    raise ImportError(
+      "compiling for a GPU takes JAX's CUDA plugin: pip install 'eco_optax[cuda]', which works"
+      " without one"
+    ) from error
+
+
+def on_device(device: Any, tree: Any) -> Any:
+  """Shapes as those of arrays on a device, which need not be there."""
+  place = jax.sharding.SingleDeviceSharding(device)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def abstractly(device: Any) -> Any:
+  """A context in which programs are lowered for the kind of a device that need not be there."""
+  abstract = jax.sharding.AbstractDevice(
+    device_kind=device.device_kind,
+    num_cores=getattr(device, "core_count", None),
+    platform=device.platform,
+  )
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract))
+
+
 def topology_devices(topology: str) -> list[Any]:
-  """The devices of a TPU topology such as `v5e:4x4`; no TPU need be there.
+  """The devices of a topology such as `v5e:4x4`, or `h100:1`; none need be there.
 
   Raises:
-    ImportError: if `libtpu`, which has the compiler, is not installed.
+    ImportError: if what has the compiler, `libtpu` or JAX's CUDA plugin, is not installed.
     ValueError: naming the topology, if there is no such one.
   """
   from jax.experimental import topologies
 
+  if topology.startswith("h100:"):
+    return _gpus(topology.removeprefix("h100:"))
   try:
     import libtpu  # noqa: F401
   except ImportError as error:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax import rounding, stored_moments
-from eco_optax.kernels import fused_update, pallas_update, parts, steps
+from eco_optax.kernels import fused_update, pallas_update, parts, steps, triton_update
 
 STEPS = {
   "adamw": steps.ADAMW,
@@ -41,7 +41,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
     bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
     moments = tuple(
-      stored_moments.store(x, kind, moments_in, bits, packed=True)
+      stored_moments.store(x, kind, moments_in, bits)
       for x, kind in zip(moments, kinds, strict=True)
     )
   return fused_update.Leaf(
@@ -65,6 +65,10 @@ def by_interpreted_panels(step, how, leaf):
   return pallas_update.by_panels(step, how, leaf, interpret=True)
 
 
+def by_interpreted_tiles(step, how, leaf):
+  return triton_update.by_tiles(step, how, leaf, interpret=True)
+
+
 def spread(leaf, sharding):
   """A leaf, or its shapes, split over a mesh: what has its axes, where they are longer than 1."""
   mesh, spec = sharding.mesh, sharding.spec
@@ -79,6 +83,10 @@ def spread(leaf, sharding):
   return jax.tree.map(place, leaf)
 
 
+# What those for GPUs are tried on, which have fewer ways through them.
+ON_TILES = ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4")
+
+
 def main():
   """Exits with what is not equal to the bit."""
   cases = [("adamw", name, "float32") for name in FORMATS]
@@ -86,10 +94,10 @@ def main():
   cases += [
     ("adamw", "FP8", "float8_e4m3fn"),
     ("nadamw", "INT4", "float8_e5m2"),
-    ("sgd", "MXFP8", "int8"),
-    ("adamw", "INT8", "int8"),
+    ("sgd", "MXFP8", "float8_e4m3fn"),
     ("adamw", "FP8", "bfloat16"),
   ]
+  triton_update._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
   differ = []
   mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
   of_layer, of_stack = (NamedSharding(mesh, P(*lead, None, "x", "y")) for lead in ((), (None,)))
@@ -97,14 +105,19 @@ def main():
     # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically, on
     # four devices, each of which has half of the rows and of the columns.
     for how, shape, layer, dtype in (
-      ("nearest", (640, 128), None, jnp.float32),
+      ("nearest", (512, 128), None, jnp.float32),
       ("stochastic", (2, 512, 256), 5, jnp.bfloat16),
     ):
       leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
       assert pallas_update.applies(leaf)
       wanted = run(fused_update.definition, STEPS[name], how, leaf)
-      for other in (fused_update.by_rows, by_interpreted_panels):
-        if layer is None:
+      others = [fused_update.by_rows, by_interpreted_panels]
+      on_tiles = preset in ON_TILES and name in ("adamw", "sgd")
+      if on_tiles and (how == "stochastic" or moments_in == "float32"):
+        others.append(by_interpreted_tiles)
+      for other in others:
+        # Tiles take what is not split along the rows.
+        if layer is None or other is by_interpreted_tiles:
           found = run(other, STEPS[name], how, leaf)
         else:
           split = functools.partial(parts.fused_update, sharding=of_stack, implementation=other)
