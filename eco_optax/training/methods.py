@@ -14,8 +14,9 @@ import optax.contrib
 import eco_optax as eco
 from eco_optax.master_weights import MasterWeightsState
 from eco_optax.quantize_params import PackedTransformation
+from eco_optax.quantized_array import Rounding
 
-_ROUNDING = {"rtn": "nearest", "sr": "stochastic"}
+_ROUNDING: dict[str, Rounding] = {"rtn": "nearest", "sr": "stochastic"}
 
 
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -102,6 +103,24 @@ def _quantizer(config: ml_collections.ConfigDict) -> optax.GradientTransformatio
   return quantizer
 
 
+_FUSED = ("adamw", "nadamw")
+
+
+def _fused(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+  """ECO over `stock_optimizer`, with the step of a leaf in one pass where there is a kernel."""
+  o = config.optimizer
+  return eco.adamw(
+    schedule(config),
+    o.b1,
+    o.b2,
+    o.eps,
+    weight_decay=o.weight_decay,
+    nesterov=o.name == "nadamw",
+    rounding=_ROUNDING[config.method.split("_")[1]],
+    seed=config.seed,
+  )
+
+
 def _low_bit(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
@@ -125,6 +144,8 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     tx = eco.master_weights(inner, quantizer, config.residual)
   elif family == "naive":
     tx = eco.chain(inner, quantizer)
+  elif config.optimizer.name in _FUSED and config.schedule_aware and config.stochastic_after == 1:
+    tx = _fused(config)
   else:
     learning_rate = schedule(config) if config.schedule_aware else None
     tx = eco.error_feedback_to_momentum(inner, quantizer, learning_rate)

@@ -41,7 +41,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
     bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
     moments = tuple(
-      stored_moments.store(x, kind, moments_in, bits)
+      stored_moments.store(x, kind, moments_in, bits, packed=True)
       for x, kind in zip(moments, kinds, strict=True)
     )
   return fused_update.Leaf(
@@ -94,7 +94,8 @@ def main():
   cases += [
     ("adamw", "FP8", "float8_e4m3fn"),
     ("nadamw", "INT4", "float8_e5m2"),
-    ("sgd", "MXFP8", "float8_e4m3fn"),
+    ("sgd", "MXFP8", "int8"),
+    ("adamw", "INT8", "int8"),
     ("adamw", "FP8", "bfloat16"),
   ]
   triton_update._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
@@ -105,7 +106,7 @@ def main():
     # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically, on
     # four devices, each of which has half of the rows and of the columns.
     for how, shape, layer, dtype in (
-      ("nearest", (512, 128), None, jnp.float32),
+      ("nearest", (640, 128), None, jnp.float32),
       ("stochastic", (2, 512, 256), 5, jnp.bfloat16),
     ):
       leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
