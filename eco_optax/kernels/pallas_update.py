@@ -8,7 +8,6 @@ arithmetic is that of `fused_update.definition`, by the same functions.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from eco_optax import rounding as rounding_lib
-from eco_optax import stored_moments
 from eco_optax.formats import Format
 from eco_optax.kernels import fused_update as fused
+from eco_optax.kernels import tiles
 from eco_optax.kernels.steps import Moments, Step
 from eco_optax.quantize_params import add_update
 from eco_optax.quantized_array import (
@@ -30,12 +29,10 @@ from eco_optax.quantized_array import (
   Rounding,
   divide,
   group_scale,
-  is_quantized,
   largest_magnitude,
   matrix_scale,
   times_scale,
 )
-from eco_optax.stored_moments import SecondMoment
 
 _LANES = 128  # Columns of a panel.
 _TILE = 256  # Rows that are computed at a time, at least where a matrix has so many.
@@ -50,25 +47,15 @@ def _vmem() -> int:
   return (12 if small else 64) * 2**20
 
 
-class _Stored(NamedTuple):
-  """How a moment is stored."""
-
-  dtype: Any
-  format: Format | None  # Of codes in blocks of rows; None for floats.
-  height: int  # Rows of a block.
-  is_root: bool  # Whether the codes are those of its square root.
-
-
 class _Plan(NamedTuple):
   """What a kernel is made for."""
 
   step: Step
   rounding: Rounding
   format: Format
-  moments: tuple[_Stored, ...]
+  moments: tuple[tiles.Stored, ...]
   m: fused.Matrices
-  columns: int  # Of whole matrices, of which m may be a part.
-  stacked: bool  # Whether random bits depend on the matrix.
+  place: tiles.Place
   tile: int  # Rows of a tile.
   height: int  # Rows of a tile that share a scale.
   finds: bool  # Whether a scale depends on what a panel has not.
@@ -98,12 +85,7 @@ def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
   # Of other widths compilers turn matrices round, to keep padding small.
   if m is None or m.columns % _LANES:
     return None
-  kinds = tuple(
-    _Stored(x.format.dtype, x.format, fused.block_rows(x), isinstance(x, SecondMoment))
-    if is_quantized(x)
-    else _Stored(x.dtype, None, 1, False)
-    for x in leaf.moments
-  )
+  kinds = tiles.kinds(leaf)
   heights = [x.height for x in kinds if x.format]
   if isinstance(format.granularity, tuple):
     if format.granularity[1] not in (1, _LANES) or format.granularity[0] % 8:
@@ -115,8 +97,8 @@ def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
   if tile is None or 2 * panel > _vmem():
     return None
   height = format.granularity[0] if isinstance(format.granularity, tuple) else tile
-  columns, stacked = fused.origin(leaf).columns, leaf.layer is not None or leaf.weight.ndim > 2
-  plan = _Plan(step, rounding, format, kinds, m, columns, stacked, tile, height, False)
+  place = tiles.place(leaf, m.stack)
+  plan = _Plan(step, rounding, format, kinds, m, place, tile, height, False)
   return plan._replace(finds=plan.whole or bool(leaf.part and leaf.part.sharing))
 
 
@@ -140,20 +122,13 @@ def _pack(code: jax.Array, format: Format) -> jax.Array:
 class _Panel(NamedTuple):
   """One program's blocks: references to int32, float32 and the stored arrays."""
 
-  integers: Any  # First row and column, numbers of the matrices, keys of the random bits.
+  integers: Any  # See `tiles.operands`.
   scalars: Any
   largest: Any  # Of each column's group, where `plan.finds`.
   scale: Any
   qvalue: Any
   gradient: Any
   moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
-
-  def key(self, plan: _Plan, k: int) -> tuple[jax.Array, jax.Array]:
-    """The key of the weight's random bits, 0, or of a moment's, from 1 on."""
-    begin = 2 + (plan.m.stack if plan.stacked else 0) + 2 * k
-    words = (self.integers[begin + i] for i in (0, 1))
-    first, second = (jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
-    return first, second
 
   def read_moments(self, plan: _Plan, rows: Any, i: jax.Array) -> Moments:
     """The moments of a tile."""
@@ -164,10 +139,7 @@ class _Panel(NamedTuple):
         continue
       scale, qvalue = next(refs), next(refs)
       code = _unpack(qvalue[0, rows, :], kind.format)
-      value = rounding_lib.decode(code, kind.dtype).reshape(-1, kind.height, _LANES)
-      factor = scale[0, _groups(plan, i, kind.height), :]
-      value = times_scale(value, factor[:, None, :]).reshape(code.shape)
-      values.append(jnp.square(value) if kind.is_root else value)
+      values.append(tiles.read_moment(kind, code, scale[0, _groups(plan, i, kind.height), :]))
     return tuple(values)
 
   def read(self, plan: _Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
@@ -208,17 +180,9 @@ def _grouped(plan: _Plan, x: jax.Array) -> jax.Array:
   return x.reshape(-1, plan.height, _LANES)
 
 
-def _store_moment(kind: _Stored, x: jax.Array, bits: Any) -> tuple[jax.Array, ...]:
-  """`stored_moments.store_like` for a tile: scales and codes, or a float array."""
-  if kind.format is None:
-    return (rounding_lib.stochastic_cast(x, kind.dtype, bits()),)
-  value = stored_moments.root(x) if kind.is_root else x
-  grouped = value.reshape(-1, kind.height, _LANES)
-  scale = group_scale(largest_magnitude(grouped, (1,), True), None, kind.format, "stochastic")
-  y = divide(grouped, scale).reshape(x.shape)
-  if kind.is_root:
-    y = stored_moments.root_on_grid(y, x, kind.dtype)
-  return scale[:, 0], _pack(rounding_lib.code_bits(y, kind.dtype, bits()), kind.format)
+def _over(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+  del format
+  return divide(x, scale)
 
 
 def _find(plan: _Plan, *refs: Any) -> None:
@@ -237,8 +201,7 @@ def _update(plan: _Plan, *refs: Any) -> None:
   new_scale, new_qvalue, *new_moments = refs[6 + count :]
   format, granularity = plan.format, plan.format.granularity
   s = plan.step.scalars(*(panel.scalars[k] for k in range(panel.scalars.shape[0])))
-  matrix = panel.integers[2 + pl.program_id(0)] if plan.stacked else None
-  row, column = panel.integers[0], panel.integers[1] + pl.program_id(1) * _LANES
+  matrix, column = pl.program_id(0), pl.program_id(1) * _LANES
   largest = unit = None
   if plan.finds:
     largest = panel.largest[0, :, :1] if plan.whole else panel.largest[0]
@@ -256,8 +219,8 @@ def _update(plan: _Plan, *refs: Any) -> None:
       of_group = largest[None]  # type: ignore[index]
     scale = group_scale(of_group, unit if unit is None else unit[None], format, plan.rounding)
     factor = scale if unit is None else times_scale(unit[None], scale)
-    bits_of = lambda k: fused.tile_bits(
-      panel.key(plan, k), matrix, plan.columns, row + i * plan.tile, column, weight.shape
+    bits_of = lambda k: tiles.bits(
+      panel.integers, plan.place, k, matrix, i * plan.tile, column, weight.shape
     )
     bits = bits_of(0) if plan.rounding == "stochastic" else None
     y = divide(proposal, factor).reshape(weight.shape)
@@ -272,8 +235,8 @@ def _update(plan: _Plan, *refs: Any) -> None:
     new_qvalue[0, pl.ds(i * packed.shape[0], packed.shape[0]), :] = packed
     new = iter(new_moments)
     for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
-      arrays = _store_moment(kind, moment, functools.partial(bits_of, k + 1))
-      for array in arrays:
+      bits_of_moment = functools.partial(bits_of, k + 1)
+      for array in tiles.store_moment(kind, moment, bits_of_moment, _pack, divide, _over):
         next(new)[0, pl.ds(i * array.shape[0], array.shape[0]), :] = array
 
   jax.lax.fori_loop(0, plan.m.rows // plan.tile, write, None)
@@ -326,21 +289,11 @@ def _call(
 
 def _operands(plan: _Plan, leaf: fused.Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
   """A kernel's scalars, and the leaf's arrays as stacks of matrices."""
-  first = jnp.stack([jnp.asarray(x, jnp.int32) for x in fused.origin(leaf)[:2]])
-  numbers = fused.matrix_numbers(leaf)
-  keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
-  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), *keys])
-  scalars = [integers, jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])]
+  integers, scalars, (scale, *arrays) = tiles.operands(leaf)
   stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
-  # Scales are few: one of each column for each of their rows, in float32.
-  scale = stack(leaf.weight.float_scale())
-  scale = jnp.repeat(scale, plan.m.columns // scale.shape[-1], axis=-1)
-  moments = [
-    x
-    for moment in leaf.moments
-    for x in ((moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,))
-  ]
-  return scalars, [scale, *(stack(x) for x in (leaf.weight.qvalue, leaf.gradient, *moments))]
+  # Scales are few: one of each column for each of their rows.
+  scale = jnp.repeat(stack(scale), plan.m.columns // scale.shape[-1], axis=-1)
+  return [integers, scalars], [scale, *map(stack, arrays)]
 
 
 def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, list[Any]]:
@@ -383,7 +336,6 @@ def by_panels(
   plan = _plan(step, rounding, leaf)
   if plan is None:
     return fused.definition(step, rounding, leaf)
-  weight, format = leaf.weight, plan.format
   scalars, operands = _operands(plan, leaf)
   columns, results = _shapes(plan, operands)
   largest = jnp.zeros(columns.shape, jnp.float32)
@@ -394,24 +346,5 @@ def by_panels(
   scale, qvalue, *moments = _call(
     _update, plan, scalars, [largest, *operands], results, in_place, interpret
   )
-  scale = scale[..., :: plan.m.columns // weight.scale.shape[-1]]
-  tensor_scale = weight.tensor_scale
-  if tensor_scale is not None:
-    tensor_scale = matrix_scale(largest[..., :1], format).reshape(tensor_scale.shape)
-  new = QuantizedArray(
-    qvalue.reshape(weight.qvalue.shape),
-    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
-    format,
-    tensor_scale,
-  )
-  arrays = iter(moments)
-  new_moments: list[Any] = []
-  for old in leaf.moments:
-    if is_quantized(old):
-      # As floats of one row for each block, in the order of `_operands`.
-      scale, qvalue = next(arrays).reshape(old.scale.shape), next(arrays).reshape(old.qvalue.shape)
-      old = dataclasses.replace(old, scale=scale.astype(old.scale.dtype), qvalue=qvalue)
-      new_moments.append(old)
-    else:
-      new_moments.append(next(arrays).reshape(old.shape))
-  return new, tuple(new_moments)
+  scale = scale[..., :: plan.m.columns // leaf.weight.scale.shape[-1]]
+  return tiles.results(leaf, scale, qvalue, moments, largest[..., :1])

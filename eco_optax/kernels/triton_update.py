@@ -17,7 +17,6 @@ Triton backend; without it the definition stays.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -30,9 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from eco_optax import rounding as rounding_lib
-from eco_optax import stored_moments
 from eco_optax.formats import Format
 from eco_optax.kernels import fused_update as fused
+from eco_optax.kernels import tiles
 from eco_optax.kernels.steps import Moments, Step
 from eco_optax.quantize_params import add_update
 from eco_optax.quantized_array import (
@@ -40,26 +39,15 @@ from eco_optax.quantized_array import (
   Rounding,
   divide,
   group_scale,
-  is_quantized,
   largest_magnitude,
   matrix_scale,
   times_scale,
 )
-from eco_optax.stored_moments import SecondMoment
 
 _TILE = 32  # Rows of a tile: a block of moments, and of most block formats.
 _WIDTHS = (64, 32)  # Columns of a tile: the most that divide a matrix's, or those of a block.
 _PER_THREAD = 8  # Elements of a tile: few enough for the registers of several programs.
 _REREAD = 2**24  # Bytes that stay in the L2 cache until they are read again; it has 40 MB or more.
-
-
-class _Stored(NamedTuple):
-  """How a moment is stored."""
-
-  dtype: Any
-  format: Format | None  # Of codes in blocks of rows; None for floats.
-  height: int  # Rows of a block.
-  is_root: bool  # Whether the codes are those of its square root.
 
 
 class _Plan(NamedTuple):
@@ -68,10 +56,9 @@ class _Plan(NamedTuple):
   step: Step
   rounding: Rounding
   format: Format
-  moments: tuple[_Stored, ...]
+  moments: tuple[tiles.Stored, ...]
   m: fused.Matrices
-  columns: int  # Of whole matrices, of which m may be a part.
-  stacked: bool  # Whether random bits depend on the matrix.
+  place: tiles.Place
   width: int  # Columns of a tile.
   height: int  # Rows that share a scale.
   rows: int  # Of a program: those of a tile, or of a block that is higher.
@@ -141,12 +128,7 @@ def _plan(
     return None
   if leaf.part and leaf.part.sharing:  # Between two launches devices would have to meet.
     return None
-  kinds = tuple(
-    _Stored(x.format.dtype, x.format, fused.block_rows(x), isinstance(x, SecondMoment))
-    if is_quantized(x)
-    else _Stored(x.dtype, None, 1, False)
-    for x in leaf.moments
-  )
+  kinds = tiles.kinds(leaf)
   height, rows = m.rows, _TILE
   widths: tuple[int, ...] = _WIDTHS
   if isinstance(format.granularity, tuple):
@@ -166,9 +148,8 @@ def _plan(
     chunk = _fitting(m.stack, matrices), panels
   elif format.granularity == "channel":
     chunk = _fitting(m.stack, matrices), _fitting(panels, panels * matrices)
-  columns, stacked = fused.origin(leaf).columns, leaf.layer is not None or leaf.weight.ndim > 2
   return _Plan(
-    step, rounding, format, kinds, m, columns, stacked, width, height, rows, chunk,
+    step, rounding, format, kinds, m, tiles.place(leaf, m.stack), width, height, rows, chunk,
     divide if interpret else _divide,
   )  # fmt: skip
 
@@ -218,7 +199,7 @@ class _Program(NamedTuple):
   """A plan and the references that its programs have."""
 
   plan: _Plan
-  integers: Any  # First row and column, numbers of the matrices, keys of the random bits.
+  integers: Any  # See `tiles.operands`.
   scalars: Any
   scale: Any
   qvalue: Any
@@ -235,13 +216,8 @@ class _Program(NamedTuple):
 
   def bits(self, k: int, tile: _Tile) -> jax.Array:
     """Random bits of the weight, 0, or of a moment, from 1 on."""
-    plan, shape = self.plan, (_TILE, self.plan.width)
-    begin = 2 + (plan.m.stack if plan.stacked else 0) + 2 * k
-    words = (self.integers[begin + i] for i in (0, 1))
-    first, second = (jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
-    matrix = self.integers[2 + tile.matrix] if plan.stacked else None
-    row, column = self.integers[0] + tile.row, self.integers[1] + tile.column
-    return fused.tile_bits((first, second), matrix, plan.columns, row, column, shape)
+    shape = _TILE, self.plan.width
+    return tiles.bits(self.integers, self.plan.place, k, *tile, shape)
 
   def step_scalars(self) -> Any:
     """Of the optimizer."""
@@ -271,9 +247,7 @@ class _Program(NamedTuple):
         continue
       qvalue = next(refs)
       code = _unpack(qvalue[self.part(qvalue, tile)], kind.format)
-      value = rounding_lib.decode(code, kind.dtype).reshape(-1, kind.height, self.plan.width)
-      value = times_scale(value, stored[:, None, :]).reshape(code.shape)
-      values.append(jnp.square(value) if kind.is_root else value)
+      values.append(tiles.read_moment(kind, code, stored))
     return tuple(values)
 
   def read(self, tile: _Tile) -> tuple[jax.Array, jax.Array, Moments]:
@@ -286,20 +260,6 @@ class _Program(NamedTuple):
     gradient = self.gradient[self.part(self.gradient, tile)]
     moments = self.read_moments(tile)
     return weight, *self.plan.step.propose(self.step_scalars(), gradient, moments, weight)
-
-
-def _store_moment(plan: _Plan, kind: _Stored, x: jax.Array, bits: Any) -> tuple[jax.Array, ...]:
-  """`stored_moments.store_like` for a tile: scales and codes, or a float array."""
-  if kind.format is None:
-    return (rounding_lib.stochastic_cast(x, kind.dtype, bits()),)
-  value = stored_moments.root(x) if kind.is_root else x
-  grouped = value.reshape(-1, kind.height, plan.width)
-  largest = largest_magnitude(grouped, (1,), True)
-  scale = group_scale(largest, None, kind.format, "stochastic", plan.divide)
-  y = _over(plan, grouped, scale, kind.format).reshape(x.shape)
-  if kind.is_root:
-    y = stored_moments.root_on_grid(y, x, kind.dtype)
-  return scale[:, 0], _pack(rounding_lib.code_bits(y, kind.dtype, bits()), kind.format)
 
 
 def _find(program: _Program, found: Any, tile: _Tile) -> None:
@@ -347,17 +307,19 @@ def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
     new_qvalue[program.part(new_qvalue, tile)] = _pack(code, format)
     refs = iter(new_moments)
     for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
-      for array in _store_moment(plan, kind, moment, functools.partial(program.bits, k + 1, tile)):
+      bits_of_moment = functools.partial(program.bits, k + 1, tile)
+      over = functools.partial(_over, plan)
+      for array in tiles.store_moment(kind, moment, bits_of_moment, _pack, plan.divide, over):
         ref = next(refs)
         ref[program.part(ref, tile)] = array
 
-  tiles = plan.rows // _TILE
-  if tiles == 1:
+  count = plan.rows // _TILE
+  if count == 1:
     write(jnp.zeros([], jnp.int32), None)
     return
   zero = jnp.zeros((1, 1, plan.width) if format.granularity[1] == 1 else (), jnp.float32)
-  largest = jax.lax.fori_loop(0, tiles, proposals, zero)
-  jax.lax.fori_loop(0, tiles, write, None)
+  largest = jax.lax.fori_loop(0, count, proposals, zero)
+  jax.lax.fori_loop(0, count, write, None)
 
 
 def _place(plan: _Plan, chunk: jax.Array, program: jax.Array) -> _Tile:
@@ -435,22 +397,6 @@ def _launch(
   return list(call(*operands))
 
 
-def _operands(leaf: fused.Leaf) -> list[jax.Array]:
-  """A leaf's integers, scalars, scales and arrays."""
-  first = jnp.stack([jnp.asarray(x, jnp.int32) for x in fused.origin(leaf)[:2]])
-  numbers = fused.matrix_numbers(leaf)
-  keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
-  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), *keys])
-  scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])
-  moments = [
-    x
-    for moment in leaf.moments
-    for x in ((moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,))
-  ]
-  weight = leaf.weight
-  return [integers, scalars, weight.float_scale(), weight.qvalue, leaf.gradient, *moments]
-
-
 def _as_bytes(x: jax.Array) -> jax.Array:
   return x if x.dtype.itemsize > 1 else jax.lax.bitcast_convert_type(x, jnp.uint8)
 
@@ -466,7 +412,7 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
   plan = _plan(step, rounding, leaf)
   if plan is None:
     raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
-  _, _, scale, qvalue, gradient, *moments = jax.eval_shape(_operands, leaf)
+  _, _, (scale, qvalue, gradient, *moments) = jax.eval_shape(tiles.operands, leaf)
   size = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
   written = size(scale, qvalue, *moments)
   read = size(gradient) + written
@@ -491,15 +437,15 @@ def by_tiles(
   plan = _plan(step, rounding, leaf, interpret)
   if plan is None:
     return fused.definition(step, rounding, leaf)
-  weight, format = leaf.weight, plan.format
-  integers, scalars, scale, qvalue, gradient, *moments = _operands(leaf)
+  found = None
+  integers, scalars, (scale, qvalue, gradient, *moments) = tiles.operands(leaf)
   stack = lambda x: _as_bytes(x).reshape(plan.m.stack, -1, x.shape[-1])
   given = [integers, scalars, stack(scale), stack(gradient)]
   changed = [stack(x) for x in (qvalue, *moments)]
   launch = functools.partial(_launch, plan, interpret)
   if plan.finds:
     # Of columns if these have scales of their own, and of matrices.
-    columns = plan.m.columns if format.granularity == "channel" else 1
+    columns = plan.m.columns if plan.format.granularity == "channel" else 1
     found = jnp.zeros((plan.m.stack, 1, columns), jnp.float32)
     changed = [found, jnp.zeros_like(given[2]), *changed]
     turns = math.prod(plan.chunks) + 1
@@ -507,24 +453,5 @@ def by_tiles(
   else:
     changed = launch(jnp.zeros([], jnp.int32), given, changed)
 
-  new_scale, qvalue, *moments = changed
-  typed = lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
-  tensor_scale = weight.tensor_scale
-  if tensor_scale is not None:
-    tensor_scale = matrix_scale(found, format).reshape(tensor_scale.shape)
-  new = QuantizedArray(
-    typed(qvalue, weight.qvalue),
-    new_scale.reshape(weight.scale.shape).astype(format.scale_dtype),
-    format,
-    tensor_scale,
-  )
-  arrays = iter(moments)
-  new_moments: list[Any] = []
-  for old in leaf.moments:
-    if is_quantized(old):
-      scale = next(arrays).reshape(old.scale.shape).astype(old.scale.dtype)
-      old = dataclasses.replace(old, scale=scale, qvalue=typed(next(arrays), old.qvalue))
-      new_moments.append(old)
-    else:
-      new_moments.append(next(arrays).reshape(old.shape))
-  return new, tuple(new_moments)
+  scale, qvalue, *moments = changed
+  return tiles.results(leaf, scale, qvalue, moments, found)
