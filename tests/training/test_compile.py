@@ -211,6 +211,15 @@ def test_float_arrays_are_of_one_layer_or_of_the_parts_that_devices_own(step):
   assert report["bytes_per_device"]["temporaries"] < 4 * report["quantized_parameters"] // 4
 
 
+def test_every_kernel_takes_the_fused_step(step):
+  compiled, _, _ = step
+  calls = re.findall(
+    r'op_name="([^"]*)".*tpu_custom_call|tpu_custom_call.*op_name="([^"]*)"', compiled.as_text()
+  )
+  # Query, key, value, gate and up are split along their inputs: a first pass finds their scales.
+  assert len(calls) == 5 * 2 + 2
+
+
 def test_all_of_the_state_is_donated(step):
   compiled, report, _ = step
   state, batch = compiled.args_info[0]
