@@ -1,12 +1,22 @@
 """Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that several tests and their subprocesses compile are compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="eco_optax_tests_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  # A limit comes with a lock, so that nobody reads what another process is still writing.
+  os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import optax
