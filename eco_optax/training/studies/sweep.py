@@ -173,6 +173,7 @@ def sweep(
   share = max(len(cores) // processes, 1)
   free = [cores[i * share : (i + 1) * share] for i in range(processes)]
   busy: list[tuple[Run, subprocess.Popen, list[int]]] = []
+  is_over = False
   try:
     while busy or (todo and time.monotonic() < end):
       while todo and free and time.monotonic() < end:
@@ -180,7 +181,8 @@ def sweep(
         show(f"{total - len(todo)}/{total} {run.name}")
         busy.append((run, _start(config, run, workdir / run.folder, own), own))
       time.sleep(0.5)
-      if time.monotonic() >= end:
+      if time.monotonic() >= end and not is_over:
+        is_over = True  # They are asked once: a second time would end them while they save.
         for _, process, _ in busy:
           process.terminate()
       for entry in [entry for entry in busy if entry[1].poll() is not None]:
