@@ -61,7 +61,8 @@ for job in "$@"; do
       'Python', platform.python_version(), 'jax', jax.__version__, 'flax', flax.__version__, 'optax',
       optax.__version__)))"
     "$venv/bin/python" -m pytest --config-file=pyproject.toml tests "$library" \
-      --ignore="$library/training" "${warnings[@]}" "${arguments[@]}"
+      --ignore="$library/training" --numprocesses=auto --maxprocesses=8 --dist=worksteal \
+      "${warnings[@]}" "${arguments[@]}"
   )
 done
 mkdir -p dist

@@ -270,7 +270,7 @@ def _chunk_rows(m: Matrices) -> int | None:
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-  """Short floats as integers: XLA's CPU compiler would widen all of an array to change a part."""
+  """Short floats as integers: XLA's CPU compiler widens all of what a loop holds of them."""
   if x.dtype.itemsize > 2:
     return x
   return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
@@ -317,7 +317,7 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   scales = {
     name: x.reshape(m.stack, 1, x.shape[-1]) for name, x in fields.items() if name not in stores
   }
-  gradient = flat(leaf.gradient)
+  gradient = flat(_as_bits(leaf.gradient))
   # Of each moment the arrays it is stored in, all of which have rows of their own for each chunk.
   moments = tuple(
     {name: flat(_as_bits(x)) for name, x in _arrays(moment).items()} for moment in leaf.moments
@@ -340,13 +340,14 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   ) -> tuple[jax.Array, jax.Array, Moments]:
     """θ̂, update and new moments of a chunk."""
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
+    own_gradient = jax.lax.bitcast_convert_type(part(gradient), leaf.gradient.dtype)
     old = packed(jax.tree.map(part, stores), {name: x[matrix] for name, x in scales.items()})
     theta = stored_weight(old)
     own = tuple(
       stored_moment(_with_arrays(like, jax.tree.map(part, arrays)))
       for like, arrays in zip(leaf.moments, moments, strict=True)
     )
-    return theta, *step.propose(leaf.scalars, part(gradient), own, theta)
+    return theta, *step.propose(leaf.scalars, own_gradient, own, theta)
 
   def largest_proposals(matrix: jax.Array, stores: Any, moments: Moments) -> jax.Array:
     def chunk(i: jax.Array, largest: jax.Array) -> jax.Array:
