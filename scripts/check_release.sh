@@ -52,7 +52,7 @@ for job in "$@"; do
   # Of what the library does not require, its tests read and write checkpoints with Orbax and safetensors,
   # and the models that these are of are Flax's.
   "$venv/bin/pip" install --quiet "${constraints[@]}" "$work"/dist/*.whl \
-    pytest pytest-xdist hypothesis orbax-checkpoint flax safetensors
+    pytest pytest-xdist filelock hypothesis orbax-checkpoint flax safetensors
   (
     cd "$work/away"
     library=$("$venv/bin/python" -c "import eco_optax; print(eco_optax.__path__[0])")

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax.kernels import fused_update, pallas_update, parts, steps
-from eco_optax.training import compile as compile_lib
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -217,11 +216,20 @@ def test_a_cpu_holds_no_float32_copy():
 
 
 @pytest.fixture(scope="module")
-def tpus():
-  """Four TPUs that are not there."""
+def compile_lib():
+  """Where there is a compiler for TPUs, and the harness's packages."""
   pytest.importorskip("libtpu")
+  pytest.importorskip("ml_collections")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+  from eco_optax.training import compile as compile_lib
+
+  return compile_lib
+
+
+@pytest.fixture(scope="module")
+def tpus(compile_lib):
+  """Four TPUs that are not there."""
   return compile_lib.topology_devices("v5p:2x2x1")
 
 
@@ -277,7 +285,7 @@ def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once
   ("spec", "moments_in", "wanted"),
   [(P(None, "x"), "int8", 9.8), (P("x", None), "float32", 20 + 2 + 1 + 8)],
 )
-def test_kernels_compile_for_several_tpus(tpus, spec, moments_in, wanted):
+def test_kernels_compile_for_several_tpus(compile_lib, tpus, spec, moments_in, wanted):
   shape = (4096, 16384)
   leaf = jax.eval_shape(
     lambda: fused_leaves.make(
