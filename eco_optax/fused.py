@@ -165,6 +165,29 @@ def fuse(
       lambda node: change(node) if is_moments(node) else node, inner, is_leaf=is_moments
     )
 
+  def moments_in(state: ErrorFeedbackState) -> tuple[Any, list[dict[str, Any]]]:
+    """The link of the optimizer that has the moments, and these by path."""
+    nodes = [x for x in jax.tree.leaves(state.inner, is_leaf=is_moments) if is_moments(x)]
+    return nodes[0], [momentum_lib.flat(getattr(nodes[0], field)) for field in closed.fields]
+
+  def weights_of(params: Any) -> dict[str, Any]:
+    weights: dict[str, Any] = {}
+    trees.map_with_path(weights.__setitem__, params, is_leaf=is_quantized)
+    return weights
+
+  def fused_paths(
+    weights: dict[str, Any], moments: list[dict[str, Any]], rounds: bool
+  ) -> list[str]:
+    """Of leaves that are packed and whose moments the step takes, see `fits`."""
+    return [
+      path
+      for path, leaf in weights.items()
+      if is_quantized(leaf) and all(fits(m[path], rounds) for m in moments)
+    ]
+
+  def takes_whole(state: ErrorFeedbackState, params: Any, rounds: bool = False) -> list[str]:
+    return fused_paths(weights_of(params), moments_in(state)[1], rounds)
+
   def update(
     updates: Any,
     state: ErrorFeedbackState,
@@ -175,23 +198,13 @@ def fuse(
     **extra_args: Any,
   ) -> tuple[Any, ErrorFeedbackState]:
     require_params(params)
-    weights: dict[str, Any] = {}
-    trees.map_with_path(weights.__setitem__, params, is_leaf=is_quantized)
+    weights = weights_of(params)
     places: dict[str, Any] = {}
     trees.map_with_path(places.__setitem__, shardings, is_leaf=is_quantized)
     gradients = momentum_lib.flat(updates)
 
-    def moments_in(state: ErrorFeedbackState) -> tuple[Any, list[dict[str, Any]]]:
-      """The link of the optimizer that has the moments, and these by path."""
-      nodes = [x for x in jax.tree.leaves(state.inner, is_leaf=is_moments) if is_moments(x)]
-      return nodes[0], [momentum_lib.flat(getattr(nodes[0], field)) for field in closed.fields]
-
     node, moments = moments_in(state)
-    fused = [
-      path
-      for path, leaf in weights.items()
-      if is_quantized(leaf) and all(fits(m[path], codec is not None) for m in moments)
-    ]
+    fused = fused_paths(weights, moments, codec is not None)
     keys = moments
     if codec is not None:
       keys = moments_in(codec.keys(state, momentum_lib.shapes_of(params), codec_step))[1]
@@ -245,4 +258,4 @@ def fuse(
     new_updates = fill(new_updates, {path: new[0] for path, new in done.items()})
     return new_updates, new_state._replace(inner=on_moments(new_moment, new_state.inner))
 
-  return FusedTransformation(general.init, update)
+  return FusedTransformation(general.init, update, takes_whole)

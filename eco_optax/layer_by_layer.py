@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eco_optax import eager, trees
+from eco_optax import eager, stacks, trees
 from eco_optax.quantize_params import PackedTransformation, require_params
 from eco_optax.quantized_array import as_parameter, dequantize, is_quantized, quantize_array
 
@@ -91,26 +91,14 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
       )
 
 
-def write_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-  """The stack with one layer changed."""
-  write = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-  if stack.dtype.itemsize > 1 or not jnp.issubdtype(stack.dtype, jnp.floating):
-    return write(stack, layer, i)
-  # XLA's CPU compiler would widen all of a float8 stack to change one layer.
-  bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8)
-  as_bits = lambda stack, layer, i: jax.lax.bitcast_convert_type(
-    write(bits(stack), bits(layer), i), stack.dtype
-  )
-  return jax.lax.platform_dependent(stack, layer, i, cpu=as_bits, default=write)
-
-
 def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """Runs an optimizer on one layer after another of stacked packed parameters, in place.
 
   The proposals, errors and random bits of a quantized step are float32 arrays of the weights' size.
   This holds those of one layer at a time: a loop over the first axis of packed leaves with three
   axes or more reads a layer's codes, gradients and moments and writes them back where they were.
-  The result is that of `inner` on whole leaves, random bits included.
+  Stacks whose steps `inner` fuses it gets whole, since it holds no more itself, and moves less. The
+  result is that of `inner` on whole leaves, random bits included.
 
   Args:
     inner: an optimizer that treats each layer by itself, such as `error_feedback_to_momentum` over
@@ -148,7 +136,8 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     weights, grads = _flatten(params)[0], _flatten(updates)[0]
     states, treedef = _flatten(state)
     owners = {path: _owner(path, weights) for path in states}
-    groups = _stacks(weights)
+    whole = inner.takes_whole(state, params) if isinstance(inner, PackedTransformation) else ()
+    groups = _stacks({path: leaf for path, leaf in weights.items() if path not in whole})
     stacked = [path for paths in groups.values() for path in paths]
     pick = lambda leaves, paths: {path: leaves[path] for path in paths}
 
@@ -168,21 +157,16 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     new_updates, new_states = run(pick(grads, rest), pick(weights, rest), rest_states)
     shared = pick(states, [path for path in states if owners[path] is None])  # The step count.
 
-    for layers, paths in groups.items():
+    for paths in groups.values():
 
-      def step(i: jax.Array, carry: tuple[_Leaves, _Leaves]) -> tuple[_Leaves, _Leaves]:
-        at = lambda stack: jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-        layer_grads, weights, state = jax.tree.map(at, (pick(grads, carry[0]), *carry))
-        new_weights, new_state = run(layer_grads, weights, shared | state, layer=i)
-        return jax.tree.map(
-          lambda stack, x: write_layer(stack, x, i),
-          carry,
-          (new_weights, pick(new_state, carry[1])),
-        )
+      def step(i: jax.Array, layer: Any, grads: Any) -> tuple[_Leaves, _Leaves]:
+        weights, own_state = layer
+        new_weights, new_state = run(grads, weights, shared | own_state, layer=i)
+        return new_weights, pick(new_state, own_state)
 
-      # The carry starts as the codes and moments themselves, so that the loop works in place.
       own = [path for path in states if owners[path] in paths]
-      done = jax.lax.fori_loop(0, layers, step, (pick(weights, paths), pick(states, own)))
+      stack = pick(weights, paths), pick(states, own)
+      done = stacks.each_layer(step, stack, pick(grads, paths))
       new_updates |= done[0]
       new_states |= done[1]
     leaves, updates_treedef = _flatten(updates)

@@ -143,9 +143,9 @@ def low_bit_moments(
       stored = moments.store(inner_state, params, state.step, extra_args.get("layer"))
     return updates, LowBitMomentsState(optax.safe_increment(state.step), stored)
 
-  kind = (
-    PackedTransformation
-    if isinstance(inner, PackedTransformation)
-    else optax.GradientTransformationExtraArgs
-  )
-  return kind(init, update)
+  if isinstance(inner, FusedTransformation):
+    takes_whole = lambda state, params: inner.takes_whole(state.inner, params, rounds=True)
+    return PackedTransformation(init, update, takes_whole)
+  if isinstance(inner, PackedTransformation):
+    return PackedTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +33,24 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
   # How far from its proposal it may put a weight, in steps of the grid.
   largest_error = 1.0
 
-  def __new__(cls, init: Any, update: Any) -> PackedTransformation:
+  # (state, params) → paths of leaves whose stacks a step takes whole, in temporaries of one layer.
+  takes_whole: Callable[..., Collection[str]]
+
+  def __new__(
+    cls,
+    init: Any,
+    update: Any,
+    takes_whole: Callable[..., Collection[str]] = lambda state, params: (),
+  ) -> PackedTransformation:
     """Updates of packed leaves say that they are updates, so that nothing adds them."""
 
     def update_that_says_so(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
       updates, state = update(*args, **kwargs)
       return jax.tree.map(as_update, updates, is_leaf=is_quantized), state
 
-    return super().__new__(cls, init, update_that_says_so)
+    tx = super().__new__(cls, init, update_that_says_so)
+    tx.takes_whole = takes_whole
+    return tx
 
 
 class _Nearest(PackedTransformation):

@@ -314,6 +314,10 @@ RAISES_ALONE = {
 }
 
 
+# Than the oldest Optax.
+NEWER = ("signum", "madgrad", "galore", "optimistic_adam_v2")
+
+
 def expect_error(inner, message):
   params = eco.quantize(problem()[0], FORMAT)
   with pytest.raises(ValueError, match=message) as error:
@@ -331,6 +335,8 @@ def test_what_cannot_be_paid_back_raises(name, place):
 
 @pytest.mark.parametrize("name", RAISES_ALONE)
 def test_others_that_cannot_be_paid_back_raise(name):
+  if name in NEWER and not (hasattr(optax, name) or hasattr(contrib, name)):
+    pytest.skip(f"this Optax has no {name}")
   expect_error(RAISES_ALONE[name](), "momentum")
 
 

@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from eco_optax import rounding as rounding_lib
-from eco_optax import stored_moments
+from eco_optax import stacks, stored_moments
 from eco_optax.formats import Format
 from eco_optax.kernels.steps import Moments, Step
 from eco_optax.quantize_params import add_update
@@ -149,6 +149,27 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
       x = stored_moments.store_like(old, x, random_bits(leaf, leaf.moment_keys[k]))
     new_moments.append(x)
   return dataclasses.replace(holder, qvalue=qvalue, odd=odd), tuple(new_moments)
+
+
+def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """`definition` of a stack's layers one after another, so that no temporary is of its size."""
+  if leaf.layer is not None or leaf.weight.ndim < 3:
+    return definition(step, rounding, leaf)
+  part, first = leaf.part, jnp.zeros([], jnp.int32)
+  if part is not None:
+    first, part = (
+      part.first[0],
+      dataclasses.replace(part, first=part.first[1:], shape=part.shape[1:]),
+    )
+
+  def one(i: jax.Array, layer: Any, gradient: jax.Array) -> tuple[QuantizedArray, Moments]:
+    weight, moments = layer
+    own = leaf._replace(
+      layer=first + i, weight=weight, gradient=gradient, moments=moments, part=part
+    )
+    return definition(step, rounding, own)
+
+  return stacks.each_layer(one, (leaf.weight, leaf.moments), leaf.gradient)
 
 
 def block_rows(moment: Any) -> int:
@@ -302,7 +323,7 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   m = matrices(leaf)
   size = _chunk_rows(m) if m else None
   if m is None or size is None:
-    return definition(step, rounding, leaf)
+    return by_layers(step, rounding, leaf)
   chunks, shape = m.rows // size, (size, m.columns)
   numbers, at = matrix_numbers(leaf), origin(leaf)
   blocked = isinstance(format.granularity, tuple)
@@ -475,7 +496,7 @@ batching.primitive_batchers[_fused_update_p] = _batched
 
 
 def _on_one_device(implementation: Any) -> Any:
-  """Lowers to `implementation` where a device is by itself, and to `definition` elsewhere.
+  """Lowers to `implementation` where a device is by itself, and to `by_layers` elsewhere.
 
   A kernel sees local indices and is not partitioned; the definition is, with the bits of global
   indices. Inside `jax.shard_map` over all axes of a mesh each device is by itself.
@@ -485,7 +506,7 @@ def _on_one_device(implementation: Any) -> Any:
     axes = ctx.module_context.axis_context
     devices, mesh = getattr(axes, "num_devices", None), getattr(axes, "mesh", None)
     alone = devices == 1 or (mesh and set(axes.manual_axes) == set(mesh.axis_names))
-    chosen = implementation if alone else definition
+    chosen = implementation if alone else by_layers
     return mlir.lower_fun(_flat(chosen), multiple_results=True)(ctx, *args, **params)
 
   return lower
@@ -501,8 +522,8 @@ def _by_tiles(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArra
   try:
     from eco_optax.kernels import triton_update
   except ImportError:  # A JAX without that backend.
-    return definition(step, rounding, leaf)
-  chosen = triton_update.by_tiles if triton_update.available() else definition
+    return by_layers(step, rounding, leaf)
+  chosen = triton_update.by_tiles if triton_update.available() else by_layers
   return chosen(step, rounding, leaf)
 
 
@@ -513,7 +534,7 @@ def _on_cuda(ctx: Any, *args: Any, **params: Any) -> Any:
     return _on_one_device(_by_tiles)(ctx, *args, **params)
 
 
-mlir.register_lowering(_fused_update_p, _on_one_device(definition))
+mlir.register_lowering(_fused_update_p, _on_one_device(by_layers))
 mlir.register_lowering(_fused_update_p, _on_one_device(by_rows), platform="cpu")
 mlir.register_lowering(_fused_update_p, _on_one_device(_by_panels), platform="tpu")
 mlir.register_lowering(_fused_update_p, _on_cuda, platform="cuda")

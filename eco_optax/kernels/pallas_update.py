@@ -335,7 +335,7 @@ def by_panels(
   """
   plan = _plan(step, rounding, leaf)
   if plan is None:
-    return fused.definition(step, rounding, leaf)
+    return fused.by_layers(step, rounding, leaf)
   scalars, operands = _operands(plan, leaf)
   columns, results = _shapes(plan, operands)
   largest = jnp.zeros(columns.shape, jnp.float32)

@@ -436,7 +436,7 @@ def by_tiles(
   """
   plan = _plan(step, rounding, leaf, interpret)
   if plan is None:
-    return fused.definition(step, rounding, leaf)
+    return fused.by_layers(step, rounding, leaf)
   found = None
   integers, scalars, (scale, qvalue, gradient, *moments) = tiles.operands(leaf)
   stack = lambda x: _as_bytes(x).reshape(plan.m.stack, -1, x.shape[-1])
