@@ -303,6 +303,34 @@ def test_kernels_compile_for_several_tpus(compile_lib, tpus, spec, moments_in, w
   assert found == ({} if spec[0] is None else {"all-reduce": {"s32": {"count": 1, "bytes": 65536}}})
 
 
+@pytest.mark.parametrize(
+  # Gradient in float32, codes and moments; then scales, those of moments for each 32 rows.
+  ("tx", "once", "scales"),
+  [
+    (eco.adamw(1e-3), 4 + 2 + 16, 0.02),
+    (eco.low_bit_moments(eco.adamw(1e-3)), 4 + 2 + 4, 2.0),
+  ],
+  ids=["float32 moments", "FP8 moments"],
+)
+def test_layer_by_layer_leaves_stacks_whole_to_kernels(tpu, tx, once, scales):
+  shape = (8, 1024, 4096)
+  tx = eco.layer_by_layer(tx)
+  params = jax.eval_shape(lambda: eco.quantize({"w": jnp.zeros(shape)}, eco.FP8))
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return eco.apply_updates(params, updates), state
+
+  here = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(tpu)),
+    (params, jax.eval_shape(tx.init, params), {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}),
+  )
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*here).compile()
+  size = np.prod(shape)
+  assert once < compiled.cost_analysis()["bytes accessed"] / size < once + scales
+  assert compiled.memory_analysis().temp_size_in_bytes / size < scales
+
+
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)
 def test_kernels_compile_for_tpus_and_work_in_place(tpu, format):
   shape = (4096, 16384)
