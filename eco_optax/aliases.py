@@ -9,7 +9,7 @@ import optax
 from eco_optax import fused
 from eco_optax.error_feedback import error_feedback_to_momentum
 from eco_optax.formats import Format
-from eco_optax.quantize_params import quantize_params
+from eco_optax.quantize_params import PackedTransformation, quantize_params
 from eco_optax.quantized_array import Rounding, Where
 
 
@@ -32,7 +32,14 @@ def _without_master_weights(
   quantizer = quantize_params(format, where, rounding, seed)
   general = error_feedback_to_momentum(optimizer, quantizer, learning_rate, keep_error)
   if closed is None or keep_error or learning_rate is None:
-    return general
+
+    def update(
+      updates: Any, state: Any, params: Any = None, gradient_scale: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+      updates = fused.scale_gradients(updates, gradient_scale)
+      return general.update(updates, state, params, **extra_args)
+
+    return PackedTransformation(general.init, update)
   return fused.fuse(general, closed, rounding, seed, max_norm, **decay)
 
 
@@ -76,7 +83,9 @@ def adamw(
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`. On a mesh its
     `update` takes `shardings=`, a tree of the parameters' NamedShardings, by which each device does
-    the step of its own part; without, the compiler splits the step, and moves more bytes.
+    the step of its own part; without, the compiler splits the step, and moves more bytes. With
+    `gradient_scale=`, a scalar by which gradients are multiplied before all else, a clip by a norm
+    that is known already or a loss scale takes no pass over memory.
 
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco
@@ -129,7 +138,9 @@ def sgd(
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`. On a mesh its
     `update` takes `shardings=`, a tree of the parameters' NamedShardings, by which each device does
-    the step of its own part; without, the compiler splits the step, and moves more bytes.
+    the step of its own part; without, the compiler splits the step, and moves more bytes. With
+    `gradient_scale=`, a scalar by which gradients are multiplied before all else, a clip by a norm
+    that is known already or a loss scale takes no pass over memory.
 
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco

@@ -110,12 +110,22 @@ def sgd(learning_rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool) ->
   return Closed(steps.NESTEROV if nesterov else steps.SGD, optax.TraceState, ("trace",), scalars)
 
 
-def _clip_factor(updates: Any, max_norm: Any) -> jax.Array:
-  """What `optax.clip_by_global_norm` multiplies gradients by."""
+def _factor(updates: Any, scale: Any, max_norm: Any) -> jax.Array:
+  """What gradients are multiplied by: a scale, and then what `optax.clip_by_global_norm` takes."""
+  scale = jnp.ones([], jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
   if max_norm is None:
-    return jnp.ones([], jnp.float32)
-  norm = optax.tree.norm(updates).astype(jnp.float32)
-  return jnp.where(norm < max_norm, np.float32(1), jnp.asarray(max_norm, jnp.float32) / norm)
+    return scale
+  norm = optax.tree.norm(updates).astype(jnp.float32) * jnp.abs(scale)
+  clip = jnp.where(norm < max_norm, np.float32(1), jnp.asarray(max_norm, jnp.float32) / norm)
+  return scale * clip
+
+
+def scale_gradients(updates: Any, scale: Any) -> Any:
+  """Gradients times a factor, in their dtypes; None is 1."""
+  if scale is None:
+    return updates
+  scale = jnp.asarray(scale, jnp.float32)
+  return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), updates)
 
 
 def _decays(decay: Any, mask: Any, updates: Any) -> dict[str, Any]:
@@ -195,6 +205,7 @@ def fuse(
     codec: Any = None,
     codec_step: Any = None,
     shardings: Any = None,
+    gradient_scale: Any = None,
     **extra_args: Any,
   ) -> tuple[Any, ErrorFeedbackState]:
     require_params(params)
@@ -209,13 +220,13 @@ def fuse(
     if codec is not None:
       keys = moments_in(codec.keys(state, momentum_lib.shapes_of(params), codec_step))[1]
 
-    clip = _clip_factor(float_gradients(updates, params), max_norm)
+    factor = _factor(float_gradients(updates, params), gradient_scale, max_norm)
     count = momentum_lib.inner_count(state.inner)
     decays = _decays(decay, mask, updates)
     done = {}
     for path in fused:
       leaf = Leaf(
-        closed.scalars(node, count, clip, decays[path]),
+        closed.scalars(node, count, factor, decays[path]),
         rounding_lib.stream_key(seed, state.quantizer.step, path),
         extra_args.get("layer"),
         weights[path],
@@ -233,9 +244,9 @@ def fuse(
         lambda path, leaf: optax.MaskedNode() if path in done else leaf, tree, is_leaf=is_quantized
       )
 
-    if max_norm is not None:
+    if max_norm is not None or gradient_scale is not None:
       # A second clip of what was clipped together finds nothing to do.
-      updates = jax.tree.map(lambda g: g * clip.astype(g.dtype), updates)
+      updates = scale_gradients(updates, factor)
     rest_state = state._replace(inner=on_moments(lambda _, moment: rest(moment), state.inner))
     shapes = momentum_lib.shapes_of(rest(params))
     if codec is not None:

@@ -37,6 +37,11 @@ def global_norm(tree: Any) -> jax.Array:
   return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
+def clip_factor(max_norm: float, grad_norm: jax.Array) -> jax.Array:
+  """What gradients of a norm are multiplied by, so that it is `max_norm` at most."""
+  return jnp.minimum(1.0, max_norm / jnp.maximum(grad_norm, 1e-30))
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
   """`optax.clip_by_global_norm` that is told the norm: `update(…, grad_norm=…)`, see `global_norm`.
 
@@ -47,7 +52,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
   ) -> tuple[Any, Any]:
     del params, extra_args
-    factor = jnp.minimum(1.0, max_norm / jnp.maximum(grad_norm, 1e-30))
+    factor = clip_factor(max_norm, grad_norm)
     return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -103,6 +108,21 @@ def _quantizer(config: ml_collections.ConfigDict) -> optax.GradientTransformatio
   return quantizer
 
 
+def clip_on_the_way(
+  max_norm: float, tx: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """`tx`, a fused one, behind `clip_by_global_norm`, of which no array is made."""
+  inner = optax.with_extra_args_support(tx)
+
+  def update(
+    grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    scale = clip_factor(max_norm, grad_norm)
+    return inner.update(grads, state, params, gradient_scale=scale, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 _FUSED = ("adamw", "nadamw")
 
 
@@ -145,7 +165,9 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   elif family == "naive":
     tx = eco.chain(inner, quantizer)
   elif config.optimizer.name in _FUSED and config.schedule_aware and config.stochastic_after == 1:
-    tx = _fused(config)
+    tx = eco.layer_by_layer(_low_bit(config, _fused(config)))
+    # All states have the clip's place.
+    return optax.chain(optax.identity(), clip_on_the_way(config.optimizer.max_norm, tx))
   else:
     learning_rate = schedule(config) if config.schedule_aware else None
     tx = eco.error_feedback_to_momentum(inner, quantizer, learning_rate)

@@ -129,6 +129,32 @@ def test_steps_are_those_of_the_general_path(name, how):
     params, state = new, found_state
 
 
+@pytest.mark.parametrize(
+  "tx",
+  [
+    eco.adamw(1e-2, max_norm=100.0),  # Less than the norm, and more than its quarter.
+    eco.low_bit_moments(eco.adamw(1e-2)),
+    eco.layer_by_layer(eco.sgd(1e-2)),
+    eco.sgd(1e-2, keep_error=True),  # Not fused.
+  ],
+  ids=["clipped", "low-bit moments", "layer by layer", "not fused"],
+)
+def test_gradients_are_scaled_on_the_way(tx):
+  """By a power of two, so that it makes no difference where."""
+  params = tree(eco.FP8)
+  state = tx.init(params)
+  grads = jax.tree.map(lambda x: jnp.sin(x).astype(jnp.bfloat16), eco.dequantize(params))
+  quarter = jax.tree.map(lambda g: g / 4, grads)
+  found = jax.jit(tx.update)(grads, state, params, gradient_scale=0.25)
+  wanted = jax.jit(tx.update)(quarter, state, params)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+  unscaled = jax.tree.leaves(jax.jit(tx.update)(grads, state, params))
+  pairs = zip(jax.tree.leaves(found), unscaled, strict=True)
+  assert any(np.any(np.asarray(a != b)) for a, b in pairs)
+
+
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)
 def test_every_format_takes_the_step_of_the_general_path(format):
   short, long = PAIRS["adamw"]("stochastic")
