@@ -3,7 +3,8 @@
 `definition` says what is computed, in plain `jnp`. A device by itself runs it as a kernel that
 touches memory as little as that device allows; where no kernel fits, and in programs of several
 devices that were not told their parts of the leaf (see `parts`), it stands as it is, a stack layer
-by layer, for XLA to partition. Which of them is a matter of lowering: a traced program serves every platform.
+by layer, for XLA to partition. Which of them is a matter of lowering: a traced program serves every
+platform.
 """
 
 from __future__ import annotations
