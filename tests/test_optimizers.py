@@ -354,7 +354,8 @@ def test_an_update_that_is_not_linear_in_its_momentum_raises(fn):
 def test_elements_may_be_clipped_after_the_momentum():
   params = eco.quantize(problem()[0], FORMAT)
   inner = after_momentum(lambda m: jnp.clip(m, -0.5, 0.5))
-  eco.error_feedback_to_momentum(inner, QUANTIZER).init(params)
+  state = eco.error_feedback_to_momentum(inner, QUANTIZER).init(params)
+  assert jax.tree.structure(state.inner) == jax.tree.structure(inner.init(eco.dequantize(params)))
 
 
 def test_clipping_before_the_momentum_is_fine():

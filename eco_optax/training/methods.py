@@ -12,6 +12,7 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
+from eco_optax.fused import scale_gradients
 from eco_optax.master_weights import MasterWeightsState
 from eco_optax.quantize_params import PackedTransformation
 from eco_optax.quantized_array import Rounding
@@ -52,8 +53,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
   ) -> tuple[Any, Any]:
     del params, extra_args
-    factor = clip_factor(max_norm, grad_norm)
-    return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads), state
+    return scale_gradients(grads, clip_factor(max_norm, grad_norm)), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
