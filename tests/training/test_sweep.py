@@ -109,6 +109,16 @@ def test_the_table_says_what_is_there(rows, tmp_path):
   gap = 0.01 * 7  # ECO + SR, schedule-aware, is seven places behind the baseline.
   (row,) = [x for x in text.splitlines() if x.startswith("| ECO + SR, schedule")][:1]
   assert f"{gap:+.4f}" in row
+  # Differences are paired: seeds that move both by as much leave the gap what it is.
+  for method in ("master weights + RTN", "ECO + SR, schedule-aware"):
+    first = rows[claims.Key(method, "FP8", 6e-3, 0, 1).name]["validation_loss"]
+    for seed in (1, 2):
+      rows |= line(claims.Key(method, "FP8", 6e-3, seed, 1), first + 0.1 * seed)
+    rows |= line(claims.Key(method, "FP8", 6e-3, 0, 4), first - 1)
+  (row,) = [x for x in claims.table(rows).splitlines() if x.startswith("| ECO + SR, schedule")][:1]
+  cells = [cell.strip() for cell in row.strip("|").split("|")]
+  assert cells[6:8] == ["3", f"{gap:+.4f} ± 0.0000"]
+  assert cells[9:] == [f"{first - 1:.4f}", f"{gap:+.4f}"]
   claims.plot(rows, tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {"pareto.png", "rates.png", "curves.png"}
   json.dumps(rows)

@@ -138,43 +138,45 @@ def mean(rows: Rows, method: str, format: str, tokens: int = 1) -> tuple[float, 
 
   The loss is infinite if a run diverged, the error NaN of one seed.
   """
+  found = sweep.losses(rows, names(rows, method, format, tokens))
+  return sweep.mean_and_error([loss for loss in found if loss is not None])
+
+
+def names(rows: Rows, method: str, format: str, tokens: int = 1) -> list[str]:
+  """Of the runs at the best learning rate, one per seed, finished or not."""
   rate = best(rows, method, format)
-  keys = [Key(method, format, rate or 0.0, seed, tokens).name for seed in SEEDS]
-  found = [rows[key]["validation_loss"] for key in keys if key in rows]
-  losses = [math.inf if loss is None else loss for loss in found]
-  return sweep.mean_and_error(losses)
+  return [Key(method, format, rate or math.nan, seed, tokens).name for seed in SEEDS]
 
 
-def _shown(loss: float | None, digits: int = 4) -> str:
-  if loss is None or math.isnan(loss):
-    return "–"
-  return "diverged" if math.isinf(loss) else f"{loss:.{digits}f}"
+def _compared(rows: Rows, method: str, own: str, format: str, tokens: int = 1) -> tuple[str, str]:
+  """Two cells: a method's loss at its best rate, and against master weights in a format."""
+  return sweep.compared(
+    rows, names(rows, method, own, tokens), names(rows, BASELINE, format, tokens)
+  )
 
 
 def table(rows: Rows) -> str:
-  """What came out, in Markdown: a table per format."""
+  """What came out, in Markdown: a table per format.
+
+  Differences to master weights are paired by seed, each method at its own best learning rate.
+  """
   out = []
   rates = sorted(LEARNING_RATES)
   for format in FORMATS:
     reference, naive = mean(rows, BASELINE, format)[0], mean(rows, NAIVE, format)[0]
     head = ["method", "bytes", *(f"lr {rate:g}" for rate in rates), "at its best", "seeds"]
-    head += ["against master weights + RTN", "of naive RTN's gap recovered", f"{LONGER} × tokens"]
+    head += ["against master weights + RTN", "of naive RTN's gap recovered"]
+    head += [f"{LONGER} × tokens", f"against {BASELINE}"]
     out += ["", f"**{format}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, own in [(BF16, "none"), *((method, format) for method in METHODS)]:
-      found = [rows.get(Key(method, own, rate, 0, 1).name) for rate in rates]
-      used = next((f"{row['bytes_per_parameter']['total']:.2f}" for row in found if row), "–")
-      losses = [
-        "–" if row is None else _shown(math.inf if (x := row["validation_loss"]) is None else x)
-        for row in found
-      ]
-      value, error, seeds = mean(rows, method, own)
-      at_best = _shown(value) + ("" if math.isnan(error) else f" ± {error:.4f}")
-      gap = value - reference
+      tried = [Key(method, own, rate, 0, 1).name for rate in rates]
+      cells = [method, sweep.used_bytes(rows, tried)]
+      cells += [sweep.compared(rows, [name], [name])[0] for name in tried]
+      value, _, seeds = mean(rows, method, own)
+      loss, gap = _compared(rows, method, own, format)
       share = (naive - value) / (naive - reference)
-      long = mean(rows, method, own, LONGER)[0]
-      cells = [method, used, *losses, at_best, str(seeds)]
-      cells += [f"{gap:+.4f}" if math.isfinite(gap) else "–"]
-      cells += [f"{share:.0%}" if math.isfinite(share) else "–", _shown(long)]
+      cells += [loss, str(seeds), gap, f"{share:.0%}" if math.isfinite(share) else "–"]
+      cells += _compared(rows, method, own, format, LONGER)
       out.append(f"| {' | '.join(cells)} |")
   return "\n".join(out[1:]) + "\n"
 

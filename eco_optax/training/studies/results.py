@@ -114,16 +114,14 @@ def _gap(results: pathlib.Path, method: str, format: str = "FP8") -> str:
   rows = sweep.read(results / "claims" / "runs.jsonl")
   cells = []
   if claims.best(rows, method, format) and claims.best(rows, claims.BASELINE, format):
-    (own, error, seeds), (reference, _, _) = (
-      claims.mean(rows, name, format) for name in (method, claims.BASELINE)
-    )
-    shown = "diverged" if math.isinf(own) else f"{own - reference:+.4f}"
-    spread = "" if math.isnan(error) else f" ± {error:.4f}"
-    cells.append(f"{shown}{spread} at the best learning rate, {seeds} seeds (claims)")
+    own, reference = (claims.names(rows, name, format) for name in (method, claims.BASELINE))
+    gap = sweep.compared(rows, own, reference)[1]
+    seeds = claims.mean(rows, method, format)[2]
+    cells.append(f"{gap if gap != '–' else 'diverged'} at the best learning rate, {seeds} seeds")
   if format == "FP8":
     one = {row["run"]: row for row in _load(results / "stdlib_1m" / "comparison.json")}
     difference = one[method]["validation_loss"] - one[claims.BASELINE]["validation_loss"]
-    cells.append(f"{difference:+.4f} at 2e-3, one seed (methods)")
+    cells.append(f"{difference:+.4f} at 2e-3, one seed of 2M bytes (methods)")
   if not cells:
     raise _Missing(method)
   return "; ".join(cells)
