@@ -1,13 +1,26 @@
 """error_feedback_to_momentum: ECO, quantized training without master weights.
 
-The rule lives here, once. With J = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the element-wise derivatives
-of the step just taken, and J', P' those of the next, a master-weight run that holds θ̂ + e takes the
-same steps as one whose momentum differs from its own by P e / J. Hence
+The rule lives here, once. With J_t = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the element-wise
+derivatives of step t, a unit of momentum left by it moves the weights by
 
-    exact:         m ← m̃ − B P e_t / J + P' e_{t+1} / J'
-    memory-free:   m ← m̃ + (P'/J' − B P/J) e_{t+1}
+    D = Σ B^{k−1} J_{t+k},  k = 1, 2, …
 
-of which the paper's Algorithms 2 (SGDM) and 3 (Adam) are the case P = P' = 1, J' = J.
+in all the steps to come. So what the quantizer took from the weights is paid back in full by
+
+    memory-free:   m ← m̃ + e_t / D
+
+and the weights that are still to be reached, θ̂ + D m, are those of plain training whatever the
+quantizer does: the paper's virtual sequence, for any optimizer and schedule. Its Algorithms 2
+(SGDM) and 3 (Adam) are the case of a constant J, D = J / (1 − B). With the last error kept, a
+master-weight run that holds θ̂ + e takes the same steps as one whose momentum differs by P e / J,
+hence
+
+    exact:         m ← m̃ − B P e_{t−1} / J + P' e_t / J',  J' and P' of the next step.
+
+If consecutive errors were alike, this rule would need no memory: m ← m̃ + (P'/J' − B P/J) e. With
+rounding to nearest they are, and it comes to the same as the one above; with stochastic rounding
+they are not, and where J grows by more than 1/B from one step to the next, as in the first steps of
+a warm-up, it would take away what it owes.
 """
 
 from __future__ import annotations
@@ -35,6 +48,9 @@ from eco_optax.quantized_array import dequantize, is_quantized
 
 # Below this |J| the update does not feel the momentum, so that nothing is worth injecting.
 SMALLEST_DERIVATIVE = np.float32(1e-30)
+
+# Steps ahead for which the schedule is asked.
+HORIZON = 128
 
 # Momenta below float32 are rounded stochastically, with random bits of their own stream.
 _INJECTION_SEED = 0x9E3779B97F4A7C15
@@ -115,7 +131,46 @@ def decay_ratio(by_weight: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.
   return 1 + by_weight, 1 + by_weight * ratio
 
 
-def inject(
+def rates_ahead(learning_rate: optax.ScalarOrSchedule | None, count: jax.Array) -> jax.Array:
+  """Rates of steps t to t + `HORIZON`, float32, up to a factor; count is the schedule's at t."""
+  if not callable(learning_rate):
+    return jnp.ones(HORIZON + 1, jnp.float32)
+  rate = lambda k: jnp.asarray(learning_rate(count + k), jnp.float32)
+  rates = jax.vmap(rate)(jnp.arange(HORIZON + 1, dtype=count.dtype))
+  # Behind the end of a run a schedule may say anything; nothing is paid back there.
+  return jnp.where(rates > 0, rates, 0)
+
+
+def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = None) -> jax.Array:
+  """D / J = Σ B^{k−1} J_{t+k} / J_t over k ≥ 1: the steps in which a debt in the momentum is paid.
+
+  Args:
+    rates: that J follows, from step t on; the last is taken to stay.
+    decay: B, of which one element stands for all.
+    bias_count: t where the momentum's bias correction divides J by 1 − B^t.
+
+  Returns:
+    A float32 scalar, 1 / (1 − B) at constant J; infinite or NaN where the rate of step t is zero.
+  """
+  # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
+  # to another, in the last place; so may powers from products.
+  b = decay.ravel()[0]
+  powers = jnp.cumprod(jnp.full(HORIZON, b, jnp.float32))
+  powers = jnp.concatenate([jnp.ones(1, jnp.float32), powers])
+  if bias_count is not None:
+    rates = rates / (1 - b ** bias_count.astype(jnp.float32) * powers)
+  ratios = rates[1:] / rates[0]
+  return jnp.sum(powers[:-1] * ratios) + powers[-1] / (1 - b) * ratios[-1]
+
+
+def inject(error: jax.Array, j: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What the memory-free rule adds to m̃, e / D, and where it can be trusted; steps is D / J."""
+  usable = (jnp.abs(j) > SMALLEST_DERIVATIVE) & (steps > 0) & jnp.isfinite(steps)
+  added = error / jnp.where(usable, steps, 1) / jnp.where(usable, j, 1)
+  return jnp.where(usable, added, 0), usable
+
+
+def inject_exactly(
   error: jax.Array,
   old: jax.Array,
   j: jax.Array,
@@ -124,7 +179,7 @@ def inject(
   p_next: jax.Array,
   j_ratio: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """What the rule adds to m̃: P' e_{t+1} / J' − B P e_t / J, and where it can be trusted at all."""
+  """What the exact rule adds to m̃: P' e_{t+1} / J' − B P e_t / J, and where it can be trusted."""
   usable = (jnp.abs(j) > SMALLEST_DERIVATIVE) & (j_ratio > 0) & jnp.isfinite(j_ratio)
   safe_j, safe_ratio = jnp.where(usable, j, 1), jnp.where(usable, j_ratio, 1)
   added = (p_next / safe_ratio * error - b * p * old) / safe_j
@@ -182,7 +237,7 @@ def build(
     weights = momentum_lib.flat(dense)
     where = Momentum({path: leaf.shape for path, leaf in weights.items()}, paths)
     step = momentum_lib.differentiate(
-      inner, where, updates, state.inner, dense, extra_args, by_weight=aware
+      inner, where, updates, state.inner, dense, extra_args, by_weight=aware and keep_error
     )
     quantized, quantizer_state = quantizer.update(
       step.updates, state.quantizer, params, **extra_args
@@ -201,20 +256,26 @@ def build(
     last_error = momentum_lib.flat(state.error) if keep_error else {}
 
     count = momentum_lib.inner_count(state.inner)
-    ratio = rate_ratio(learning_rate, state.step if count is None else count)
+    count = state.step if count is None else count
+    ratio, rates = rate_ratio(learning_rate, count), rates_ahead(learning_rate, count)
     bias_counts = where.counts(step.state) if aware else {}
     injection, stored = {}, {}
     for path in paths:
       j, b = step.by_momentum[path], step.decay[path]
-      j_ratio = jnp.ones([], jnp.float32) if path in early else ratio  # J' / J
-      if path in bias_counts:
-        j_ratio = j_ratio * bias_ratio(b, bias_counts[path])
-      p = p_next = jnp.ones([], jnp.float32)
-      if step.by_weight is not None:
-        p, p_next = decay_ratio(step.by_weight[path], ratio)
-      old = last_error.get(path, error[path])
-      injection[path], usable = inject(error[path], old, j, b, p, p_next, j_ratio)
-      if keep_error:  # Without a step, what is owed stays owed.
+      is_early = path in early
+      if not keep_error:
+        own = jnp.ones_like(rates) if is_early else rates
+        injection[path], _ = inject(error[path], j, payback(own, b, bias_counts.get(path)))
+      else:
+        j_ratio = jnp.ones([], jnp.float32) if is_early else ratio  # J' / J
+        if path in bias_counts:
+          j_ratio = j_ratio * bias_ratio(b, bias_counts[path])
+        p = p_next = jnp.ones([], jnp.float32)
+        if step.by_weight is not None:
+          p, p_next = decay_ratio(step.by_weight[path], ratio)
+        old = last_error[path]
+        injection[path], usable = inject_exactly(error[path], old, j, b, p, p_next, j_ratio)
+        # Without a step, what is owed stays owed.
         error[path] = jnp.where(usable, error[path], old)
       dtype = where.get(step.state)[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
@@ -248,11 +309,12 @@ def error_feedback_to_momentum(
   The optimizer proposes θ̃ = θ̂ + u, the quantizer stores θ̂' = q(θ̃), and the error
   e = θ̃ − θ̂' goes into the optimizer's own momentum, which pays it back in later steps:
 
-  .. math:: m \leftarrow \tilde m + (P'/J' - B\,P/J)\, e
+  .. math:: m \leftarrow \tilde m + e / D, \quad D = \sum_{k \ge 1} B^{k-1} J_{t+k}
 
-  where J = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ are found by differentiating the optimizer's own
-  `update`, so that no hyperparameter is told twice. Without `learning_rate` P = P' = 1 and J' = J:
-  the paper's rule, (1/η)(1 − 1/β) e for SGD with momentum. It adds no buffer to the optimizer's.
+  where J = ∂u/∂m and B = ∂m̃/∂m are found by differentiating the optimizer's own `update`, so that
+  no hyperparameter is told twice. D is what the rest of the run makes of a unit of momentum.
+  Without `learning_rate` J is taken to be constant, D = J / (1 − B): the paper's rule,
+  (1/η)(1 − 1/β) e for SGD with momentum. It adds no buffer to the optimizer's.
 
   Args:
     inner: a transformation whose update depends smoothly and element by element on its momentum:
@@ -261,14 +323,15 @@ def error_feedback_to_momentum(
       float32. One that requires extra arguments of your own is not checked at `init`.
     quantizer: `quantize_params`, or for float parameters any transformation that moves a proposed
       update (a rounding of your own, added noise). The error is the difference that it made.
-    learning_rate: the schedule of `inner`. It makes the rule schedule-aware: J' follows the next
-      step's learning rate and bias correction, and P the decoupled weight decay. The paper's rule
-      amplifies the residual in a warm-up and leaks it in a decay, which rounding to nearest feels.
+    learning_rate: the schedule of `inner`. It makes the rule schedule-aware: J follows the rates of
+      the next 128 steps and bias correction. The paper's rule pays back too much in a warm-up and
+      too little in a decay, which coarse formats and rounding to nearest feel.
     keep_error: also keep the last error, 4 bytes per quantized weight, and apply the exact rule
 
-      .. math:: m \leftarrow \tilde m - B\,P\,e_t/J + P'\,e_{t+1}/J'
+      .. math:: m \leftarrow \tilde m - B\,P\,e_{t-1}/J + P'\,e_t/J'
 
-      which for SGD with momentum equals master weights.
+      which for SGD with momentum equals master weights. P = 1 + ∂u/∂θ̂ is of decoupled weight decay;
+      J' and P' are those of the next step.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.

@@ -47,17 +47,14 @@ def _per_error(
   learning_rate: optax.ScalarOrSchedule,
   count: jax.Array | None,
   j: jax.Array,
-  b: Any,
-  by_weight: jax.Array,
-  bias_ratio: Any = 1,
+  b: jax.Array,
+  bias_count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """What the rule adds to the momentum per error where J = `j`, and whether it adds anything."""
-  ratio = jnp.ones([], jnp.float32)
-  if count is not None:
-    ratio = error_feedback.rate_ratio(learning_rate, count)  # type: ignore[arg-type]
-  one = jnp.ones([], jnp.float32)
-  p, p_next = error_feedback.decay_ratio(by_weight, ratio)
-  return error_feedback.inject(one, one, j, b, p, p_next, ratio * bias_ratio)
+  count = jnp.zeros([], jnp.int32) if count is None else count
+  rates = error_feedback.rates_ahead(learning_rate, count)
+  steps = error_feedback.payback(rates, b, bias_count)
+  return error_feedback.inject(jnp.ones([], jnp.float32), j, steps)
 
 
 def adamw(
@@ -81,9 +78,7 @@ def adamw(
       debias1, lookahead = keep1 / (1 - keep1 ** (t + 1)), f32(1 - b1) * debias1
     # J is this over the denominator.
     j = -rate * keep1 * debias1
-    injection, usable = _per_error(
-      learning_rate, count, j, keep1, -rate * f32(decay), error_feedback.bias_ratio(keep1, t)
-    )
+    injection, usable = _per_error(learning_rate, count, j, keep1, t)
     limit = jnp.where(usable, jnp.abs(j) / error_feedback.SMALLEST_DERIVATIVE, 0)
     return steps.AdamScalars(
       clip, f32(1 - b1), keep1, f32(1 - b2), keep2, debias1, lookahead, 1 / (1 - keep2**t),
@@ -104,7 +99,7 @@ def sgd(learning_rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool) ->
     del state, decay
     keep, rate = jnp.asarray(momentum, jnp.float32), _rate_at(learning_rate, count)
     j = -rate * keep * (keep if nesterov else 1)
-    injection, _ = _per_error(learning_rate, count, j, keep, jnp.zeros([], jnp.float32))
+    injection, _ = _per_error(learning_rate, count, j, keep)
     return steps.SgdScalars(clip, keep, rate, injection)
 
   return Closed(steps.NESTEROV if nesterov else steps.SGD, optax.TraceState, ("trace",), scalars)

@@ -124,7 +124,7 @@ class Run:
   """One training run in float64.
 
   Methods: "master" (master weights), "naive" (no error feedback), "paper" (Algorithms 2 and 3 as
-  printed), "aware" (memory-free with J', P' of the next step), "exact" (the paper's with e_t
+  printed), "aware" (memory-free with the J of all steps to come), "exact" (the paper's with e_t
   stored), "exact_aware" (with J', P').
   """
 
@@ -189,11 +189,14 @@ class Run:
       return correction / rate * (1 - 1 / r.b1) * denominator * error
     if self.method == "exact":
       return (self.e[name] / rate - error / (rate * r.b1)) * correction * denominator
+    if self.method == "aware":
+      corrected = lambda s: r.rate(s) / ((1 - r.b1**s) if r.kind == "adam" else 1.0)
+      ahead = sum(r.b1 ** (s - t - 1) * corrected(s) for s in range(t + 1, t + 1000))
+      return zero if ahead == 0 else -error * denominator / (r.b1 * ahead)
     if next_rate == 0:
       return zero
     next_correction = (1 - r.b1 ** (t + 1)) if r.kind == "adam" else 1.0
     j = -rate * r.b1 / (correction * denominator)
     j_next = -next_rate * r.b1 / (next_correction * denominator)
     p, p_next = 1 - rate * r.decay, 1 - next_rate * r.decay
-    last = error if self.method == "aware" else self.e[name]
-    return p_next / j_next * error - r.b1 * p / j * last
+    return p_next / j_next * error - r.b1 * p / j * self.e[name]
