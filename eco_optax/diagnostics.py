@@ -74,7 +74,7 @@ def fraction_moved(old_params: Any, new_params: Any) -> jax.Array:
 
 
 def error_similarity(previous: Any, current: Any) -> tuple[jax.Array, jax.Array]:
-  """How alike two consecutive quantization errors are, on which the memory-free rule rests.
+  """How alike two consecutive quantization errors are, which the paper's derivation rests on.
 
   Args:
     previous: a tree of float32 errors.
