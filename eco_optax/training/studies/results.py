@@ -105,7 +105,8 @@ def _similar(results: pathlib.Path) -> str:
   return (
     f"ratio {min(ratios):.2f} to {max(ratios):.2f}; cosine {min(cosines):.2f}, where the learning"
     f" rate is highest, to {max(cosines):.2f}. With stochastic rounding the cosine is"
-    f" {sum(other) / len(other):.3f}: there the rule rests on its virtual sequence, which asks nothing of errors"
+    f" {sum(other) / len(other):.3f}: there the rule rests on its virtual"
+    " sequence, which asks nothing of errors"
   )
 
 

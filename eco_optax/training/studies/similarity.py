@@ -1,4 +1,4 @@
-"""How alike consecutive quantization errors are while a model trains, which the paper derives ECO from."""
+"""How alike consecutive quantization errors are in training, which the paper derives ECO from."""
 
 from __future__ import annotations
 
