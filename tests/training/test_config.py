@@ -30,7 +30,7 @@ def test_every_config_is_in_order_with_every_method(name, method):
   config = load(name)
   config.method = method
   config_lib.validate(config)
-  methods.optimizer(config)
+  assert callable(methods.optimizer(config).update)
 
 
 # Size → (non-embedding parameters, peak learning rate, steps, warm-up), the scaling study's table.
