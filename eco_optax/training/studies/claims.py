@@ -20,6 +20,8 @@ LEARNING_RATES = (2e-3, 6e-4, 6e-3)
 SEEDS = (0, 1, 2)
 LONGER = 4  # Times the tokens, for the methods that matter most.
 
+_FP8_MOMENTS = {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"}
+
 # Methods by name: what they change in the config.
 METHODS: dict[str, dict[str, Any]] = {
   "master weights + RTN": {"method": "mw_rtn"},
@@ -31,6 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
   "ECO + SR, paper's rule": {"method": "eco_sr", "schedule_aware": False},
   "ECO + SR, schedule-aware": {"method": "eco_sr"},
   "int8 residual + RTN": {"method": "mw_rtn", "residual": "int8"},
+  "ECO + SR, FP8 moments": {"method": "eco_sr"} | _FP8_MOMENTS,
+  "int8 residual + RTN, FP8 moments": {"method": "mw_rtn", "residual": "int8"} | _FP8_MOMENTS,
+}
+# Methods that take another's best learning rate, for they differ in storage alone.
+TUNED_AS = {
+  "ECO + SR, FP8 moments": "ECO + SR, schedule-aware",
+  "int8 residual + RTN, FP8 moments": "int8 residual + RTN",
 }
 BF16 = "BF16 master weights"
 BASELINE, NAIVE = "master weights + RTN", "naive RTN"
@@ -87,7 +96,7 @@ def best(rows: Rows, method: str, format: str) -> float | None:
   """
   losses = {}
   for rate in LEARNING_RATES:
-    row = rows.get(Key(method, format, rate, 0, 1).name)
+    row = rows.get(Key(TUNED_AS.get(method, method), format, rate, 0, 1).name)
     if row is None:
       return None
     losses[rate] = math.inf if row["validation_loss"] is None else row["validation_loss"]
@@ -107,14 +116,16 @@ def runs(rows: Rows, steps: int) -> list[Run]:
     steps: of the config.
 
   Returns:
-    Seed 0 of every method at every learning rate; then, as these are finished, other seeds of
-    `DECIDING` at their best one, and the longer runs.
+    Seed 0 of every method at every learning rate; then, as these are finished, those of
+    `TUNED_AS` and other seeds of `DECIDING` at their best one, and the longer runs.
   """
-  keys = [Key(*cell, rate, 0, 1) for rate in LEARNING_RATES for cell in _cells()]
-  for seed in SEEDS[1:]:
+  tuned = [cell for cell in _cells() if cell[0] not in TUNED_AS]
+  keys = [Key(*cell, rate, 0, 1) for rate in LEARNING_RATES for cell in tuned]
+  for seed in SEEDS:
     for method, format in _cells():
       rate = best(rows, method, format)
-      if rate is not None and (method in DECIDING or method == BF16):
+      wanted = method in TUNED_AS if seed == 0 else method in (*DECIDING, BF16)
+      if rate is not None and wanted:
         keys.append(Key(method, format, rate, seed, 1))
   for format in FORMATS:
     for method in longer(rows, format):
@@ -126,7 +137,7 @@ def runs(rows: Rows, steps: int) -> list[Run]:
 
 def longer(rows: Rows, format: str) -> list[str]:
   """The two best methods without memory, and the baselines; none until all have been tried."""
-  memory_free = [method for method in METHODS if method.startswith("ECO")]
+  memory_free = [name for name in METHODS if name.startswith("ECO") and name not in TUNED_AS]
   means = {method: mean(rows, method, format)[0] for method in memory_free}
   if any(best(rows, method, format) is None for method in memory_free):
     return []
