@@ -257,7 +257,7 @@ def build(
 
     count = momentum_lib.inner_count(state.inner)
     count = state.step if count is None else count
-    ratio, rates = rate_ratio(learning_rate, count), rates_ahead(learning_rate, count)
+    rates = rates_ahead(learning_rate, count)
     bias_counts = where.counts(step.state) if aware else {}
     injection, stored = {}, {}
     for path in paths:
@@ -267,6 +267,7 @@ def build(
         own = jnp.ones_like(rates) if is_early else rates
         injection[path], _ = inject(error[path], j, payback(own, b, bias_counts.get(path)))
       else:
+        ratio = rate_ratio(learning_rate, count)
         j_ratio = jnp.ones([], jnp.float32) if is_early else ratio  # J' / J
         if path in bias_counts:
           j_ratio = j_ratio * bias_ratio(b, bias_counts[path])
