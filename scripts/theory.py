@@ -5,15 +5,16 @@ import runpy
 
 from absl import app, flags
 
-from eco_optax.training.studies import bounds, similarity, stationary
+from eco_optax.training.studies import bounds, grid, similarity, stationary
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_STUDIES = ("stationary", "bounds", "similarity")
+_STUDIES = ("stationary", "grid", "bounds", "similarity")
 _STUDY = flags.DEFINE_enum(
   "study",
   "all",
   ["all", *_STUDIES],
-  "Closed forms under white noise, bounds on a network, or similarity of errors in training.",
+  "Closed forms under white noise, what a grid makes of them, bounds on a network, or similarity of"
+  " errors in training.",
 )
 _SMALL = flags.DEFINE_bool("small", False, "Fewer points, chains and steps: under a minute.")
 _RESULTS = flags.DEFINE_string(
@@ -33,7 +34,9 @@ def main(_: list[str]) -> None:
       runs = dict(list(similarity.RUNS.items())[: 1 if _SMALL.value else None])
       failures += similarity.run(config, out, runs)
     else:
-      failures += {"stationary": stationary, "bounds": bounds}[study].run(out, _SMALL.value)
+      failures += {"stationary": stationary, "grid": grid, "bounds": bounds}[study].run(
+        out, _SMALL.value
+      )
     print((out / f"{study}.md").read_text())
   if failures:
     raise SystemExit("does not hold:\n" + "\n".join(failures))

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from eco_optax import diagnostics
-from eco_optax.training.studies import bounds, results, similarity, stationary
+from eco_optax.training.studies import bounds, grid, results, similarity, stationary
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "theory"
@@ -29,6 +29,27 @@ def test_small_stationary_study_and_its_figure(tmp_path):
   assert stationary.failures(rows, 1e-4)
   stationary.plot(rows, tmp_path / "stationary.png")
   assert (tmp_path / "stationary.png").stat().st_size > 10_000
+
+
+@pytest.mark.standard_promotion
+def test_small_grid_study_and_its_figure(tmp_path):
+  assert not grid.run(tmp_path, small=True)
+  rows = json.loads((tmp_path / "grid.json").read_text())["rows"]
+  assert grid.table(rows) == (tmp_path / "grid.md").read_text()
+  assert (tmp_path / "grid.png").stat().st_size > 10_000
+  found = {
+    (row["problem"], row["method"]): row["squared_gradient"] / row["rounded_optimum"]
+    for row in rows
+    if row["learning_rate"] == 1e-2
+  }
+  # White noise would have naive removal at 54.8, and ECO at 5.26, here.
+  assert found["apart", "naive"] < 1.3
+  assert found["apart", "eco"] < 1.3
+  assert found["apart, gradient noise", "eco"] < 0.7 * found["apart, gradient noise", "naive"]
+  assert found["coupled", "naive"] < 0.2 * found["coupled", "master_weights"]
+  # It notices predictions that are three times what is seen.
+  wrong = [row | {"predicted": 3 * row["predicted"]} for row in rows]
+  assert len(grid.failures(wrong, 3 * grid.TOLERANCE)) == 9
 
 
 def test_the_networks_constants_hold_and_it_is_not_convex():
@@ -139,6 +160,10 @@ def test_published_figures_keep_the_claims():
   assert stationary.summary(rows) == (RESULTS / "stationary.md").read_text()
   points = {(row["learning_rate"], row["beta"], row["curvature"]) for row in rows}
   assert points == {tuple(point) for point in stationary.POINTS}
+  rows = load("grid")["rows"]
+  assert not grid.failures(rows)
+  assert grid.table(rows) == (RESULTS / "grid.md").read_text()
+  assert {row["learning_rate"] for row in rows} == set(grid.RATES)
   rows = load("bounds")["rows"]
   assert not bounds.failures(rows)
   assert bounds.table(rows) == (RESULTS / "bounds.md").read_text()

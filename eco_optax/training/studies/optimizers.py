@@ -4,9 +4,10 @@ Naive removal tells how much of a gap there is to close. In FP8 the optimizers' 
 make updates large beside the grid, so that little is lost; INT4's grid is coarse enough to tell.
 
 What to expect: an error that is injected comes back over about 1 / (1 − β) steps, whichever the
-optimizer, because the rule divides by the optimizer's own derivative. In weights the errors that
-are still to be paid have 1 / (1 − β²) times the variance of one error, β being the memory of the
-momentum that is injected into. So gaps should be alike, but for one optimizer with another β.
+optimizer, because the rule divides by the optimizer's own derivative, and stored weights are then
+where rounding the weights of plain training would put them (`grid`), whatever β. So gaps to master
+weights should be alike, and none. Naive removal's noise is Δ times the mean |update|, of which
+gradient noise makes √((1 − β) / (1 + β)): a smaller β should cost it, and it alone.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
 
   figure, axes = plt.subplots(len(FORMATS), figsize=(8, 6.5), layout="constrained", sharex=True)
   for ax, format in zip(axes, FORMATS, strict=True):
+    gaps = [0.0]
     for j, method in enumerate(list(METHODS)[1:]):
       points = [
         (i + 0.2 * (j - 0.5), own - reference)
@@ -146,9 +148,14 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
       ]
       if points:
         ax.plot(*zip(*points, strict=True), "o", color=f"C{j}", alpha=0.7, label=method)
+        gaps += [gap for _, gap in points]
     ax.axhline(0, color="0.7", lw=1, zorder=0)
     ax.set_xticks(range(len(RATES)), [name.replace(", ", "\n") for name in RATES])
     ax.set(title=f"{format}, stochastic rounding")
+    ax.set_yscale("symlog", linthresh=0.1)  # Linear to there: one optimizer may be far off.
+    ticks = (-0.1, -0.05, 0, 0.05, 0.1, 0.5)
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_ylim(min(-0.1, 1.3 * min(gaps)), max(0.1, 1.3 * max(gaps)))
     ax.grid(alpha=0.25, axis="y")
   axes[0].legend(frameon=False)
   figure.supylabel("against master weights (validation loss, nats per byte)")
