@@ -31,6 +31,7 @@ RESIDUALS: dict[str, dict[str, Any]] = {
   "int8 residual": {"method": "mw_rtn", "residual": "int8"},
   "no residual: ECO + SR": {"method": "eco_sr"},
   "no residual: ECO + RTN": {"method": "eco_rtn"},
+  "nothing: naive SR": {"method": "naive_sr"},
 }
 
 
