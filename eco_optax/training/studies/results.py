@@ -22,9 +22,10 @@ mixture of experts of 2.1B, and fine-tunes DeepSeek-MoE-16B. Here models have on
 parameters, two to ten million tokens of source code and prose, and two CPU cores; losses are nats
 per token of the run's own tokenizer, so that only differences compare. What the paper sees at the
 end of long runs, when learning rates are small for long, shows here at small learning rates only.
-What says – has not been run. Rows of ECO with the schedule-aware rule under methods, families
-and finetune are of a rule that looked one step ahead; it now looks as far as a
-debt lasts, which in INT4 is better by more than most of these differences.
+What says – has not been run. Rows of ECO with the schedule-aware rule under methods and
+families are of a rule that looked one step ahead; it now looks as far as a debt lasts. With nearest
+rounding, a coarse grid and a decay to zero it pays a hoard in the last steps and diverges, as
+the rows of fine-tuning show.
 """
 
 # The paper's losses at 30M parameters (Table 1), by our names.
