@@ -93,7 +93,7 @@ def measure(
     return jnp.sum((weights[:-1] - optimum) * gradient(weights)) / 2
 
   inner = optax.chain(
-    optax.add_noise(problem.gradient_noise**2, 0.0, key=seed + 1),
+    optax.add_noise(problem.gradient_noise**2, 0.0, seed + 1),
     optax.stateless(lambda updates, _: updates.at[-1].set(0)),
     theory.sgdm(learning_rate, BETA),
   )
