@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from eco_optax.training.studies import sweep
+from eco_optax.training.studies import storage, sweep
 from eco_optax.training.studies.sweep import Run
 
 Rows = Mapping[str, Mapping[str, Any]]  # Finished runs by name, see `sweep.read`.
@@ -20,7 +20,7 @@ LEARNING_RATES = (2e-3, 6e-4, 6e-3)
 SEEDS = (0, 1, 2)
 LONGER = 4  # Times the tokens, for the methods that matter most.
 
-_FP8_MOMENTS = {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"}
+_FP8_MOMENTS = storage.MOMENTS["FP8 moments"]
 
 # Methods by name: what they change in the config.
 METHODS: dict[str, dict[str, Any]] = {
@@ -53,10 +53,7 @@ DECIDING = (
   "ECO + SR, schedule-aware",
   "int8 residual + RTN",
 )
-FORMATS: dict[str, dict[str, Any]] = {
-  "FP8": {"format": "FP8"},
-  "INT4": {"format": "INT4", "activation_format": "none"},  # Weights only, as the paper has it.
-}
+FORMATS = storage.FORMATS
 
 
 class Key(NamedTuple):

@@ -34,6 +34,7 @@ from eco_optax.formats import Format
 from eco_optax.quantize_params import quantize_params
 from eco_optax.quantized_array import quantize
 from eco_optax.training import report
+from eco_optax.training.studies import stationary
 
 BETA = 0.9
 SIZE = 32  # Weights of a problem.
@@ -174,13 +175,6 @@ def failures(rows: list[dict[str, Any]], tolerance: float = TOLERANCE) -> list[s
   ]
 
 
-_STYLES = {
-  "naive": ("naive removal", "C3", "s"),
-  "eco": ("ECO", "C0", "o"),
-  "master_weights": ("master weights", "C2", "D"),
-}
-
-
 def table(rows: list[dict[str, Any]]) -> str:
   """E‖∇f‖² in units of what rounding the optimum stochastically makes, in Markdown."""
   rates = sorted({row["learning_rate"] for row in rows})
@@ -201,7 +195,7 @@ def table(rows: list[dict[str, Any]]) -> str:
       white = theory.stationary_second_moment(method, rates[0], BETA, 1.0)
       cells = [f"{of(own[rate], 'squared_gradient')} ± {error(own[rate])}" for rate in rates]
       cells += [of(own[rates[0]], "predicted"), f"{white:.3g}"]
-      lines.append(f"| {problem} | {_STYLES[method][0]} | {' | '.join(cells)} |")
+      lines.append(f"| {problem} | {stationary.STYLES[method][0]} | {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
 
@@ -221,7 +215,9 @@ def plot(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     1, len(PROBLEMS), figsize=(11, 3.9), sharey=True, layout="constrained"
   )
   for axes, problem in zip(panels, PROBLEMS, strict=True):
-    for method, (label, color, marker) in _STYLES.items():
+    for method, (label, color, marker) in stationary.STYLES.items():
+      if method not in METHODS:
+        continue
       own = [row for row in rows if (row["problem"], row["method"]) == (problem, method)]
       own.sort(key=lambda row: row["learning_rate"])
       rates = np.array([row["learning_rate"] for row in own])

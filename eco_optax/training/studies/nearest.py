@@ -24,7 +24,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eco_optax.training.studies import sweep
+from eco_optax.training.studies import storage, sweep
 from eco_optax.training.studies.sweep import Run
 
 SEEDS = (0, 1, 2)
@@ -32,7 +32,7 @@ LEARNING_RATE = 2e-4  # Low: most updates are far below the grid's spacing.
 
 _AWARE = {"method": "eco_rtn"}
 _BFLOAT16_MOMENTUM = {"moments.mu": "bfloat16"}
-_FP8_MOMENTS = {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"}
+_FP8_MOMENTS = storage.MOMENTS["FP8 moments"]
 
 # What they change in the config; the first is what the others are held against.
 RULES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eco_optax.training.studies import sweep
-from eco_optax.training.studies.claims import FORMATS
+from eco_optax.training.studies.storage import FORMATS
 from eco_optax.training.studies.sweep import Run
 
 SEEDS = (0, 1, 2)

@@ -118,7 +118,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
   return "\n".join(lines) + "\n"
 
 
-_STYLES = {
+STYLES = {
   "naive": ("naive removal", "C3", "s"),
   "eco": ("ECO", "C0", "o"),
   "master_weights": ("master weights", "C2", "D"),
@@ -147,7 +147,7 @@ def plot(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
   for axes, beta in zip(panels[0], betas, strict=True):
     limit = theory.stability_limit(beta, 1.0)
     line = np.geomspace(low, min(high, 0.97 * limit), 400)
-    for method, (label, color, marker) in _STYLES.items():
+    for method, (label, color, marker) in STYLES.items():
       own = [row for row in rows if row["method"] == method and row["beta"] == beta]
       if method != "eco_keep_error":  # Its line is that of master weights.
         axes.plot(line, theory.stationary_second_moment(method, line, beta, 1.0), color, lw=1.4)
