@@ -2,7 +2,6 @@
 
 import pathlib
 import runpy
-import time
 from typing import Any
 
 from absl import app, flags
@@ -15,6 +14,7 @@ from eco_optax.training.studies import (
   nearest,
   optimizers,
   results,
+  scale,
   storage,
   sweep,
 )
@@ -24,6 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "std
 # Studies of many runs, with their configs.
 _SWEEPS = {
   "claims": (claims, "packages_1m"),
+  "scale": (scale, "packages_30m"),
   "storage": (storage, "stdlib_1m"),
   "nearest": (nearest, "stdlib_1m"),
   "optimizers": (optimizers, "stdlib_1m"),
@@ -34,9 +35,9 @@ _STUDY = flags.DEFINE_enum(
   "methods",
   ["methods", "families", *_SWEEPS, "results"],
   "All methods on one config; ECO and master weights on a model of each family; the paper's"
-  " claims, at several learning rates and seeds; what moments and residuals are stored in; rules"
-  " for rounding to nearest; ECO over several optimizers; INT4 fine-tuning; or RESULTS.md alone,"
-  " which all write.",
+  " claims, at several learning rates and seeds; its seven runs at its own size; what moments and"
+  " residuals are stored in; rules for rounding to nearest; ECO over several optimizers; INT4"
+  " fine-tuning; or RESULTS.md alone, which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")
@@ -72,23 +73,20 @@ def _sweep(study: Any, config_name: str, workdir: pathlib.Path, out: pathlib.Pat
     config = runpy.run_path(str(_ROOT / "configs" / f"{config_name}.py"))["get_config"]()
   if study is finetune:
     config.init_from = str(finetune.base(config, workdir))
-  lines, end = out / "runs.jsonl", time.monotonic() + 60 * _MINUTES.value
-  left = lambda: sweep.missing(study.runs(sweep.read(lines), config.steps), lines, config)
-  while left() and (minutes := (end - time.monotonic()) / 60) > 0:
-    sweep.sweep(
-      config,
-      left(),
-      workdir,
-      lines,
-      processes=_PROCESSES.value,
-      minutes=minutes,
-      show=lambda text: print(text, flush=True),
-    )
-  rows = sweep.read(lines)
+  lines, plan = out / "runs.jsonl", lambda rows: study.runs(rows, config.steps)
+  rows = sweep.sweep(
+    config,
+    plan,
+    workdir,
+    lines,
+    processes=_PROCESSES.value,
+    minutes=_MINUTES.value,
+    show=lambda text: print(text, flush=True),
+  )
   (out / "table.md").write_text(study.table(rows))
   study.plot(rows, out)
   print(study.table(rows))
-  print(f"{len(rows)} runs are finished, {len(left())} are left")
+  print(f"{len(rows)} runs are finished, {len(sweep.missing(plan(rows), lines, config))} are left")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The fused update for GPUs: what its kernels cover, and that programs for GPUs have them."""
 
+import functools
+import importlib.util
+
 import fused_leaves
 import jax
 import jax.numpy as jnp
@@ -75,12 +78,13 @@ def test_programs_for_a_gpu_have_kernels(format):
   )
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
     assert "gpu.triton" in lowered()
-  if format == "FP8":
+  if format == "FP8" and jax.default_backend() == "cpu":
     assert "gpu.triton" not in lowered()
 
 
 def compiled_for_an_h100(leaf, how, **options):
-  pytest.importorskip("jax_cuda12_plugin")
+  if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    pytest.skip("compiling for a GPU takes JAX's CUDA plugin")
   from eco_optax.training import compile as compile_lib
 
   (h100,) = compile_lib.topology_devices("h100:1")
@@ -148,6 +152,7 @@ def test_compiled_kernels_take_the_step_of_the_definition(
   format, how, shape, moments_in, monkeypatch, tmp_path
 ):
   """The instructions for an H100, run on this machine, in several chunks."""
+  pytest.importorskip("jax_cuda12_plugin", reason="that for CUDA 13 does not write its PTX")
   monkeypatch.setattr(triton_update, "_REREAD", 2**15)
   preset = fused_leaves.FORMATS[format]
   layer = 5 if len(shape) > 2 else None
@@ -162,3 +167,38 @@ def test_compiled_kernels_take_the_step_of_the_definition(
     a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
     # Last places differ by the multiply-adds that this machine's compiler fuses.
     assert np.sum(np.abs(a - b) > 1e-5 * np.max(np.abs(b))) <= 1
+
+
+@pytest.fixture
+def gpu():
+  """With JAX_PLATFORMS=cuda,cpu where there is an NVIDIA GPU."""
+  if jax.default_backend() != "gpu":
+    pytest.skip("runs on a GPU")
+
+
+@pytest.mark.parametrize(
+  ("step", "format", "moments_in", "how", "shape"),
+  [
+    *(("adamw", name, "float32", "stochastic", (1024, 768)) for name in fused_leaves.FORMATS),
+    *(("adamw", name, "float32", "nearest", (3, 512, 256)) for name in fused_leaves.FORMATS),
+    *(("adamw", name, "bfloat16", "stochastic", (3, 512, 256)) for name in ("FP8", "MXFP8")),
+    *(("adamw", name, "float8_e4m3fn", "stochastic", (1024, 768)) for name in ("FP8", "INT4")),
+    *(("sgd", name, "float32", "stochastic", (1024, 768)) for name in ("FP8", "NVFP4")),
+  ],
+)
+def test_a_gpu_takes_the_step_of_the_definition(gpu, step, format, moments_in, how, shape):
+  """Its kernel, held against the definition on the same GPU and on the CPU."""
+  step, layer = fused_leaves.STEPS[step], 5 if len(shape) > 2 else None
+  preset = fused_leaves.FORMATS[format]
+  leaf = fused_leaves.make(step, preset, shape, layer, jnp.bfloat16, moments_in)
+  fused = jax.jit(functools.partial(fused_update.fused_update, step, how))
+  assert "triton" in fused.lower(leaf).as_text()
+  found = jax.tree.leaves(fused(leaf))
+  for device in (jax.devices()[0], jax.devices("cpu")[0]):
+    wanted = fused_leaves.run(fused_update.definition, step, how, jax.device_put(leaf, device))
+    for a, b in zip(found, wanted, strict=True):
+      a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
+      # Last places differ by the multiply-adds that compilers fuse, and what is rounded where that
+      # is what decides: of stored moments in one of 10^4, whose momentum is a difference.
+      limit = 1e-4 if moments_in == "float32" else 1e-3
+      assert np.mean(np.abs(a - b) > 1e-5 * np.max(np.abs(b))) <= limit

@@ -31,7 +31,8 @@ def base(tmp_path, monkeypatch):
 def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
   runs = [sweep.Run(f"seed {seed}", {"seed": seed, "model.layers": 1}) for seed in range(2)]
   lines, said = tmp_path / "runs.jsonl", []
-  rows = sweep.sweep(base, runs, tmp_path / "w", lines, processes=2, show=said.append)
+  plan = lambda rows: runs[: 1 + len(rows)]  # The second is asked for once the first is there.
+  rows = sweep.sweep(base, plan, tmp_path / "w", lines, processes=2, show=said.append)
   assert set(rows) == {"seed 0", "seed 1"}
   assert rows["seed 0"]["validation_loss"] == pytest.approx(math.log(256), abs=0.3)
   assert rows["seed 0"]["validation_loss"] != rows["seed 1"]["validation_loss"]
@@ -40,17 +41,20 @@ def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
   assert sweep.missing(runs, lines, base) == []
 
   begun = len(said)
-  assert sweep.sweep(base, runs, tmp_path / "w", lines, show=said.append) == rows
+  assert sweep.sweep(base, plan, tmp_path / "w", lines, show=said.append) == rows
   assert len(said) == begun
   base.steps = 6  # A line of another config is none.
   assert sweep.missing(runs, lines, base) == runs
-  assert sweep.sweep(base, runs, tmp_path / "w", lines, minutes=0, show=said.append) == rows
+  assert sweep.sweep(base, plan, tmp_path / "w", lines, minutes=0, show=said.append) == rows
 
 
 def test_a_run_that_cannot_be_is_reported_with_its_words(base, tmp_path):
-  bad = [sweep.Run("bad", {"batch_size": 3, "accumulation": 2})]
+  """Once the others are done."""
+  runs = [sweep.Run("bad", {"batch_size": 3, "accumulation": 2}), sweep.Run("good", {"seed": 1})]
+  lines = tmp_path / "runs.jsonl"
   with pytest.raises(RuntimeError, match=r"bad ended with 1: .*accumulation 2 does not divide"):
-    sweep.sweep(base, bad, tmp_path / "w", tmp_path / "runs.jsonl", show=lambda text: None)
+    sweep.sweep(base, lambda rows: runs, tmp_path / "w", lines, show=lambda text: None)
+  assert set(sweep.read(lines)) == {"good"}
 
 
 def line(key, loss):

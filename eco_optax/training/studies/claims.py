@@ -113,32 +113,32 @@ def runs(rows: Rows, steps: int) -> list[Run]:
     steps: of the config.
 
   Returns:
-    Seed 0 of every method at every learning rate; then, as these are finished, those of
-    `TUNED_AS` and other seeds of `DECIDING` at their best one, and the longer runs.
+    Seed 0 of every method at every learning rate; then, as these are finished, at its best one,
+    those of `TUNED_AS`, the longer runs, and other seeds of `DECIDING`.
   """
   tuned = [cell for cell in _cells() if cell[0] not in TUNED_AS]
   keys = [Key(*cell, rate, 0, 1) for rate in LEARNING_RATES for cell in tuned]
-  for seed in SEEDS:
-    for method, format in _cells():
-      rate = best(rows, method, format)
-      wanted = method in TUNED_AS if seed == 0 else method in (*DECIDING, BF16)
-      if rate is not None and wanted:
-        keys.append(Key(method, format, rate, seed, 1))
-  for format in FORMATS:
-    for method in longer(rows, format):
-      rate = best(rows, method, format)
-      if rate is not None:
-        keys.append(Key(method, format, rate, 0, LONGER))
+  chosen = [(*cell, rate) for cell in _cells() if (rate := best(rows, *cell)) is not None]
+  keys += [Key(*cell, 0, 1) for cell in chosen if cell[0] in TUNED_AS]
+  keys += [Key(*cell, 0, LONGER) for cell in chosen if cell[0] in longer(rows, cell[1])]
+  for seed in SEEDS[1:]:
+    keys += [Key(*cell, seed, 1) for cell in chosen if cell[0] in (*DECIDING, BF16)]
   return [_run(key, steps) for key in keys]
 
 
 def longer(rows: Rows, format: str) -> list[str]:
-  """The two best methods without memory, and the baselines; none until all have been tried."""
+  """The baselines and the two methods without memory with the lowest losses of seed 0.
+
+  None until all have been tried.
+  """
   memory_free = [name for name in METHODS if name.startswith("ECO") and name not in TUNED_AS]
-  means = {method: mean(rows, method, format)[0] for method in memory_free}
-  if any(best(rows, method, format) is None for method in memory_free):
-    return []
-  return [BASELINE, "naive SR", *sorted(memory_free, key=lambda method: means[method])[:2]]
+  losses = {}
+  for method in memory_free:
+    if (rate := best(rows, method, format)) is None:
+      return []
+    loss = rows[Key(method, format, rate, 0, 1).name]["validation_loss"]
+    losses[method] = math.inf if loss is None else loss
+  return [BASELINE, "naive SR", *sorted(memory_free, key=lambda method: losses[method])[:2]]
 
 
 def mean(rows: Rows, method: str, format: str, tokens: int = 1) -> tuple[float, float, int]:

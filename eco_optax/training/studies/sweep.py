@@ -138,7 +138,7 @@ def _kept(flat: dict[str, Any]) -> dict[str, Any]:
 
 def sweep(
   config: ml_collections.ConfigDict,
-  runs: Sequence[Run],
+  plan: Callable[[dict[str, dict[str, Any]]], Sequence[Run]],
   workdir: str | pathlib.Path,
   results: str | pathlib.Path,
   *,
@@ -150,7 +150,7 @@ def sweep(
 
   Args:
     config: of all runs, before what each changes.
-    runs: in the order in which they are wanted.
+    plan: finished runs by name → the runs that are wanted, in this order; asked again after each.
     workdir: one folder per run is made in it, and removed once its line is written.
     results: the file of lines: a run's name, settings, losses over time, bytes, versions, machine.
     processes: at a time; each has its share of the cores, so that none waits for another.
@@ -161,24 +161,30 @@ def sweep(
     All finished runs by name.
 
   Raises:
-    RuntimeError: if a run ends with an error, with what it said; the others are stopped, and saved.
+    RuntimeError: if runs ended with an error, with what the first said, once the others are done.
   """
   workdir, results = pathlib.Path(workdir), pathlib.Path(results)
   results.parent.mkdir(parents=True, exist_ok=True)
   # Whoever ends the sweep ends its runs too, which save what they have.
   previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-  todo = missing(runs, results, config)
-  total, end = len(todo), time.monotonic() + 60 * minutes
+  end = time.monotonic() + 60 * minutes
   cores = sorted(os.sched_getaffinity(0))
   share = max(len(cores) // processes, 1)
   free = [cores[i * share : (i + 1) * share] for i in range(processes)]
   busy: list[tuple[Run, subprocess.Popen, list[int]]] = []
-  is_over = False
+  failed: dict[str, str] = {}
+
+  def wanted() -> list[Run]:
+    begun = {run.name for run, _, _ in busy} | failed.keys()
+    runs = missing(plan(read(results)), results, config)
+    return [run for run in runs if run.name not in begun]
+
+  is_over, todo = False, wanted()
   try:
     while busy or (todo and time.monotonic() < end):
       while todo and free and time.monotonic() < end:
         run, own = todo.pop(0), free.pop()
-        show(f"{total - len(todo)}/{total} {run.name}")
+        show(f"{run.name}; {len(todo)} are left")
         busy.append((run, _start(config, run, workdir / run.folder, own), own))
       time.sleep(0.5)
       if time.monotonic() >= end and not is_over:
@@ -191,19 +197,23 @@ def sweep(
         free.append(own)
         if process.returncode:
           log = (workdir / run.folder / "log").read_text()
-          raise RuntimeError(f"{run.name} ended with {process.returncode}: {log[-2000:]}")
-        if (workdir / run.folder / "summary.json").exists():
+          failed[run.name] = f"{run.name} ended with {process.returncode}: {log[-2000:]}"
+          show(failed[run.name])
+        elif (workdir / run.folder / "summary.json").exists():
           row = _row(config, run, workdir / run.folder)
           with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
           shutil.rmtree(workdir / run.folder)
           show(f"{run.name}: {row['validation_loss']}")
+          todo = wanted()
   finally:
     for _, process, _ in busy:
       process.terminate()
     for _, process, _ in busy:
       process.wait()
     signal.signal(signal.SIGTERM, previous)
+  if failed:
+    raise RuntimeError(next(iter(failed.values())))
   return read(results)
 
 

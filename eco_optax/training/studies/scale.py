@@ -1,0 +1,95 @@
+"""The paper's seven runs at its smallest size, with its batches and settings, for fewer steps."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from eco_optax.training.studies import sweep
+from eco_optax.training.studies.sweep import Run
+
+# The paper's own first.
+LEARNING_RATES = (1.2e-3, 2.4e-3)
+METHODS: dict[str, dict[str, Any]] = {
+  "BF16 master weights": {"method": "bf16_mw"},
+  "master weights + RTN": {"method": "mw_rtn"},
+  "master weights + SR": {"method": "mw_sr"},
+  "naive RTN": {"method": "naive_rtn"},
+  "naive SR": {"method": "naive_sr"},
+  "ECO + RTN": {"method": "eco_rtn"},
+  "ECO + SR": {"method": "eco_sr"},
+}
+BASELINE = "master weights + RTN"
+# Losses after 3B tokens of C4, from the paper's table of 30M parameters.
+PAPER = {
+  "BF16 master weights": 3.3238,
+  "master weights + RTN": 3.3248,
+  "master weights + SR": 3.3309,
+  "naive RTN": math.inf,
+  "naive SR": 3.4008,
+  "ECO + RTN": 3.3640,
+  "ECO + SR": 3.3317,
+}
+
+
+def _name(method: str, rate: float) -> str:
+  return f"{method}, lr {rate:g}"
+
+
+def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
+  """Every method at the paper's learning rate, then at the others."""
+  del rows, steps
+  return [
+    Run(_name(method, rate), changes | {"optimizer.learning_rate": rate})
+    for rate in LEARNING_RATES
+    for method, changes in METHODS.items()
+  ]
+
+
+def best(rows: Mapping[str, Any], method: str) -> str:
+  """The name of a method's run with the lowest loss, of those that are finished."""
+  names = [_name(method, rate) for rate in LEARNING_RATES]
+  losses = [math.inf if loss is None else loss for loss in sweep.losses(rows, names)]
+  return names[losses.index(min(losses))]
+
+
+def table(rows: Mapping[str, Any]) -> str:
+  """What came out, in Markdown."""
+  rates = " | ".join(f"lr {rate:g}" for rate in LEARNING_RATES)
+  lines = [
+    f"| method | bytes per parameter | {rates} | at its best, against {BASELINE}"
+    " | the paper, 3B tokens |",
+    "|---" * (4 + len(LEARNING_RATES)) + "|",
+  ]
+  for method in METHODS:
+    names = [_name(method, rate) for rate in LEARNING_RATES]
+    cells = [method, sweep.used_bytes(rows, names)]
+    cells += [sweep.compared(rows, [name], [name])[0] for name in names]
+    cells.append(sweep.compared(rows, [best(rows, method)], [best(rows, BASELINE)])[1])
+    gap = PAPER[method] - PAPER[BASELINE]
+    cells.append(f"{gap:+.4f}" if math.isfinite(gap) else "diverged")
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Draws training at each method's best learning rate (scale.png)."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+  for method in METHODS:
+    row = rows.get(best(rows, method))
+    if row and row["training_curve"]:
+      style = "--" if method.startswith("ECO") else "-"  # It may lie upon what it is held against.
+      ax.plot(*zip(*row["training_curve"], strict=True), style, lw=1.2, label=method)
+  ax.set(xlabel="step of 512 × 512 tokens", ylabel="training loss (nats per token)")
+  ax.set_title("30M parameters, the paper's seven runs")
+  ax.grid(alpha=0.3)
+  ax.legend(frameon=False)
+  figure.savefig(folder / "scale.png", dpi=150)
+  plt.close(figure)
