@@ -127,6 +127,8 @@ def low_bit_moments(
         f"the optimizer keeps no moments in its {type(state).__name__} that could be stored in few"
         " bits: use it without eco_optax.low_bit_moments"
       )
+    # Under `jit` they are constants, whose codes XLA would work out as it compiles, for minutes.
+    state = jax.lax.optimization_barrier(state)
     return LowBitMomentsState(step, moments.store(state, params, step))
 
   def update(

@@ -124,8 +124,8 @@ class Run:
   """One training run in float64.
 
   Methods: "master" (master weights), "naive" (no error feedback), "paper" (Algorithms 2 and 3 as
-  printed), "aware" (memory-free with the J of all steps to come), "exact" (the paper's with e_t
-  stored), "exact_aware" (with J', P').
+  printed), "aware" (memory-free with the J of all steps to come, or three quarters of what it would
+  be at a constant rate), "exact" (the paper's with e_t stored), "exact_aware" (with J', P').
   """
 
   def __init__(
@@ -192,7 +192,8 @@ class Run:
     if self.method == "aware":
       corrected = lambda s: r.rate(s) / ((1 - r.b1**s) if r.kind == "adam" else 1.0)
       ahead = sum(r.b1 ** (s - t - 1) * corrected(s) for s in range(t + 1, t + 1000))
-      return zero if ahead == 0 else -error * denominator / (r.b1 * ahead)
+      ahead = max(ahead, 0.75 * corrected(t) / (1 - r.b1))
+      return -error * denominator / (r.b1 * ahead)
     if next_rate == 0:
       return zero
     next_correction = (1 - r.b1 ** (t + 1)) if r.kind == "adam" else 1.0

@@ -335,6 +335,26 @@ def test_the_virtual_sequence_follows_a_schedule(nesterov, format, rounding):
   assert np.any(np.diff(stored, axis=0) != 0)
 
 
+def test_a_decay_to_zero_does_not_release_what_nearest_rounding_hoarded():
+  """A weight that owes 3 steps of the grid pays 1/7.5 of them a step, too little to move it."""
+  beta, start, last = 0.9, 10, 20  # The rate falls to zero in the last ten steps.
+  rate = lambda count: PEAK * jnp.clip((last - count) / (last - start), 0, 1)
+  params = eco.quantize({"w": jnp.array([[1.0], [0.5]])}, eco.INT8)
+  grid = np.asarray(params["w"].scale).item()
+  tx = eco.error_feedback_to_momentum(optax.sgd(rate, beta), QUANTIZER, rate)
+  state = tx.init(params)
+  # θ̂ + D m is 3 steps of the grid from θ̂, with D = −β η / (1 − β), in the weight below the largest.
+  owed = jnp.array([[0.0], [-3 * grid * (1 - beta) / (beta * PEAK)]])
+  trace = state.inner[0]._replace(trace={"w": owed})
+  state = state._replace(inner=(trace, *state.inner[1:]))
+  zero = {"w": jnp.zeros((2, 1))}
+  for _ in range(last):
+    updates, state = jax.jit(tx.update)(zero, state, params)
+    params = eco.apply_updates(params, updates)
+    assert np.asarray(params["w"].qvalue).ravel().tolist() == [127, 64]
+  assert abs(np.asarray(momentum_of(state.inner)["w"])[1, 0]) >= abs(owed[1, 0])
+
+
 # Fast enough for INT4 weights to move in 60 steps.
 FAST = 4 * PEAK
 FAST_SCHEDULE = lambda count: 4 * SCHEDULE(count)

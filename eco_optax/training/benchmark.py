@@ -489,7 +489,7 @@ def table(results: pathlib.Path) -> str:
       ratio, low, high = (own(backend, key) for key in ("ratio", "low", "high"))
       cells += ["–", "–"] if ratio is None else [f"{ratio:.2f}×", f"{low:.2f}–{high:.2f}"]
     lines.append(f"| {' | '.join([*cells, _loss(name, rows)])} |")
-  for backend in timed:
+  for backend in (name for name in timed if "training_step" in found[name]):
     trained = found[backend]["trained"]
     lines += ["", f"| training step on {backend}: {trained} | milliseconds | ratio | quartiles |"]
     lines.append("|---" * 4 + "|")

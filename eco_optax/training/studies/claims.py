@@ -196,9 +196,13 @@ def plot(rows: Rows, folder: pathlib.Path) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
+  # What differs from another in storage alone is drawn as its lighter shade.
+  shades = plt.get_cmap("tab20")
+  colors = {method: shades(2 * i) for i, method in enumerate(METHODS) if method not in TUNED_AS}
+  order = list(colors)
+  colors |= {method: shades(2 * order.index(own) + 1) for method, own in TUNED_AS.items()}
   panels = lambda: plt.subplots(
-    1, len(FORMATS), figsize=(6 * len(FORMATS), 4.4), layout="constrained", squeeze=False
+    1, len(FORMATS), figsize=(2 + 5 * len(FORMATS), 4.4), layout="constrained", squeeze=False
   )
 
   figure, axes = panels()
@@ -211,10 +215,12 @@ def plot(rows: Rows, folder: pathlib.Path) -> None:
       used = rows[Key(method, format, rate, 0, 1).name]["bytes_per_parameter"]["total"]
       bar = 0.0 if math.isnan(error) else 2 * error
       ax.errorbar(used, value, bar, marker="o", capsize=3, ls="", color=color, label=method)
+    if math.isfinite(plain := mean(rows, BF16, "none")[0]):
+      ax.axhline(plain, color="black", lw=0.8, ls=":", label=BF16)
     ax.set(title=format, xlabel="bytes per parameter: weights, moments, residual")
     ax.set_ylabel("validation loss at its best learning rate (nats per token)")
     ax.grid(alpha=0.25)
-  axes[0][-1].legend(frameon=False, fontsize=8)
+  figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
   figure.savefig(folder / "pareto.png", dpi=140)
   plt.close(figure)
 
@@ -231,21 +237,31 @@ def plot(rows: Rows, folder: pathlib.Path) -> None:
     ax.set(title=format, xlabel="peak learning rate", xscale="log")
     ax.set_ylabel("validation loss (nats per token)")
     ax.grid(alpha=0.25)
-  axes[0][-1].legend(frameon=False, fontsize=8)
+  figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
   figure.savefig(folder / "rates.png", dpi=140)
   plt.close(figure)
 
+  def curve(method: str, format: str) -> dict[int, float]:
+    rate = best(rows, method, format) or math.nan
+    row = rows.get(Key(method, format, rate, 0, 1).name)
+    return dict(row["training_curve"]) if row else {}
+
   figure, axes = panels()
   for ax, format in zip(axes[0], FORMATS, strict=True):
+    # Batches are the same for all, and so most of what a loss owes to its batch.
+    reference = curve(BASELINE, format)
     for method, color in colors.items():
-      rate = best(rows, method, format)
-      row = rows.get(Key(method, format, rate or 0.0, 0, 1).name)
-      if row and row["training_curve"]:
-        ax.plot(*zip(*row["training_curve"], strict=True), color=color, lw=1, label=method)
-    ax.set(title=format, xlabel="step", ylabel="training loss (nats per token)")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, min(high, low + 2))
+      gaps = [
+        (step, loss - reference[step])
+        for step, loss in curve(method, format).items()
+        if step in reference
+      ]
+      if gaps:
+        ax.plot(*zip(*gaps, strict=True), color=color, lw=1.2, label=method)
+    ax.set(title=format, xlabel="step")
+    ax.set_yscale("symlog", linthresh=0.1)
+    ax.set_ylabel(f"training loss less that of {BASELINE}")
     ax.grid(alpha=0.25)
-  axes[0][-1].legend(frameon=False, fontsize=8)
+  figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
   figure.savefig(folder / "curves.png", dpi=140)
   plt.close(figure)
