@@ -49,7 +49,7 @@ def main(_: list[str]) -> None:
   """Trains what is missing, prints the table and writes RESULTS.md anew."""
   workdir, out = pathlib.Path(_WORKDIR.value) / _STUDY.value, pathlib.Path(_RESULTS.value)
   if _STUDY.value == "methods":
-    print(comparison.table(comparison.compare(_CONFIG.value, workdir, out / "stdlib_1m")))
+    print(comparison.table(comparison.compare(_CONFIG.value, workdir, out / "methods")))
   elif _STUDY.value == "families":
     _families(workdir, out / "families")
   elif _STUDY.value in _SWEEPS:

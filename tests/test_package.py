@@ -42,12 +42,11 @@ def test_readmes_commands_are_the_makefiles():
 
 
 def test_readmes_table_is_the_studys():
-  folder = ROOT / "results" / "stdlib_1m"
-  assert (folder / "comparison.md").read_text().strip() in (ROOT / "README.md").read_text()
-  rows = json.loads((folder / "comparison.json").read_text())
-  from eco_optax.training.studies import comparison
+  from eco_optax.training.studies import claims, sweep
 
-  assert comparison.table(rows) == (folder / "comparison.md").read_text()
+  rows = sweep.read(ROOT / "results" / "claims" / "runs.jsonl")
+  assert claims.summary(rows).strip() in (ROOT / "README.md").read_text()
+  assert claims.table(rows) == (ROOT / "results" / "claims" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["compile", "families"])

@@ -189,6 +189,21 @@ def table(rows: Rows) -> str:
   return "\n".join(out[1:]) + "\n"
 
 
+def summary(rows: Rows) -> str:
+  """Each method at its own best learning rate against master weights, both formats, in Markdown."""
+  head = ["", *(f"{format}: {what}" for format in FORMATS for what in ("bytes", "loss"))]
+  out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for method in (BF16, *METHODS):
+    cells = [method]
+    for format in FORMATS:
+      own = "none" if method == BF16 else format
+      loss, gap = _compared(rows, method, own, format)
+      cells += [sweep.used_bytes(rows, names(rows, method, own))]
+      cells += [loss if method == BASELINE else gap]
+    out.append(f"| {' | '.join(cells)} |")
+  return "\n".join(out) + "\n"
+
+
 def plot(rows: Rows, folder: pathlib.Path) -> None:
   """Draws bytes against loss (pareto.png), learning rates (rates.png) and training (curves.png)."""
   import matplotlib
