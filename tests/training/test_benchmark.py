@@ -71,7 +71,12 @@ def test_figures_become_a_table_and_a_chart(tmp_path, monkeypatch):
   config.batch_size, config.length = 8, 16
   training = benchmark.training_step(config, 1)
   assert training[last]["ratio"] == 1
-  cpu = {"optimizer_step": rows, "training_step": training, "machine": {"device": "cpu"}}
+  cpu = {
+    "optimizer_step": rows,
+    "trained": "tiny",
+    "training_step": training,
+    "machine": {"device": "cpu"},
+  }
   moved = {name: {"bytes_at_rest": 9.0, "moved": 20.0, "temporaries": 0.25} for name in names[1:]}
   tpu = {"optimizer_step": moved, "compiled_for": "TPU v5"}
   (tmp_path / "benchmark").mkdir()
