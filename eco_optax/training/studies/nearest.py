@@ -10,7 +10,8 @@ at a turn of the gradient that is undone, again 1/(1 − β) times slower than w
 What follows from that, and is tried here:
 
 - a smaller β narrows the dead zone, as 1/(1 − β), and costs what momentum is good for;
-- a schedule changes how long updates are too small, not the dead zone itself;
+- a schedule changes how long updates are too small, not the dead zone itself; one that decays to
+  zero leaves but its last steps to pay in, and the rule bounds what these may pay;
 - grids that do not move (scales of powers of two) lose nothing when a scale changes, and are
   coarser by half a bit on average;
 - dither before rounding to nearest is stochastic rounding, if it is drawn anew at each step; a
@@ -47,6 +48,13 @@ RULES: dict[str, dict[str, Any]] = {
   "schedule-aware, warm-up of half the run": _AWARE | {"optimizer.warmup_fraction": 0.5},
   "schedule-aware, flat after warm-up": _AWARE | {"optimizer.end_fraction": 1.0},
   "master weights, flat after warm-up": {"method": "mw_rtn", "optimizer.end_fraction": 1.0},
+  "schedule-aware, decay to zero": _AWARE | {"optimizer.end_fraction": 0.0},
+  "paper's rule, decay to zero": {
+    "method": "eco_rtn",
+    "schedule_aware": False,
+    "optimizer.end_fraction": 0.0,
+  },
+  "master weights, decay to zero": {"method": "mw_rtn", "optimizer.end_fraction": 0.0},
   "schedule-aware, scales of powers of two": _AWARE | {"format": "FP8_POWER_OF_TWO"},
   "schedule-aware, stochastic in the last tenth": _AWARE | {"stochastic_after": 0.9},
   "stochastic throughout": {"method": "eco_sr"},
