@@ -6,8 +6,10 @@ import os
 import shutil
 import tempfile
 
+# Programs are many and small: they take longer to compile than to run.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs that several tests and their subprocesses compile are compiled once.

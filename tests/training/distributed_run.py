@@ -6,7 +6,10 @@ import sys
 
 process, processes, devices, port = map(int, sys.argv[1:5])
 # Without fused multiply-add the compiler's choice of what to fuse does not show in the last place.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
+os.environ["XLA_FLAGS"] = (
+  f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
+  " --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

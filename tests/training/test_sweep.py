@@ -9,7 +9,7 @@ import pytest
 
 from eco_optax.training import config
 from eco_optax.training.data import prepare
-from eco_optax.training.studies import claims, finetune, nearest, optimizers, storage, sweep
+from eco_optax.training.studies import claims, finetune, nearest, optimizers, scale, storage, sweep
 
 
 @pytest.fixture
@@ -200,3 +200,24 @@ def test_fine_tuning_is_compared_at_each_methods_best_rate(tmp_path):
   assert finetune.gap({name: rows[name] for name in list(rows)[:-1]}, "ECO + SR") is None
   finetune.plot(rows, tmp_path)
   assert (tmp_path / "finetune.png").stat().st_size > 10_000
+
+
+def test_the_papers_own_size_is_compared_at_each_methods_best_rate(tmp_path):
+  rows = {}
+  for i, run in enumerate(scale.runs(rows, 100)):
+    row = {"validation_loss": 4 + 0.01 * i, "bytes_per_parameter": {"total": 9.0}}
+    rows[run.name] = row | {"training_curve": [(1, 10.0), (2, 9.0)]}
+    c = config.small()
+    c.model.update(layers=1, width=16, heads=1)
+    c.update_from_flattened_dict(run.changes)
+    config.validate(c)
+  rows["ECO + SR, lr 0.0024"]["validation_loss"] = 3.9
+  rows["naive RTN, lr 0.0012"]["validation_loss"] = None  # It diverged, but not at the other rate.
+  text = scale.table(rows)
+  # The second of seven at each rate is what they are held against.
+  assert "| master weights + RTN | 9.00 | 4.0100 | 4.0800 | +0.0000 | +0.0000 |" in text
+  assert "| ECO + SR | 9.00 | 4.0600 | 3.9000 | -0.1100 | +0.0069 |" in text
+  assert "| naive RTN | 9.00 | diverged | 4.1000 | +0.0900 | diverged |" in text
+  scale.plot(rows, tmp_path)
+  assert (tmp_path / "scale.png").stat().st_size > 10_000
+  assert "| BF16 master weights | – | – | – | – | -0.0010 |" in scale.table({})
