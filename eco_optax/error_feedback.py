@@ -12,10 +12,10 @@ in all the steps to come. So what the quantizer took from the weights is paid ba
 and the weights that are still to be reached, θ̂ + D m, are those of plain training whatever the
 quantizer does: the paper's virtual sequence, for any optimizer and schedule. Its Algorithms 2
 (SGDM) and 3 (Adam) are the case of a constant J, D = J / (1 − B). Where a schedule falls to zero
-so fast that D would be less than three quarters of that, it is taken to be three quarters: rounding
-to nearest hoards debts, and the last steps would pay them all at once. With the last error kept, a
-master-weight run that holds θ̂ + e takes the same steps as one whose momentum differs by P e / J,
-hence
+so fast that D would be less than three quarters of what it is at a constant rate, it is taken to be
+three quarters: rounding to nearest hoards debts, and the last steps would pay them all at once.
+With the last error kept, a master-weight run that holds θ̂ + e takes the same steps as one whose
+momentum differs by P e / J, hence
 
     exact:         m ← m̃ − B P e_{t−1} / J + P' e_t / J',  J' and P' of the next step.
 
@@ -54,8 +54,9 @@ SMALLEST_DERIVATIVE = np.float32(1e-30)
 # Steps ahead for which the schedule is asked.
 HORIZON = 128
 
-# The least that D may be, in units of J / (1 − B): of what is owed a step pays (1 − B) / 0.75 at
-# most, so that what was too small to move a weight does not move it for the rates' fall alone.
+# The least that D may be, in units of what it is at a constant rate, J / (1 − B): of what is owed a
+# step pays (1 − B) / 0.75 at most, so that what was too small to move a weight does not move it for
+# the rates' fall alone.
 SHORTEST = 0.75
 
 # Momenta below float32 are rounded stochastically, with random bits of their own stream.
@@ -156,19 +157,23 @@ def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = N
     bias_count: t where the momentum's bias correction divides J by 1 − B^t.
 
   Returns:
-    A float32 scalar, 1 / (1 − B) at constant J and no less than `SHORTEST` of that; infinite or NaN
-    where the rate of step t is zero.
+    A float32 scalar, 1 / (1 − B) at constant J, and no less than `SHORTEST` of what it is at a
+    constant rate; infinite or NaN where the rate of step t is zero.
   """
   # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
   # to another, in the last place; so may powers from products.
   b = decay.ravel()[0]
   powers = jnp.cumprod(jnp.full(HORIZON, b, jnp.float32))
   powers = jnp.concatenate([jnp.ones(1, jnp.float32), powers])
+  corrected = jnp.ones_like(rates)
   if bias_count is not None:
-    rates = rates / (1 - b ** bias_count.astype(jnp.float32) * powers)
-  ratios = rates[1:] / rates[0]
-  steps = jnp.sum(powers[:-1] * ratios) + powers[-1] / (1 - b) * ratios[-1]
-  return jnp.maximum(steps, SHORTEST / (1 - b))
+    corrected = 1 / (1 - b ** bias_count.astype(jnp.float32) * powers)
+
+  def paid(j: jax.Array) -> jax.Array:
+    ratios = j[1:] / j[0]
+    return jnp.sum(powers[:-1] * ratios) + powers[-1] / (1 - b) * ratios[-1]
+
+  return jnp.maximum(paid(rates * corrected), SHORTEST * paid(corrected))
 
 
 def inject(error: jax.Array, j: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -321,8 +326,8 @@ def error_feedback_to_momentum(
   .. math:: m \leftarrow \tilde m + e / D, \quad D = \sum_{k \ge 1} B^{k-1} J_{t+k}
 
   where J = ∂u/∂m and B = ∂m̃/∂m are found by differentiating the optimizer's own `update`, so that
-  no hyperparameter is told twice. D is what the rest of the run makes of a unit of momentum, or
-  0.75 J / (1 − B) where that is more, at the end of a decay to zero.
+  no hyperparameter is told twice. D is what the rest of the run makes of a unit of momentum; at the
+  end of a decay to zero it is three quarters of what it would be at a constant rate.
   Without `learning_rate` J is taken to be constant, D = J / (1 − B): the paper's rule,
   (1/η)(1 − 1/β) e for SGD with momentum. It adds no buffer to the optimizer's.
 

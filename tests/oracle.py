@@ -124,8 +124,8 @@ class Run:
   """One training run in float64.
 
   Methods: "master" (master weights), "naive" (no error feedback), "paper" (Algorithms 2 and 3 as
-  printed), "aware" (memory-free with the J of all steps to come, or three quarters of what it would
-  be at a constant rate), "exact" (the paper's with e_t stored), "exact_aware" (with J', P').
+  printed), "aware" (memory-free with the J of all steps to come, or three quarters of what it
+  would be at a constant rate), "exact" (the paper's with e_t stored), "exact_aware" (with J', P').
   """
 
   def __init__(
@@ -190,9 +190,10 @@ class Run:
     if self.method == "exact":
       return (self.e[name] / rate - error / (rate * r.b1)) * correction * denominator
     if self.method == "aware":
-      corrected = lambda s: r.rate(s) / ((1 - r.b1**s) if r.kind == "adam" else 1.0)
-      ahead = sum(r.b1 ** (s - t - 1) * corrected(s) for s in range(t + 1, t + 1000))
-      ahead = max(ahead, 0.75 * corrected(t) / (1 - r.b1))
+      weight = lambda s: r.b1 ** (s - t - 1) / ((1 - r.b1**s) if r.kind == "adam" else 1.0)
+      steps = range(t + 1, t + 1000)
+      ahead = sum(weight(s) * r.rate(s) for s in steps)
+      ahead = max(ahead, 0.75 * sum(weight(s) * rate for s in steps))
       return -error * denominator / (r.b1 * ahead)
     if next_rate == 0:
       return zero
