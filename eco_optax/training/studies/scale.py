@@ -7,21 +7,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eco_optax.training.studies import sweep
+from eco_optax.training.studies import claims, finetune, sweep
 from eco_optax.training.studies.sweep import Run
 
 # The paper's own first.
 LEARNING_RATES = (1.2e-3, 2.4e-3)
-METHODS: dict[str, dict[str, Any]] = {
-  "BF16 master weights": {"method": "bf16_mw"},
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "naive RTN": {"method": "naive_rtn"},
-  "naive SR": {"method": "naive_sr"},
-  "ECO + RTN": {"method": "eco_rtn"},
-  "ECO + SR": {"method": "eco_sr"},
-}
-BASELINE = "master weights + RTN"
+METHODS = {claims.BF16: {"method": "bf16_mw"}} | finetune.METHODS
+BASELINE = finetune.BASELINE
 # Losses after 3B tokens of C4, from the paper's table of 30M parameters.
 PAPER = {
   "BF16 master weights": 3.3238,
