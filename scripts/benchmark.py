@@ -9,6 +9,7 @@ With --config=configs/llama_3m.py it times that run's checkpoints instead.
 import json
 import os
 import pathlib
+import re
 import runpy
 import tempfile
 from typing import Any
@@ -71,6 +72,7 @@ def timed() -> None:
       f"--backend={_BACKEND.value}, but JAX runs on {found}: set JAX_PLATFORMS, or install"
       " eco_optax[cuda]"
     )
+  kind = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
   # A model that takes the device long enough for its launches not to count.
   name = {"cpu": "stdlib_1m", "cuda": "packages_30m"}[_BACKEND.value]
   config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
@@ -86,7 +88,7 @@ def timed() -> None:
     "training_step": lambda n: benchmark.training_step(config, n),
   }.items():
     figures[key] = measure(_REPEATS.value)
-    write(f"benchmark/{_BACKEND.value}", figures)  # What there is, should the next one fail.
+    write(f"benchmark/{kind}", figures)  # What there is, should the next one fail.
 
 
 def main(_: list[str]) -> None:

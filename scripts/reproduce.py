@@ -4,12 +4,14 @@ import pathlib
 import runpy
 from typing import Any
 
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
 from eco_optax.training.studies import (
   claims,
   comparison,
+  families,
   finetune,
   nearest,
   optimizers,
@@ -24,6 +26,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "std
 # Studies of many runs, with their configs.
 _SWEEPS = {
   "claims": (claims, "packages_1m"),
+  "families": (families, families.FAMILIES[0]),
   "scale": (scale, "packages_30m"),
   "storage": (storage, "stdlib_1m"),
   "nearest": (nearest, "stdlib_1m"),
@@ -33,10 +36,10 @@ _SWEEPS = {
 _STUDY = flags.DEFINE_enum(
   "study",
   "methods",
-  ["methods", "families", *_SWEEPS, "results"],
-  "All methods on one config; ECO and master weights on a model of each family; the paper's"
-  " claims, at several learning rates and seeds; its seven runs at its own size; what moments and"
-  " residuals are stored in; rules for rounding to nearest; ECO over several optimizers; INT4"
+  ["methods", *_SWEEPS, "results"],
+  "All methods on one config; the paper's claims, at several learning rates and seeds; ECO and"
+  " master weights on a model of each family; the paper's seven runs at its own size; what moments"
+  " and residuals are stored in; rules for rounding to nearest; ECO over several optimizers; INT4"
   " fine-tuning; or RESULTS.md alone, which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
@@ -50,30 +53,24 @@ def main(_: list[str]) -> None:
   workdir, out = pathlib.Path(_WORKDIR.value) / _STUDY.value, pathlib.Path(_RESULTS.value)
   if _STUDY.value == "methods":
     print(comparison.table(comparison.compare(_CONFIG.value, workdir, out / "methods")))
-  elif _STUDY.value == "families":
-    _families(workdir, out / "families")
   elif _STUDY.value in _SWEEPS:
     _sweep(*_SWEEPS[_STUDY.value], workdir, out / _STUDY.value)
   (out.parent / "RESULTS.md").write_text(results.markdown(out))
 
 
-def _families(workdir: pathlib.Path, out: pathlib.Path) -> None:
-  rows = {}
-  for name in comparison.FAMILIES:
-    config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
-    rows[name] = comparison.compare(config, workdir / name, out / name, comparison.FAMILY_RUNS)
-    (out / "table.md").write_text(comparison.family_table(rows))
-  print(comparison.family_table(rows))
+def _read(name: str) -> ml_collections.ConfigDict:
+  return runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
 
 
 def _sweep(study: Any, config_name: str, workdir: pathlib.Path, out: pathlib.Path) -> None:
   """Goes on with the runs as long as it may, and says how many are left."""
-  config = _CONFIG.value
-  if not flags.FLAGS["config"].present:
-    config = runpy.run_path(str(_ROOT / "configs" / f"{config_name}.py"))["get_config"]()
+  config = _CONFIG.value if flags.FLAGS["config"].present else _read(config_name)
   if study is finetune:
     config.init_from = str(finetune.base(config, workdir))
   lines, plan = out / "runs.jsonl", lambda rows: study.runs(rows, config.steps)
+  if study is families:
+    configs = {name: _read(name) for name in families.FAMILIES}
+    plan = lambda rows: families.runs(configs)
   rows = sweep.sweep(
     config,
     plan,

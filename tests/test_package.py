@@ -49,25 +49,26 @@ def test_readmes_table_is_the_studys():
   assert claims.table(rows) == (ROOT / "results" / "claims" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["compile", "families"])
-def test_readmes_other_tables_are_the_studies(name):
-  folder = ROOT / "results" / name
-  assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
+def test_readmes_other_tables_are_the_studies():
   from eco_optax.training import compile as compile_lib
-  from eco_optax.training.studies import comparison
+  from eco_optax.training.studies import families, sweep
 
   load = lambda path: json.loads(path.read_text())
-  if name == "families":
-    rows = {model: load(folder / model / "comparison.json") for model in comparison.FAMILIES}
-    table = comparison.family_table(rows)
-  else:
-    table = compile_lib.table(
+  folder = ROOT / "results"
+  tables = {
+    "families": families.table(sweep.read(folder / "families" / "runs.jsonl")),
+    "compile": compile_lib.table(
       {
-        config: tuple(load(folder / f"{config}_{method}.json") for method in ("eco_sr", "mw_sr"))
+        config: tuple(
+          load(folder / "compile" / f"{config}_{method}.json") for method in ("eco_sr", "mw_sr")
+        )
         for config in compile_lib.TOPOLOGIES
       }
-    )
-  assert table == (folder / "table.md").read_text()
+    ),
+  }
+  for name, table in tables.items():
+    assert table == (folder / name / "table.md").read_text()
+    assert table.strip() in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

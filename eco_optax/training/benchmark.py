@@ -436,7 +436,8 @@ _LOSSES = {
 
 def _figures(results: pathlib.Path) -> dict[str, Any]:
   """What `scripts/benchmark.py` wrote, by file."""
-  return {path.stem: json.loads(path.read_text()) for path in results.glob("benchmark/*.json")}
+  files = sorted(results.glob("benchmark/*.json"))
+  return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def _loss(name: str, rows: dict[str, Any]) -> str:
@@ -457,12 +458,13 @@ def table(results: pathlib.Path) -> str:
     results: the folder with `benchmark/*.json` and the runs of `studies.storage`.
 
   Returns:
-    A table for the optimizer step, and one for each backend on which training steps were timed.
+    A table for the optimizer step, and one for each device on which training steps were timed.
   """
   found = _figures(results)
   rows = sweep.read(results / "storage" / "runs.jsonl")
-  timed = [backend for backend in ("cpu", "cuda") if backend in found]
-  compiled = [name for name in found if "compiled_for" in found[name]]
+  stepped = [name for name in found if "optimizer_step" in found[name]]
+  compiled = [name for name in stepped if "compiled_for" in found[name]]
+  timed = [name for name in stepped if name not in compiled]
   # Not every compiler counts what a program moves.
   counted = lambda file: {
     key: form
@@ -473,8 +475,8 @@ def table(results: pathlib.Path) -> str:
   for file in compiled:
     kind = found[file]["compiled_for"]
     head += [f"{key} on {kind}" for key in counted(file)]
-  for backend in timed:
-    head += [f"time on {found[backend]['machine']['device']}", "quartiles"]
+  for file in timed:
+    head += [f"time on {found[file]['machine']['device']}", "quartiles"]
   head += ["validation loss, 1M parameters"]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   names = dict.fromkeys(n for f in [*timed, *compiled] for n in found[f]["optimizer_step"])
@@ -485,15 +487,15 @@ def table(results: pathlib.Path) -> str:
     cells = [name, f"{rest:.2f}"]
     for file in compiled:
       cells += [number(own(file, key), form) for key, form in counted(file).items()]
-    for backend in timed:
-      ratio, low, high = (own(backend, key) for key in ("ratio", "low", "high"))
+    for file in timed:
+      ratio, low, high = (own(file, key) for key in ("ratio", "low", "high"))
       cells += ["–", "–"] if ratio is None else [f"{ratio:.2f}×", f"{low:.2f}–{high:.2f}"]
     lines.append(f"| {' | '.join([*cells, _loss(name, rows)])} |")
-  for backend in (name for name in timed if "training_step" in found[name]):
-    trained = found[backend]["trained"]
-    lines += ["", f"| training step on {backend}: {trained} | milliseconds | ratio | quartiles |"]
+  for figures in (found[name] for name in found if "training_step" in found[name]):
+    what = f"{figures['machine']['device']}: {figures['trained']}"
+    lines += ["", f"| training step on {what} | milliseconds | ratio | quartiles |"]
     lines.append("|---" * 4 + "|")
-    for name, row in found[backend]["training_step"].items():
+    for name, row in figures["training_step"].items():
       spread = f"{row['low']:.2f}–{row['high']:.2f}"
       lines.append(f"| {name} | {row['milliseconds']:.0f} | {row['ratio']:.2f}× | {spread} |")
   return "\n".join(lines) + "\n"
@@ -506,7 +508,7 @@ def plot(results: pathlib.Path) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  found = _figures(results)
+  found = {name: rows for name, rows in _figures(results).items() if "optimizer_step" in rows}
   panels = []  # Title, figures by name, and the key.
   first = next(iter(found.values()))
   panels.append(("bytes per parameter at rest", first["optimizer_step"], "bytes_at_rest"))

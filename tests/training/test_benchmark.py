@@ -79,13 +79,19 @@ def test_figures_become_a_table_and_a_chart(tmp_path, monkeypatch):
   }
   moved = {name: {"bytes_at_rest": 9.0, "moved": 20.0, "temporaries": 0.25} for name in names[1:]}
   tpu = {"optimizer_step": moved, "compiled_for": "TPU v5"}
+  gpu = {"trained": "large", "training_step": training, "machine": {"device": "NVIDIA H100"}}
   (tmp_path / "benchmark").mkdir()
-  for name, figures in {"cpu": cpu, "tpu_v5p": tpu}.items():
+  for name, figures in {"cpu": cpu, "nvidia_h100": gpu, "tpu_v5p": tpu}.items():
     (tmp_path / "benchmark" / f"{name}.json").write_text(json.dumps(figures))
   table = benchmark.table(tmp_path)
   first, second = table.splitlines()[2:4]
   assert first.startswith("| float32 AdamW | 12.00 | – | – | 1.00× | 1.00–1.00 | – |")
   assert second.startswith("| eco.adamw, SR | 9.02 | 20.0 | 0.25 |")
-  assert f"| {last} | " in table
+  trained = [line.split(" | ")[0] for line in table.splitlines() if "training step" in line]
+  assert trained == [
+    "| training step on cpu: tiny",
+    "| training step on NVIDIA H100: large",
+  ]
+  assert table.count(f"| {last} | ") == 2
   benchmark.plot(tmp_path)
   assert (tmp_path / "benchmark" / "benchmark.png").stat().st_size > 10_000

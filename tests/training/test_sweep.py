@@ -9,7 +9,16 @@ import pytest
 
 from eco_optax.training import config
 from eco_optax.training.data import prepare
-from eco_optax.training.studies import claims, finetune, nearest, optimizers, scale, storage, sweep
+from eco_optax.training.studies import (
+  claims,
+  families,
+  finetune,
+  nearest,
+  optimizers,
+  scale,
+  storage,
+  sweep,
+)
 
 
 @pytest.fixture
@@ -92,7 +101,7 @@ def test_other_seeds_wait_for_the_best_rate(rows):
     for format in claims.FORMATS
   )
   longer = [run for run in then if run.changes["steps"] == 400]
-  assert len(longer) == 8
+  assert len(longer) == 10
   assert {run.changes["optimizer.learning_rate"] for run in longer} == {6e-3}
   # The two of ECO's that come first in the table are the two best here.
   eco = {
@@ -214,10 +223,36 @@ def test_the_papers_own_size_is_compared_at_each_methods_best_rate(tmp_path):
   rows["ECO + SR, lr 0.0024"]["validation_loss"] = 3.9
   rows["naive RTN, lr 0.0012"]["validation_loss"] = None  # It diverged, but not at the other rate.
   text = scale.table(rows)
-  # The second of seven at each rate is what they are held against.
-  assert "| master weights + RTN | 9.00 | 4.0100 | 4.0800 | +0.0000 | +0.0000 |" in text
-  assert "| ECO + SR | 9.00 | 4.0600 | 3.9000 | -0.1100 | +0.0069 |" in text
-  assert "| naive RTN | 9.00 | diverged | 4.1000 | +0.0900 | diverged |" in text
+  # The first of seven at each rate is what they are held against.
+  assert "| BF16 master weights | 9.00 | 4.0000 | 4.0700 | +0.0000 | +0.0000 |" in text
+  assert "| ECO + SR | 9.00 | 4.0600 | 3.9000 | -0.1000 | +0.0079 |" in text
+  assert "| naive RTN | 9.00 | diverged | 4.1000 | +0.1000 | diverged |" in text
   scale.plot(rows, tmp_path)
   assert (tmp_path / "scale.png").stat().st_size > 10_000
-  assert "| BF16 master weights | – | – | – | – | -0.0010 |" in scale.table({})
+  assert "| BF16 master weights | – | – | – | – | +0.0000 |" in scale.table({})
+
+
+def test_families_are_compared_seed_by_seed(tmp_path):
+  configs = {name: config.small() for name in families.FAMILIES}
+  configs["gemma_3m"].model.update(layers=1, width=16, heads=1)
+  runs = families.runs(configs)
+  assert len(runs) == 2 * 4 * 3
+  own = {run.name: config.small() for run in runs}
+  for run in runs:
+    own[run.name].update_from_flattened_dict(run.changes)
+  gemma = own["gemma_3m, ECO, seed 1"]
+  assert (gemma.model.width, gemma.method, gemma.seed) == (16, "eco_sr", 1)
+  assert own["llama_3m, master weights, seed 0"].model == config.small().model
+  rows = {}
+  for i, run in enumerate(runs[:-1]):
+    row = {"validation_loss": 2 + 0.01 * i, "bytes_per_parameter": {"total": 9.0 + i % 2}}
+    row |= {"parameters": 2000, "quantized_parameters": 1000}
+    rows[run.name] = row | {"validation_curve": [(1, 3.0), (2, 2.0)]}
+  text = families.table(rows)
+  losses = "2.0800 ± 0.0462 | 2.0900 ± 0.0462 | +0.0100 ± 0.0000"
+  assert f"| llama_3m | 2,000 | 1,000 | {losses} | 3 | 9.00 / 10.00 |" in text
+  losses = "2.1400 ± 0.0462 | 2.1100 ± 0.0400 | +0.0100 ± 0.0000"  # A run of ECO's is missing.
+  assert f"| deepseek_3m | 2,000 | 1,000 | {losses} | 2 | 9.00 / 10.00 |" in text
+  assert "| smoe_3m | – | – | – | – | – | 0 | – / – |" in families.table({})
+  families.plot(rows, tmp_path)
+  assert (tmp_path / "families.png").stat().st_size > 10_000

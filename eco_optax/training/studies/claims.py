@@ -127,7 +127,7 @@ def runs(rows: Rows, steps: int) -> list[Run]:
 
 
 def longer(rows: Rows, format: str) -> list[str]:
-  """The baselines and the two methods without memory with the lowest losses of seed 0.
+  """The two methods without memory whose losses of seed 0 are lowest, and their baselines.
 
   None until all have been tried.
   """
@@ -138,7 +138,8 @@ def longer(rows: Rows, format: str) -> list[str]:
       return []
     loss = rows[Key(method, format, rate, 0, 1).name]["validation_loss"]
     losses[method] = math.inf if loss is None else loss
-  return [BASELINE, "naive SR", *sorted(memory_free, key=lambda method: losses[method])[:2]]
+  baselines = [BASELINE, "master weights + SR", "naive SR"]
+  return [*baselines, *sorted(memory_free, key=lambda method: losses[method])[:2]]
 
 
 def mean(rows: Rows, method: str, format: str, tokens: int = 1) -> tuple[float, float, int]:
@@ -191,15 +192,17 @@ def table(rows: Rows) -> str:
 
 def summary(rows: Rows) -> str:
   """Each method at its own best learning rate against master weights, both formats, in Markdown."""
-  head = ["", *(f"{format}: {what}" for format in FORMATS for what in ("bytes", "loss"))]
+  kinds = ("bytes", "loss", f"{LONGER} × tokens")
+  head = ["", *(f"{format}: {kind}" for format in FORMATS for kind in kinds)]
   out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for method in (BF16, *METHODS):
     cells = [method]
     for format in FORMATS:
       own = "none" if method == BF16 else format
-      loss, gap = _compared(rows, method, own, format)
       cells += [sweep.used_bytes(rows, names(rows, method, own))]
-      cells += [loss if method == BASELINE else gap]
+      for tokens in (1, LONGER):
+        loss, gap = _compared(rows, method, own, format, tokens)
+        cells += [loss if method == BASELINE else gap]
     out.append(f"| {' | '.join(cells)} |")
   return "\n".join(out) + "\n"
 

@@ -23,13 +23,6 @@ METHODS: dict[str, dict[str, Any]] = {
   "ECO + SR, schedule-aware": {"method": "eco_sr", "schedule_aware": True},
 }
 
-# Of one of each family of models: what the memory-free rule costs there.
-FAMILIES = ("llama_3m", "gemma_3m", "smoe_3m", "deepseek_3m")
-FAMILY_RUNS: dict[str, dict[str, Any]] = {
-  "master weights": {"method": "mw_sr"},
-  "ECO": {"method": "eco_sr"},
-}
-
 
 def compare(
   config: ml_collections.ConfigDict,
@@ -89,23 +82,4 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = f"diverged at step {row['diverged_at_step']}" if loss is None else f"{loss:.4f}"
     gap = "" if loss is None or first is None else f"{loss - first:+.4f}"
     lines.append(f"| {row['run']} | {shown} | {gap} | {used:.2f} |")
-  return "\n".join(lines) + "\n"
-
-
-def family_table(rows: dict[str, list[dict[str, Any]]]) -> str:
-  """The summaries of `FAMILY_RUNS` by config as a Markdown table."""
-  lines = [
-    "| config | parameters | quantized | master weights | ECO | gap"
-    " | bytes per quantized parameter |",
-    "|---|---|---|---|---|---|---|",
-  ]
-  for name, (master, eco) in rows.items():
-    losses = [row["validation_loss"] for row in (master, eco)]
-    used = [row["bytes_per_parameter"]["total"] for row in (master, eco)]
-    shown = ["diverged" if loss is None else f"{loss:.4f}" for loss in losses]
-    gap = "" if None in losses else f"{losses[1] - losses[0]:+.4f}"
-    lines.append(
-      f"| {name} | {eco['parameters']:,} | {eco['quantized_parameters']:,}"
-      f" | {shown[0]} | {shown[1]} | {gap} | {used[0]:.2f} / {used[1]:.2f} |"
-    )
   return "\n".join(lines) + "\n"

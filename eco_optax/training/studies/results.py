@@ -11,6 +11,7 @@ from typing import Any
 
 from eco_optax.training.studies import (
   claims,
+  families,
   finetune,
   grid,
   nearest,
@@ -29,10 +30,10 @@ each row names the command that makes its figures. The paper is
 Limits: the paper trains 30M to 800M parameters on 100 tokens of C4 for each, Gemma 3 1B, a
 mixture of experts of 2.1B, and fine-tunes DeepSeek-MoE-16B. Here models have one to three million
 parameters, on one to five million tokens of source code and prose, 20 million where it says 4 ×
-tokens; losses are nats per token of the run's own tokenizer, so that only differences compare. Runs
-of claims were trained on an NVIDIA H200, whose sums are in no fixed order, or on a CPU, as their
-lines in results say; all others on two CPU cores. What says – has not been run. ECO's rows of
-families are of a rule that looked one step ahead; it now looks as far as a debt lasts.
+tokens; its size of 30M has been trained for 26 million tokens, once per method. Losses are nats per
+token of the run's own tokenizer, so that only differences compare. Runs of claims were trained on
+NVIDIA H200 and H100, whose sums are in no fixed order, or on a CPU, as their lines in results say;
+those of 30M on an H100; all others on two CPU cores. What says – has not been run.
 """
 
 
@@ -130,6 +131,10 @@ def _similar(results: pathlib.Path) -> str:
   )
 
 
+def _seeds(count: int) -> str:
+  return f"{count} seed{'s' if count > 1 else ''}"
+
+
 def _gap(results: pathlib.Path, method: str) -> str:
   """A method's gap to master weights in FP8, and in longer runs where there are some."""
   rows, cells = sweep.read(results / "claims" / "runs.jsonl"), []
@@ -139,20 +144,21 @@ def _gap(results: pathlib.Path, method: str) -> str:
     reference = claims.names(rows, claims.BASELINE, "FP8", tokens)
     loss, gap = sweep.compared(rows, own, reference)
     if loss != "–":
-      seeds = sum(name in rows for name in own)
       shown = gap if gap != "–" else loss
-      cells.append(f"{shown}{what}, {seeds} seed{'s' if seeds > 1 else ''}")
+      cells.append(f"{shown}{what}, {_seeds(sum(name in rows for name in own))}")
   if not cells:
     raise _Missing(method)
   return "; ".join(cells)
 
 
 def _family(results: pathlib.Path, family: str) -> str:
-  rows = {r["run"]: r for r in _load(results / "families" / family / "comparison.json")}
-  own = [row["validation_loss"] for name, row in rows.items() if name.startswith("ECO")]
-  other = [row["validation_loss"] for name, row in rows.items() if name.startswith("master")]
-  size = next(iter(rows.values()))["parameters"]
-  return f"{own[0] - other[0]:+.4f} with {size / 1e6:.1f}M parameters, one seed"
+  rows = sweep.read(results / "families" / "runs.jsonl")
+  master, eco = (families.names(family, method) for method in families.METHODS)
+  _, gap = sweep.compared(rows, eco, master)
+  done = [rows[name] for name in eco if name in rows]
+  if gap == "–":
+    raise _Missing(family)
+  return f"{gap} with {done[0]['parameters'] / 1e6:.1f}M parameters, {_seeds(len(done))}"
 
 
 def _finetuned(results: pathlib.Path, method: str) -> str:
@@ -197,8 +203,8 @@ def _claims() -> list[tuple[str, str, Measure, str]]:
     ),
   ]
   for method, loss in scale.PAPER.items():
-    if method != scale.BASELINE:
-      gap = loss - scale.PAPER[scale.BASELINE]
+    if method != claims.BASELINE:
+      gap = loss - scale.PAPER[claims.BASELINE]
       paper = "diverges" if math.isinf(loss) else f"{gap:+.4f}"
       own = f"{method}, paper's rule" if method.startswith("ECO") else method
       measure = functools.partial(_gap, method=own)

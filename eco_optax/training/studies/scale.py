@@ -13,7 +13,7 @@ from eco_optax.training.studies.sweep import Run
 # The paper's own first.
 LEARNING_RATES = (1.2e-3, 2.4e-3)
 METHODS = {claims.BF16: {"method": "bf16_mw"}} | finetune.METHODS
-BASELINE = finetune.BASELINE
+BASELINE = claims.BF16
 # Losses after 3B tokens of C4, from the paper's table of 30M parameters.
 PAPER = {
   "BF16 master weights": 3.3238,
@@ -67,21 +67,29 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Draws training at each method's best learning rate (scale.png)."""
+  """Draws training at each method's best learning rate, and less the baseline's (scale.png)."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+  figure, (whole, less) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+  curve = lambda method: dict(rows.get(best(rows, method), {}).get("training_curve", ()))
+  reference = curve(BASELINE)
   for method in METHODS:
-    row = rows.get(best(rows, method))
-    if row and row["training_curve"]:
-      style = "--" if method.startswith("ECO") else "-"  # It may lie upon what it is held against.
-      ax.plot(*zip(*row["training_curve"], strict=True), style, lw=1.2, label=method)
-  ax.set(xlabel="step of 512 × 512 tokens", ylabel="training loss (nats per token)")
-  ax.set_title("30M parameters, the paper's seven runs")
-  ax.grid(alpha=0.3)
-  ax.legend(frameon=False)
+    own = curve(method)
+    if not own:
+      continue
+    style = "--" if method.startswith("ECO") else "-"  # It may lie upon what it is held against.
+    whole.plot(own.keys(), own.values(), style, lw=1.2, label=method)
+    shared = [step for step in own if step in reference]
+    less.plot(shared, [own[step] - reference[step] for step in shared], style, lw=1.2)
+  whole.set_ylabel("training loss (nats per token)")
+  whole.legend(frameon=False)
+  less.set_ylabel(f"less that of {BASELINE}")
+  for ax in (whole, less):
+    ax.set_xlabel("step of 512 × 512 tokens")
+    ax.grid(alpha=0.3)
+  figure.suptitle("30M parameters, the paper's seven runs")
   figure.savefig(folder / "scale.png", dpi=150)
   plt.close(figure)
