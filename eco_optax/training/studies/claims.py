@@ -48,6 +48,7 @@ DECIDING = (
   "master weights + RTN",
   "master weights + SR",
   "naive SR",
+  "ECO + RTN, paper's rule",
   "ECO + RTN, schedule-aware",
   "ECO + SR, paper's rule",
   "ECO + SR, schedule-aware",
