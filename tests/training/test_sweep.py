@@ -163,7 +163,7 @@ def test_studies_compare_seed_by_seed(study, tmp_path):
       c.model.update(layers=1, width=16, heads=1)
       c.update_from_flattened_dict(run.changes)
       config.validate(c)
-  assert {name.rsplit(" ", 1)[1] for name in rows} == {"0", "1", "2"}
+  assert {name.rsplit(" ", 1)[1] for name in rows} >= {"0", "1", "2"}
   text = study.table(rows)
   table = [line.split(" | ") for line in text.splitlines() if "5.00" in line]
   assert len(table) >= 7
@@ -172,8 +172,8 @@ def test_studies_compare_seed_by_seed(study, tmp_path):
       [x for x in cells if x[:2] == "2."],
       [x for x in cells if x[:1] in "+-" and "±" in x],
     )
-    # Seeds are 0.1 apart, which says nothing of a gap.
-    assert all(re.fullmatch(r"2\.\d{4} ± 0\.0577", x.rstrip(" |")) for x in means), cells
+    # Seeds are 0.1 apart, three or nine of them, which says nothing of a gap.
+    assert all(re.fullmatch(r"2\.\d{4} ± 0\.(0577|0913)", x.rstrip(" |")) for x in means), cells
     assert all(x.rstrip(" |").endswith("± 0.0000") for x in gaps), cells
     assert means
     assert gaps
