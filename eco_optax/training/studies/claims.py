@@ -254,6 +254,8 @@ def plot(rows: Rows, folder: pathlib.Path) -> None:
       if points:
         ax.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
     ax.set(title=format, xlabel="peak learning rate", xscale="log")
+    ax.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
+    ax.minorticks_off()
     ax.set_ylabel("validation loss (nats per token)")
     ax.grid(alpha=0.25)
   figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
