@@ -48,6 +48,10 @@ _B1 = {"adamw, b1 0.5": 0.5}  # Where it is not the config's.
 _DECAY = 0.1 * 2e-3  # Learning rate × decoupled weight decay, of all.
 
 
+def _seeds(optimizer: str, format: str) -> tuple[int, ...]:
+  return MORE_SEEDS.get((optimizer, format), SEEDS)
+
+
 def _name(optimizer: str, method: str, format: str, rate: float, seed: int) -> str:
   return f"{optimizer}, {method}, {format}, lr {rate:g}, seed {seed}"
 
@@ -55,8 +59,7 @@ def _name(optimizer: str, method: str, format: str, rate: float, seed: int) -> s
 def _names(rows: Mapping[str, Any], optimizer: str, method: str, format: str) -> list[str]:
   """Of the runs at the best learning rate, one per seed, finished or not."""
   rate = best(rows, optimizer) or math.nan
-  seeds = MORE_SEEDS.get((optimizer, format), SEEDS)
-  return [_name(optimizer, method, format, rate, seed) for seed in seeds]
+  return [_name(optimizer, method, format, rate, seed) for seed in _seeds(optimizer, format)]
 
 
 def best(rows: Mapping[str, Any], optimizer: str) -> float | None:
@@ -87,7 +90,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     for format in FORMATS:
       for optimizer in RATES:
         if (rate := best(rows, optimizer)) is not None:
-          seeds = MORE_SEEDS.get((optimizer, format), SEEDS)
+          seeds = _seeds(optimizer, format)
           wanted += [(optimizer, method, format, rate, seed) for seed in seeds]
   return [
     Run(
