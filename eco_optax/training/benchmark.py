@@ -510,8 +510,10 @@ def plot(results: pathlib.Path) -> None:
 
   found = {name: rows for name, rows in _figures(results).items() if "optimizer_step" in rows}
   panels = []  # Title, figures by name, and the key.
-  first = next(iter(found.values()))
-  panels.append(("bytes per parameter at rest", first["optimizer_step"], "bytes_at_rest"))
+  steps: dict[str, Any] = {}  # Not every machine has every package that is measured.
+  for figures in found.values():
+    steps |= {name: row for name, row in figures["optimizer_step"].items() if name not in steps}
+  panels.append(("bytes per parameter at rest", steps, "bytes_at_rest"))
   for _, figures in sorted(found.items(), reverse=True):
     rows = figures["optimizer_step"]
     if "compiled_for" in figures:
@@ -521,7 +523,7 @@ def plot(results: pathlib.Path) -> None:
     else:
       kind = figures["machine"]["device"]
       panels.append((f"time on {kind}, in steps of {REFERENCE}", rows, "ratio"))
-  names = list(first["optimizer_step"])
+  names = list(steps)
   figure, axes = plt.subplots(
     1, len(panels), figsize=(4 + 3.2 * len(panels), 0.32 * len(names) + 1), sharey=True,
     layout="constrained",
