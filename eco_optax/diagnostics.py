@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eco_optax import error_feedback
-from eco_optax.low_bit_moments import LowBitMomentsState, codec
-from eco_optax.momentum import Leaves, shapes_of
-from eco_optax.quantize_params import PackedTransformation
 from eco_optax.quantized_array import is_quantized
-from eco_optax.stored_moments import MomentDtype
+from eco_optax.transforms import error_feedback
+from eco_optax.transforms.low_bit_moments import LowBitMomentsState, codec
+from eco_optax.transforms.momentum import Leaves, shapes_of
+from eco_optax.transforms.quantize_params import PackedTransformation
+from eco_optax.transforms.stored_moments import MomentDtype
 
 
 def _norm(leaves: list[jax.Array]) -> jax.Array:

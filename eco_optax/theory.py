@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eco_optax.error_feedback import error_feedback_to_momentum
-from eco_optax.master_weights import master_weights
-from eco_optax.quantize_params import chain
+from eco_optax.transforms.error_feedback import error_feedback_to_momentum
+from eco_optax.transforms.master_weights import master_weights
+from eco_optax.transforms.quantize_params import chain
 from eco_optax.updates import apply_updates, value_and_grad
 
 METHODS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {

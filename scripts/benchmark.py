@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import runpy
+import sys
 import tempfile
 from typing import Any
 
@@ -18,7 +19,10 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training import benchmark, report
+from eco_optax.training import report
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
+from experiments import benchmark
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _AHEAD = {"tpu-aot": "v5p:2x2x1", "cuda-aot": "h100:1"}

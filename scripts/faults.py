@@ -5,10 +5,14 @@
 
 import json
 import pathlib
+import sys
 
 from absl import app, flags
 
-from eco_optax.training import faults, report
+from eco_optax.training import report
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
+from experiments import faults
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Folder of the runs.")
 _OUT = flags.DEFINE_string("out", "results/faults", "Folder of faults.json and faults.md.")

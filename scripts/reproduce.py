@@ -2,20 +2,22 @@
 
 import pathlib
 import runpy
+import sys
 from typing import Any
 
 import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from eco_optax.training.studies import (
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
+from experiments import results
+from experiments.studies import (
   claims,
   comparison,
   families,
   finetune,
   nearest,
   optimizers,
-  results,
   scale,
   storage,
   sweep,

@@ -2,10 +2,12 @@
 
 import pathlib
 import runpy
+import sys
 
 from absl import app, flags
 
-from eco_optax.training.studies import bounds, grid, similarity, stationary
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
+from experiments.studies import bounds, grid, similarity, stationary
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STUDIES = ("stationary", "grid", "bounds", "similarity")

@@ -42,7 +42,7 @@ def test_readmes_commands_are_the_makefiles():
 
 
 def test_readmes_table_is_the_studys():
-  from eco_optax.training.studies import claims, sweep
+  from experiments.studies import claims, sweep
 
   rows = sweep.read(ROOT / "results" / "claims" / "runs.jsonl")
   assert claims.summary(rows).strip() in (ROOT / "README.md").read_text()
@@ -51,7 +51,7 @@ def test_readmes_table_is_the_studys():
 
 def test_readmes_other_tables_are_the_studies():
   from eco_optax.training import compile as compile_lib
-  from eco_optax.training.studies import families, sweep
+  from experiments.studies import families, sweep
 
   load = lambda path: json.loads(path.read_text())
   folder = ROOT / "results"

@@ -27,7 +27,7 @@ from eco_optax.interop import compressed_tensors, config_json, safetensors
 from eco_optax.interop.config_json import check_config as check_config
 from eco_optax.interop.config_json import read_config as read_config
 from eco_optax.quantized_array import QuantizedArray, is_quantized
-from eco_optax.stacks import write_layer
+from eco_optax.transforms.stacks import write_layer
 
 if typing.TYPE_CHECKING:  # The harness imports the library, never the reverse.
   from eco_optax.training.models.config import TransformerConfig

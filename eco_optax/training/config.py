@@ -10,9 +10,9 @@ from typing import Any
 from ml_collections import config_dict
 
 import eco_optax as eco
-from eco_optax.stored_moments import DTYPES as MOMENT_DTYPES
 from eco_optax.training import sharding
 from eco_optax.training.models.config import TransformerConfig
+from eco_optax.transforms.stored_moments import DTYPES as MOMENT_DTYPES
 
 # How each method keeps what rounding loses: in master weights, not at all, or in the momentum.
 METHODS = ("bf16_mw", "mw_rtn", "mw_sr", "naive_rtn", "naive_sr", "eco_rtn", "eco_sr")

@@ -12,10 +12,10 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
-from eco_optax.fused import scale_gradients
-from eco_optax.master_weights import MasterWeightsState
-from eco_optax.quantize_params import PackedTransformation
+from eco_optax.fused.transformation import scale_gradients
 from eco_optax.quantized_array import Rounding
+from eco_optax.transforms.master_weights import MasterWeightsState
+from eco_optax.transforms.quantize_params import PackedTransformation
 
 _ROUNDING: dict[str, Rounding] = {"rtn": "nearest", "sr": "stochastic"}
 

@@ -13,9 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import eco_optax as eco
-from eco_optax.training import checkpoints, faults, loop, memory
+from eco_optax.training import checkpoints, loop, memory
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
+from experiments import faults
 
 pytestmark = [
   # Optax's schedules compare an int32 count with Python floats.

@@ -16,11 +16,12 @@ from matplotlib import image
 
 import eco_optax as eco
 from eco_optax.training import config as config_lib
-from eco_optax.training import faults, loop, memory, methods, metrics, report, sharding
+from eco_optax.training import loop, memory, methods, metrics, report, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline, shards
 from eco_optax.training.models import transformer
-from eco_optax.training.studies import comparison
+from experiments import faults
+from experiments.studies import comparison
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion

@@ -17,7 +17,7 @@ from flax import nnx
 
 import eco_optax as eco
 from eco_optax.training import sharding
-from eco_optax.training.models import parts
+from eco_optax.training.models import modules
 from eco_optax.training.models.config import TransformerConfig
 
 Params = dict[str, Any]
@@ -44,8 +44,8 @@ def is_quantized(config: TransformerConfig) -> Any:
   return is_expert_kernel if config.quantized == "experts" else is_block_kernel
 
 
-def _block(config: TransformerConfig, stack: str, key: jax.Array) -> parts.Block:
-  return parts.Block(config, nnx.Rngs(params=key), config.is_routed(stack))
+def _block(config: TransformerConfig, stack: str, key: jax.Array) -> modules.Block:
+  return modules.Block(config, nnx.Rngs(params=key), config.is_routed(stack))
 
 
 def init(config: TransformerConfig, seed: int, format: eco.Format | None = None) -> Params:
@@ -64,7 +64,7 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
   """
   rngs = nnx.Rngs(params=jax.random.key(seed))
   size = (config.vocabulary, config.width)
-  draw = lambda shape: parts.INIT_SCALE * jax.random.normal(rngs.params(), shape)
+  draw = lambda shape: modules.INIT_SCALE * jax.random.normal(rngs.params(), shape)
   params: Params = {"embedding": draw(size)}
   keys = jax.random.split(rngs.params(), config.layers)
   for stack, layers in config.stacks.items():
@@ -74,7 +74,7 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
       return (eco.quantize(block, format, is_quantized(config)) if format else block)[stack]
 
     params[stack] = jax.lax.map(layer, keys[np.array(layers)])
-  norm = parts.RMSNorm(config, config.width)
+  norm = modules.RMSNorm(config, config.width)
   params["norm"] = {"scale": norm.scale.get_value()}
   if not config.tied_embedding:
     params["head"] = draw(size[::-1])
@@ -111,11 +111,11 @@ def hidden(
   x_BxLxD = sharding.constrain(x_BxLxD, "batch", None, None)
   if config.scaled_embedding:
     x_BxLxD = x_BxLxD * jnp.asarray(math.sqrt(config.width), dtype)
-  angle_LxK2 = parts.rotation(config, L)
-  local_angle_LxK2 = parts.rotation(config, L, is_global=False)
+  angle_LxK2 = modules.rotation(config, L)
+  local_angle_LxK2 = modules.rotation(config, L, is_global=False)
   documents_Bx1xLxL = None
   if config.separator >= 0:
-    documents_Bx1xLxL = parts.within_document(tokens_BxL, config.separator)
+    documents_Bx1xLxL = modules.within_document(tokens_BxL, config.separator)
   auxiliary = []
   for stack, layers in config.stacks.items():
     block = nnx.eval_shape(functools.partial(_block, config, stack, jax.random.key(0)))
@@ -134,7 +134,7 @@ def hidden(
       nnx.replace_by_pure_dict(state, params)
       mask, angle = documents_Bx1xLxL, angle_LxK2
       if config.window:
-        near = parts.within_window(L, jnp.where(is_global, L, config.window))
+        near = modules.within_window(L, jnp.where(is_global, L, config.window))
         mask = near if mask is None else mask & near
         angle = jnp.where(is_global, angle_LxK2, local_angle_LxK2)
       x_BxLxD, aux = nnx.merge(definition, state)(x_BxLxD, angle, mask)
@@ -145,7 +145,7 @@ def hidden(
     is_global_S = jnp.array([config.is_global(i) for i in layers])
     x_BxLxD, aux = jax.lax.scan(layer, x_BxLxD, (params[stack], is_global_S))
     auxiliary.append(aux)
-  norm = parts.RMSNorm(config, config.width)
+  norm = modules.RMSNorm(config, config.width)
   norm.scale.set_value(params["norm"]["scale"])
   return norm(x_BxLxD), {name: jnp.mean(x) for aux in auxiliary for name, x in aux.items()}
 

@@ -1,0 +1,1 @@
+"""Optimizers whose whole step on a packed leaf is fused."""

@@ -1,0 +1,1 @@
+"""Transformations of gradients and states, on packed or float parameters."""

@@ -1,0 +1,455 @@
+"""Finding the momentum inside any optimizer's state, and probing how updates depend on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eco_optax import trees
+from eco_optax.quantized_array import is_quantized
+from eco_optax.transforms import eager
+from eco_optax.transforms.stored_moments import Kind
+
+# Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.
+_FIELDS = ("trace", "mu", "momentum", "m", "m1", "ema", "exp_avg")
+
+# States in which those names mean something else: the mean that centres a variance, the
+# accumulators of SM3 (whose momentum is `nu`).
+_EXCEPTIONS = {
+  "ScaleByRStdDevState": (),
+  "ScaleByRStdDevWithCountState": (),
+  "ScaleBySM3State": ("nu",),
+}
+
+# States whose momentum is divided by 1 − b1^t with t = count.
+_BIAS_CORRECTED = (
+  "ScaleByAdamState",
+  "ScaleByAmsgradState",
+  "ScaleByAdemamixState",
+)
+
+# Fields that hold a mean or a sum of squares, or what else is not negative.
+_SECOND_FIELDS = ("nu", "nu_max", "v", "exp_avg_sq", "sum_of_squares")
+
+# Slower momenta, of which an update has more than one.
+_SLOW_FIELDS = ("m2",)
+
+Leaves = dict[str, jax.Array]  # Arrays by the `/`-joined path of their parameter.
+
+
+def flat(tree: Any) -> Leaves:
+  """The arrays of a tree by `/`-joined path, a packed leaf being one."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
+  return {trees.path_name(path): leaf for path, leaf in leaves}
+
+
+def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes of all parameters by path, by which an optimizer's moments are found."""
+  return {path: leaf.shape for path, leaf in flat(params).items()}
+
+
+def _holds(node: Any, fields: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+  """Those of a state's fields that hold an array for each of (some of) the parameters."""
+  is_record = (isinstance(node, tuple) and hasattr(node, "_fields")) or (
+    dataclasses.is_dataclass(node) and not isinstance(node, type)
+  )
+  found = []
+  for field in fields if is_record else ():
+    value = getattr(node, field, None)
+    leaves = flat(value) if value is not None else {}
+    # A parameter may be called `mu` too, but its statistics have not all the parameters' shapes.
+    if leaves and all(
+      path in shapes and getattr(leaf, "shape", None) == shapes[path]
+      for path, leaf in leaves.items()
+    ):
+      found.append(field)
+  return found
+
+
+def _momentum_field(node: Any, shapes: dict[str, tuple[int, ...]]) -> str | None:
+  """The field of a state that holds a momentum for (some of) the parameters of `shapes`."""
+  fields = _EXCEPTIONS.get(type(node).__name__, _FIELDS)
+  return next(iter(_holds(node, fields, shapes)), None)
+
+
+def _moment_fields(node: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Kind]:
+  """All fields of a state that hold moments; not those whose difference is a variance."""
+  first = _EXCEPTIONS.get(type(node).__name__, _FIELDS + _SLOW_FIELDS)
+  second = tuple(field for field in _SECOND_FIELDS if first and field not in first)
+  kinds: dict[str, Kind] = {field: "first" for field in _holds(node, first, shapes)}
+  return kinds | {field: "second" for field in _holds(node, second, shapes)}
+
+
+def map_moments(
+  fn: Callable[[str, Kind, Any], Any], state: Any, shapes: dict[str, tuple[int, ...]]
+) -> Any:
+  """An optimizer's state with `fn(path, kind, array)` in place of every moment.
+
+  Args:
+    fn: its first argument is the moment's path in the state.
+    state: of an optimizer; its moments may be packed.
+    shapes: of all parameters by path.
+
+  Returns:
+    The state.
+  """
+
+  def change(path: str, node: Any) -> Any:
+    new = {
+      field: trees.map_with_path(
+        lambda leaf, x, field=field, kind=kind: fn(f"{path}/{field}/{leaf}", kind, x),
+        getattr(node, field),
+        is_leaf=is_quantized,
+      )
+      for field, kind in _moment_fields(node, shapes).items()
+    }
+    replace = getattr(type(node), "_replace", dataclasses.replace)
+    return replace(node, **new) if new else node
+
+  return trees.map_with_path(change, state, is_leaf=lambda node: bool(_moment_fields(node, shapes)))
+
+
+def has_moments(state: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+  """Whether `map_moments` finds any."""
+  found = jax.tree.leaves(state, is_leaf=lambda node: bool(_moment_fields(node, shapes)))
+  return any(_moment_fields(node, shapes) for node in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+  """Where the momentum of some parameters is kept in an optimizer's state.
+
+  Attributes:
+    shapes: of all parameters by path.
+    paths: of the parameters whose momentum is meant.
+  """
+
+  shapes: dict[str, tuple[int, ...]]
+  paths: tuple[str, ...]
+
+  def _owners(self, state: Any) -> tuple[list, Any, dict[str, tuple[int, str]]]:
+    """The state's nodes, their tree definition, and each path's owner: a node and its field.
+
+    Of several momenta the last counts: it is the nearest to the update, so nothing downstream sees
+    what is added to it.
+    """
+    nodes, treedef = jax.tree.flatten(
+      state, is_leaf=lambda node: _momentum_field(node, self.shapes) is not None
+    )
+    owners = {}
+    for i, node in enumerate(nodes):
+      field = _momentum_field(node, self.shapes)
+      for path in flat(getattr(node, field)) if field else ():
+        if path in self.paths:
+          owners[path] = (i, field or "")
+    return nodes, treedef, owners
+
+  def get(self, state: Any) -> Leaves:
+    """The momentum of each path that has one."""
+    nodes, _, owners = self._owners(state)
+    return {path: flat(getattr(nodes[i], field))[path] for path, (i, field) in owners.items()}
+
+  def put(self, state: Any, values: Leaves) -> Any:
+    """The state with `values` in place of its momenta."""
+    nodes, treedef, owners = self._owners(state)
+    for owner in set(owners.values()):
+      i, field = owner
+      new = trees.map_with_path(
+        lambda path, leaf, owner=owner: values[path] if owners.get(path) == owner else leaf,
+        getattr(nodes[i], field),
+      )
+      replace = getattr(type(nodes[i]), "_replace", dataclasses.replace)
+      nodes[i] = replace(nodes[i], **{field: new})
+    return jax.tree.unflatten(treedef, nodes)
+
+  def counts(self, state: Any) -> dict[str, jax.Array]:
+    """By path, the step count that the momentum's bias correction uses, where there is one."""
+    nodes, _, owners = self._owners(state)
+    return {
+      path: nodes[i].count
+      for path, (i, _) in owners.items()
+      if type(nodes[i]).__name__ in _BIAS_CORRECTED
+    }
+
+
+def inner_count(state: Any) -> jax.Array | None:
+  """The step count of an optimizer's learning-rate schedule, or any count of it, if it has one.
+
+  Wrappers such as `optax.MultiSteps` and `optax.apply_if_finite` advance it only with real steps.
+  """
+  found = []
+  for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    key = path[-1] if path else None
+    if getattr(key, "name", None) == "count" and getattr(leaf, "shape", None) == ():
+      found.append(leaf)
+  return found[-1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivatives:
+  """What one step does, and its element-wise derivatives; all but the states by parameter path."""
+
+  updates: Any
+  state: Any
+  momentum: Leaves  # m̃
+  by_momentum: Leaves  # J = ∂u/∂m
+  decay: Leaves  # B = ∂m̃/∂m
+  by_weight: Leaves | None  # ∂u/∂θ̂ = P − 1
+
+
+def differentiate(
+  inner: optax.GradientTransformationExtraArgs,
+  where: Momentum,
+  grads: Any,
+  state: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+  by_weight: bool = False,
+) -> Derivatives:
+  """Runs one step of a stock optimizer and its derivatives along ones.
+
+  For an element-wise update the derivative along a vector of ones is the diagonal of the Jacobian.
+
+  Args:
+    inner: the optimizer.
+    where: its momentum.
+    grads: as for `inner.update`.
+    state: as for `inner.update`.
+    params: the dense parameters.
+    extra_args: as for `inner.update`.
+    by_weight: whether ∂u/∂θ̂ is wanted too.
+
+  Returns:
+    The step and its derivatives, float32.
+  """
+  paths = where.paths
+  momentum = where.get(state)
+  weights = {path: leaf for path, leaf in flat(params).items() if path in paths}
+
+  def step(momentum: Leaves, weights: Leaves) -> tuple[tuple[Leaves, Leaves], tuple[Any, Any]]:
+    dense = trees.map_with_path(lambda path, leaf: weights.get(path, leaf), params)
+    updates, new_state = inner.update(grads, where.put(state, momentum), dense, **extra_args)
+    picked = {path: leaf for path, leaf in flat(updates).items() if path in paths}
+    return (picked, where.get(new_state)), (updates, new_state)
+
+  ones = jax.tree.map(jnp.ones_like, momentum)
+  (_, new_momentum), (by_momentum, decay), (updates, new_state) = jax.jvp(
+    lambda m: step(m, weights), (momentum,), (ones,), has_aux=True
+  )
+  weight_tangents = None
+  if by_weight:
+    _, (weight_tangents, _), _ = jax.jvp(
+      lambda w: step(momentum, w), (weights,), (jax.tree.map(jnp.ones_like, weights),), has_aux=True
+    )
+  to_float32 = lambda leaves: {path: leaf.astype(jnp.float32) for path, leaf in leaves.items()}
+  return Derivatives(
+    updates,
+    new_state,
+    to_float32(new_momentum),
+    to_float32(by_momentum),
+    to_float32(decay),
+    None if weight_tangents is None else to_float32(weight_tangents),
+  )
+
+
+_PROBE_STEPS = 1024
+_REMEDY = (
+  "Use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
+  " momentum), eco_optax.master_weights, which touches no momentum, or leave the leaf float"
+)
+
+
+def miniature(params: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+  """Shape and dtype by path of the arrays that stand for `params` in `probe`.
+
+  At most three per axis: enough that a norm, a sort or a matrix product shows.
+  """
+  return {
+    path: (tuple(min(n, 3) for n in leaf.shape), getattr(leaf, "dtype", jnp.dtype("float32")))
+    for path, leaf in flat(params).items()
+  }
+
+
+def probe(
+  inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...]
+) -> tuple[str, ...]:
+  """Checks on a miniature of the parameters that momentum can carry an error back.
+
+  Args:
+    inner: the optimizer.
+    params: dense parameters; only structure, shapes and dtypes are used.
+    paths: of the leaves that are quantized.
+
+  Returns:
+    The paths whose learning rate is applied before the momentum, as in `optax.rmsprop`.
+
+  Raises:
+    ValueError: naming the first leaf that has no momentum, or one on which the update does not
+      depend smoothly and element by element.
+  """
+  shapes = miniature(params)
+  treedef = jax.tree.structure(params)
+  return eager.now(lambda: _probe(inner, treedef, shapes, paths)) if paths else ()
+
+
+def _probe(
+  inner: optax.GradientTransformationExtraArgs,
+  treedef: Any,
+  shapes: dict[str, tuple[tuple[int, ...], Any]],
+  paths: tuple[str, ...],
+) -> tuple[str, ...]:
+  """`probe` on arrays of the given shapes and dtypes."""
+  where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
+  generator = np.random.default_rng(0)
+
+  def draw(scale: float) -> Any:
+    leaves = [
+      jnp.asarray(scale * generator.standard_normal(shape), dtype)
+      for shape, dtype in shapes.values()
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+  state = inner.init(draw(1.0))
+  found = where.get(state)
+  for path in paths:
+    if path not in found:
+      raise ValueError(
+        f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
+        f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
+      )
+  reports = None
+  # A loss is what some optimizers want besides gradients.
+  for extra_args in ({}, {"value": jnp.ones([])}):
+    try:
+      reports = _try_out(inner, where, draw, extra_args)
+      break
+    except (TypeError, ValueError) as error:
+      failure = error
+  else:
+    # An argument of the user's own cannot be made up: then the rule is taken on trust.
+    if not (isinstance(failure, TypeError) and "missing" in str(failure)):
+      raise ValueError(
+        f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
+        f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
+      ) from failure
+  if reports is None:
+    return ()
+  usual, at_ten, at_large = reports
+  for path in paths:
+    message = _refusal(path, usual) or _refusal(path, at_large)
+    j, other = (np.asarray(report.by_momentum[path]) for report in (usual, at_ten))
+    # Where an update is clipped element by element it is 0.
+    if not message and np.any((other != 0) & ~np.isclose(j, other, rtol=0.05, atol=0)):
+      message = (
+        "the update is not linear in its momentum (its derivative changes with it), so a"
+        " quantization error put in it would not come back in full"
+      )
+    if message:
+      raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
+  # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
+  return tuple(
+    path
+    for path in paths
+    if any(
+      np.allclose(np.abs(usual.by_momentum[path]), np.abs(usual.decay[path]) ** k, rtol=1e-5)
+      for k in (1, 2)
+    )
+  )
+
+
+class _Report(NamedTuple):
+  """What one step of a miniature does with momentum; arrays by path."""
+
+  updates: Leaves
+  by_momentum: Leaves  # J
+  decay: Leaves  # B
+  one: Leaves  # A direction with a single nonzero element in each leaf.
+  along_one: Leaves  # The derivative of the update in that direction.
+  spreads: jax.Array  # Whether the direction reaches other state than the momentum.
+  is_large: bool = False
+
+
+def _try_out(
+  inner: optax.GradientTransformationExtraArgs, where: Momentum, draw: Any, extra_args: Any
+) -> list[_Report] | None:
+  """Reports at usual, tenfold and huge momenta; None if the optimizer never makes a step."""
+  weights = draw(1.0)
+  state = inner.init(weights)
+  one = {
+    path: jnp.zeros(m.size, m.dtype).at[m.size // 2].set(1).reshape(m.shape)
+    for path, m in where.get(state).items()
+  }
+
+  @jax.jit
+  def step(grads: Any, state: Any) -> tuple[Any, _Report]:
+    diagonal = differentiate(inner, where, grads, state, weights, extra_args)
+    run = lambda m: inner.update(grads, where.put(state, m), weights, **extra_args)
+    _, (along_one, state_tangent) = jax.jvp(run, (where.get(state),), (one,))
+    pick = lambda tree: {path: leaf for path, leaf in flat(tree).items() if path in where.paths}
+    others = where.put(state_tangent, jax.tree.map(jnp.zeros_like, one))
+    spreads = [jnp.any(t != 0) for t in jax.tree.leaves(others) if t.dtype != jax.dtypes.float0]
+    report = _Report(
+      pick(diagonal.updates),
+      diagonal.by_momentum,
+      diagonal.decay,
+      one,
+      pick(along_one),
+      jnp.any(jnp.asarray(spreads)),
+    )
+    return diagonal.state, report
+
+  moved = 0
+  for _ in range(_PROBE_STEPS):
+    before, grads = state, draw(0.1)
+    state, report = step(grads, before)
+    # A learning rate of zero or gradient accumulation says nothing yet, and some optimizers treat
+    # their first step specially.
+    moved += all(np.any(np.asarray(u) != 0) for u in report.updates.values())
+    if moved == 3:
+      break
+  else:
+    return None
+  momentum = where.get(before)
+  _, at_ten = step(grads, where.put(before, jax.tree.map(lambda m: 10 * m, momentum)))
+  # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
+  noise = flat(draw(1e4))
+  large = {path: noise[path].astype(m.dtype) for path, m in momentum.items()}
+  _, at_large = step(grads, where.put(before, large))
+  report, at_ten, at_large = jax.device_get((report, at_ten, at_large))
+  return [report, at_ten._replace(is_large=True), at_large._replace(is_large=True)]
+
+
+def _refusal(path: str, report: _Report) -> str | None:
+  """Why an error cannot be paid back through the momentum of a leaf, if it cannot."""
+  along = np.asarray(report.along_one[path], np.float32)
+  if np.any(along[np.asarray(report.one[path]) == 0] != 0):
+    return (
+      "the update is not element-wise in its momentum (a norm, a trust ratio or a matrix function"
+      " follows it), so a quantization error cannot be paid back through it"
+    )
+  if report.is_large:  # Where an update is clipped element by element, the rest says nothing.
+    return None
+  if not np.any(report.decay[path]):
+    return (
+      "the momentum keeps nothing from step to step (its decay rate b1 is 0), so a quantization"
+      " error put in it is lost: use b1 > 0"
+    )
+  if not np.any(report.by_momentum[path]):
+    return (
+      "the update does not depend smoothly on its momentum (its derivative is 0, as with the sign"
+      " in Lion), so a quantization error cannot be paid back through it"
+    )
+  if np.max(np.abs(report.decay[path])) >= 1:
+    return "the momentum never decays, so nothing pays a quantization error back"
+  if report.spreads:
+    return (
+      "the momentum feeds another statistic of the optimizer (as the variance in AdaBelief), which"
+      " a quantization error put in it would spoil"
+    )
+  return None

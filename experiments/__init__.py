@@ -1,0 +1,1 @@
+"""What measures and documents the package: studies, benchmark, fault injection, RESULTS.md."""

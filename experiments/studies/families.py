@@ -1,0 +1,87 @@
+"""ECO beside master weights on a small model of each family: what having no memory costs there."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from eco_optax.training import config as config_lib
+from experiments.studies import sweep
+from experiments.studies.sweep import Run
+
+FAMILIES = ("llama_3m", "gemma_3m", "smoe_3m", "deepseek_3m")  # Configs by name.
+METHODS: dict[str, dict[str, Any]] = {
+  "master weights": {"method": "mw_sr"},
+  "ECO": {"method": "eco_sr"},
+}
+SEEDS = (0, 1, 2)
+
+
+def _name(family: str, method: str, seed: int) -> str:
+  return f"{family}, {method}, seed {seed}"
+
+
+def names(family: str, method: str) -> list[str]:
+  """Of a family's runs, one per seed."""
+  return [_name(family, method, seed) for seed in SEEDS]
+
+
+def runs(configs: Mapping[str, ml_collections.ConfigDict]) -> list[Run]:
+  """Both methods on every family, a seed after the other.
+
+  Args:
+    configs: by name of the family.
+  """
+  return [
+    Run(
+      _name(family, method, seed),
+      config_lib.flat(configs[family]) | {"nonfinite": "record", "seed": seed} | changes,
+    )
+    for seed in SEEDS
+    for family in FAMILIES
+    for method, changes in METHODS.items()
+  ]
+
+
+def table(rows: Mapping[str, Any]) -> str:
+  """What came out, in Markdown; differences are paired by seed."""
+  lines = [
+    "| config | parameters | quantized | master weights | ECO | gap | seeds"
+    " | bytes per quantized parameter |",
+    "|---" * 8 + "|",
+  ]
+  for family in FAMILIES:
+    master, eco = (names(family, method) for method in METHODS)
+    done = [rows[name] for name in eco if name in rows]
+    sizes = [f"{done[0][key]:,}" if done else "–" for key in ("parameters", "quantized_parameters")]
+    loss, gap = sweep.compared(rows, eco, master)
+    cells = [family, *sizes, sweep.compared(rows, master, master)[0], loss, gap, str(len(done))]
+    cells.append(" / ".join(sweep.used_bytes(rows, own) for own in (master, eco)))
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Draws each family's losses on held-out text, a line per seed (families.png)."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(
+    1, len(FAMILIES), figsize=(3.4 * len(FAMILIES), 3.4), sharey=True, layout="constrained"
+  )
+  for ax, family in zip(axes, FAMILIES, strict=True):
+    for method, color in zip(METHODS, ("tab:gray", "tab:orange"), strict=True):
+      done = [rows[name]["validation_curve"] for name in names(family, method) if name in rows]
+      for i, curve in enumerate(curve for curve in done if curve):
+        ax.plot(*zip(*curve, strict=True), color=color, lw=1, label=None if i else method)
+    ax.set(title=family, xlabel="step")
+    ax.grid(alpha=0.3)
+  axes[0].set_ylabel("validation loss (nats per byte)")
+  axes[0].legend(frameon=False)
+  figure.savefig(folder / "families.png", dpi=140)
+  plt.close(figure)

@@ -1,0 +1,123 @@
+"""INT4 fine-tuning of a tiny DeepSeek-MoE, end to end.
+
+It is pretrained in FP8 without master weights, exported, read again, quantized to INT4 with one
+scale per tensor, and fine-tuned on chats with master weights and without.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from eco_optax.training import evaluation, export, loop
+from experiments.studies import sweep
+from experiments.studies.sweep import Run
+
+LEARNING_RATES = (3e-4, 1e-3)
+BEFORE = "INT4 before fine-tuning"
+METHODS: dict[str, dict[str, Any]] = {
+  "master weights + RTN": {"method": "mw_rtn"},
+  "master weights + SR": {"method": "mw_sr"},
+  "naive RTN": {"method": "naive_rtn"},
+  "naive SR": {"method": "naive_sr"},
+  "ECO + RTN": {"method": "eco_rtn"},
+  "ECO + SR": {"method": "eco_sr"},
+}
+BASELINE = "master weights + RTN"
+BASE_STEPS = 400
+
+
+def base(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """The folder of the pretrained checkpoint, made if it is not there.
+
+  Args:
+    config: of the fine-tuning, whose model it is.
+    workdir: of the study.
+  """
+  folder = workdir / "base_exported"
+  if not folder.exists():
+    own = ml_collections.ConfigDict(config.to_dict())
+    own.method, own.format, own.activation_format = "eco_sr", "FP8", "FP8_TOKEN"
+    own.data.path, own.steps, own.accumulation = "data/packages_1k", BASE_STEPS, 1
+    own.optimizer.update(learning_rate=2e-3, start_fraction=0.01, warmup_fraction=0.1)
+    own.optimizer.update(end_fraction=0.1, weight_decay=0.1)
+    own.evaluate_every = own.checkpoint.every = 200
+    loop.train(own, workdir / "base")
+    export.export(evaluation.load(workdir / "base"), folder, "deepseek")
+  return folder
+
+
+def _name(method: str, rate: float) -> str:
+  return f"{method}, lr {rate:g}"
+
+
+def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
+  """The weights as they are rounded, and every method at every learning rate."""
+  del rows
+  still = {"method": "naive_rtn", "steps": 1, "evaluate_every": 1}
+  found = [Run(BEFORE, still | {"optimizer.learning_rate": 1e-30})]
+  for rate in LEARNING_RATES:
+    for method, changes in METHODS.items():
+      own = {"optimizer.learning_rate": rate, "steps": steps}
+      found.append(Run(_name(method, rate), changes | own))
+  return found
+
+
+def table(rows: Mapping[str, Any]) -> str:
+  """What came out, in Markdown."""
+  before = sweep.losses(rows, [BEFORE])[0]
+  lines = [
+    f"| INT4 fine-tuning (before: {'–' if before is None else f'{before:.4f}'})"
+    f" | bytes per parameter | {' | '.join(f'lr {rate:g}' for rate in LEARNING_RATES)}"
+    " | at its best, against master weights |",
+    "|---|---|" + "---|" * len(LEARNING_RATES) + "---|",
+  ]
+  for method in METHODS:
+    names = [_name(method, rate) for rate in LEARNING_RATES]
+    cells = [method, sweep.used_bytes(rows, names)]
+    cells += ["–" if x is None else f"{x:.4f}" for x in sweep.losses(rows, names)]
+    against = gap(rows, method)
+    cells.append("–" if against is None else f"{against:+.4f}")
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def gap(rows: Mapping[str, Any], method: str) -> float | None:
+  """A method's best loss less that of master weights; None until all of their runs are finished."""
+  own, reference = (
+    sweep.losses(rows, [_name(each, rate) for rate in LEARNING_RATES])
+    for each in (method, BASELINE)
+  )
+  finished = [x for x in own + reference if x is not None]
+  if len(finished) < len(own + reference):
+    return None
+  return min(finished[: len(own)]) - min(finished[len(own) :])
+
+
+def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Draws the loss of each method at each learning rate (finetune.png)."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+  for method in METHODS:
+    points = [
+      (rate, loss)
+      for rate in LEARNING_RATES
+      if (loss := sweep.losses(rows, [_name(method, rate)])[0]) is not None
+    ]
+    if points:
+      # Dashed, because ECO may lie upon what it is compared with.
+      style = "o--" if method.startswith("ECO") else "o-"
+      ax.plot(*zip(*points, strict=True), style, label=method)
+  ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss, nats per token")
+  ax.set_title("INT4 fine-tuning of a tiny DeepSeek-MoE on chats")
+  ax.grid(alpha=0.3)
+  ax.legend()
+  figure.savefig(folder / "finetune.png", dpi=150)
+  plt.close(figure)

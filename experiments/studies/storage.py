@@ -1,0 +1,134 @@
+"""What moments and residuals may be stored in: losses by bytes, at two learning rates."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.studies import sweep
+from experiments.studies.sweep import Run
+
+LEARNING_RATES = (2e-3, 2e-4)
+SEEDS = (0, 1, 2)
+FORMATS: dict[str, dict[str, Any]] = {
+  "FP8": {"format": "FP8"},
+  "INT4": {"format": "INT4", "activation_format": "none"},  # Weights only, as the paper has it.
+}
+
+# What they change in the config; the first of each is what the others are held against.
+MOMENTS: dict[str, dict[str, Any]] = {
+  "float32 moments": {},
+  "bfloat16 moments": {"moments.mu": "bfloat16", "moments.nu": "bfloat16"},
+  "FP8 moments": {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"},
+  "INT8 and FP8 moments": {"moments.mu": "int8", "moments.nu": "float8_e4m3fn"},
+}
+RESIDUALS: dict[str, dict[str, Any]] = {
+  "float32 residual": {"method": "mw_rtn"},
+  "int16 residual": {"method": "mw_rtn", "residual": "int16"},
+  "bfloat16 residual": {"method": "mw_rtn", "residual": "bfloat16"},
+  "int12 residual": {"method": "mw_rtn", "residual": "int12"},
+  "int8 residual": {"method": "mw_rtn", "residual": "int8"},
+  "no residual: ECO + SR": {"method": "eco_sr"},
+  "no residual: ECO + RTN": {"method": "eco_rtn"},
+  "nothing: naive SR": {"method": "naive_sr"},
+}
+
+
+def _name(what: str, format: str, rate: float, seed: int) -> str:
+  return f"{what}, {format}, lr {rate:g}, seed {seed}"
+
+
+def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
+  """All runs: ECO + SR on FP8 weights for the moments, both formats and rates for the residuals.
+
+  Args:
+    rows: finished runs; which runs there are does not depend on them.
+    steps: of the config; the many runs of residuals take half.
+
+  Returns:
+    The runs: those of moments, then those of residuals, one seed after another.
+  """
+  del rows
+  found = {}
+  for seed in SEEDS:
+    for what, changes in MOMENTS.items():
+      own = {"method": "eco_sr", **FORMATS["FP8"], **changes}
+      found[_name(what, "FP8", LEARNING_RATES[0], seed)] = own | {
+        "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
+      }  # fmt: skip
+  for seed in SEEDS:
+    for rate in LEARNING_RATES:
+      for format, weights in FORMATS.items():
+        for what, changes in RESIDUALS.items():
+          found[_name(what, format, rate, seed)] = {
+            **weights, **changes, "optimizer.learning_rate": rate, "seed": seed,
+            "steps": steps // 2,
+          }  # fmt: skip
+  return [Run(name, changes) for name, changes in found.items()]
+
+
+def runs_of(what: str, format: str, rate: float) -> list[str]:
+  """Of the runs of one way, one for each seed."""
+  return [_name(what, format, rate, seed) for seed in SEEDS]
+
+
+def table(rows: Mapping[str, Any]) -> str:
+  """What came out, in Markdown; differences are paired by seed, with their standard errors."""
+  rate = LEARNING_RATES[0]
+  first = next(iter(MOMENTS))
+  lines = [
+    f"| ECO + SR, FP8, peak {rate:g} | bytes per parameter | validation loss | against {first} |",
+    "|---|---|---|---|",
+  ]
+  for what in MOMENTS:
+    names, references = (runs_of(x, "FP8", rate) for x in (what, first))
+    used = sweep.used_bytes(rows, names)
+    cells = [what, used, *sweep.compared(rows, names, references)]
+    lines.append(f"| {' | '.join(cells)} |")
+  first = next(iter(RESIDUALS))
+  for format in FORMATS:
+    head = [f"RTN, {format}", "bytes per parameter"]
+    for rate in LEARNING_RATES:
+      head += [f"peak {rate:g}", f"against {first}"]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for what in RESIDUALS:
+      cells = [what]
+      for rate in LEARNING_RATES:
+        names, references = (runs_of(x, format, rate) for x in (what, first))
+        cells = [*cells, *sweep.compared(rows, names, references)]
+        if len(cells) == 3:
+          cells.insert(1, sweep.used_bytes(rows, names))
+      lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Draws bytes against the difference to a float32 residual (storage.png)."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(
+    len(LEARNING_RATES), len(FORMATS), figsize=(11, 7), layout="constrained", squeeze=False
+  )
+  first = next(iter(RESIDUALS))
+  for line, rate in zip(axes, LEARNING_RATES, strict=True):
+    for ax, format in zip(line, FORMATS, strict=True):
+      for i, what in enumerate(RESIDUALS):
+        names = [(_name(what, format, rate, s), _name(first, format, rate, s)) for s in SEEDS]
+        found = [(rows[a], rows[b]) for a, b in names if a in rows and b in rows]
+        points = [
+          (a["bytes_per_parameter"]["total"], a["validation_loss"] - b["validation_loss"])
+          for a, b in found
+          if None not in (a["validation_loss"], b["validation_loss"])
+        ]
+        if points:
+          ax.plot(*zip(*points, strict=True), "o", color=f"C{i}", label=what, alpha=0.7)
+      ax.axhline(0, color="0.7", lw=1, zorder=0)
+      ax.set(title=f"{format}, peak learning rate {rate:g}", xlabel="bytes per parameter")
+      ax.set_ylabel(f"validation loss against\n{first} (nats per byte)")
+  axes[0][0].legend(frameon=False, fontsize=8)
+  figure.savefig(folder / "storage.png", dpi=140)
+  plt.close(figure)

@@ -1,0 +1,151 @@
+"""Leaves to try a fused update on, and a program that compares implementations without FMA."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import eco_optax as eco
+from eco_optax import rounding
+from eco_optax.fused import fused_update, steps
+from eco_optax.fused import gpu as triton_update
+from eco_optax.fused import mesh as parts
+from eco_optax.fused import tpu as pallas_update
+from eco_optax.transforms import stored_moments
+
+STEPS = {
+  "adamw": steps.ADAMW,
+  "nadamw": steps.NADAMW,
+  "sgd": steps.SGD,
+  "nesterov": steps.NESTEROV,
+}
+FORMATS = {
+  name: getattr(eco, name)
+  for name in ("FP8", "FP8_E5M2", "INT8", "INT4", "FP8_BLOCK128", "MXFP8", "MXFP4", "NVFP4")
+}
+
+
+def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in="float32"):
+  """A leaf in the middle of a training run, its moments stored in a dtype."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  draw = lambda key, scale: scale * jax.random.normal(key, shape)
+  weight = eco.quantize({"w": draw(keys[0], 0.02)}, format)["w"]
+  moments = (draw(keys[1], 1e-3), draw(keys[2], 1e-3) ** 2)
+  if step.scalars is steps.SgdScalars:
+    scalars, moments = (0.5, 0.9, 1e-1, -3.0), moments[:1]
+  else:
+    scalars = (0.5, 0.1, 0.9, 0.01, 0.99, 2.4, 0.7, 25.0, 0.0, 1e-8, 0.1, 1e-3, -100.0, 1e20)
+  moment_keys = ()
+  if moments_in != "float32":
+    moment_keys = tuple(rounding.stream_key(5, 7, name) for name in ("mu", "nu")[: len(moments)])
+    bits = jax.random.bits(keys[1], shape, jnp.uint32)
+    kinds = ("first", "second")[: len(moments)]
+    moments = tuple(
+      stored_moments.store(x, kind, moments_in, bits, packed=True)
+      for x, kind in zip(moments, kinds, strict=True)
+    )
+  return fused_update.Leaf(
+    step.scalars(*(jnp.float32(x) for x in scalars)),
+    rounding.stream_key(3, 7, "w"),
+    None if layer is None else jnp.int32(layer),
+    weight,
+    draw(keys[3], 1e-3).astype(gradient_dtype),
+    moments,
+    moment_keys,
+  )
+
+
+def run(implementation, step, how, leaf):
+  """Codes, scales and moments as NumPy arrays."""
+  out = jax.jit(lambda leaf: implementation(step, how, leaf))(leaf)
+  return [np.asarray(x) for x in jax.tree.leaves(out)]
+
+
+def equal(found, wanted):
+  """Whether arrays are the same to the bit."""
+  pairs = zip(found, wanted, strict=True)
+  return all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
+
+
+def by_interpreted_panels(step, how, leaf):
+  return pallas_update.by_panels(step, how, leaf, interpret=True)
+
+
+def by_interpreted_tiles(step, how, leaf):
+  return triton_update.by_tiles(step, how, leaf, interpret=True)
+
+
+def spread(leaf, sharding):
+  """A leaf, or its shapes, split over a mesh: what has its axes, where they are longer than 1."""
+  mesh, spec = sharding.mesh, sharding.spec
+
+  def place(x):
+    own = P(*(axes if n > 1 else None for n, axes in zip(x.shape, spec, strict=False)))
+    own = NamedSharding(mesh, own if x.ndim == leaf.weight.ndim else P())
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
+    return jax.device_put(x, own)
+
+  return jax.tree.map(place, leaf)
+
+
+# What those for GPUs are tried on, which have fewer ways through them.
+ON_TILES = ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4")
+
+
+def main():
+  """Exits with what is not equal to the bit."""
+  cases = [("adamw", name, "float32") for name in FORMATS]
+  cases += [(name, "FP8", "float32") for name in STEPS if name != "adamw"]
+  cases += [
+    ("adamw", "FP8", "float8_e4m3fn"),
+    ("nadamw", "INT4", "float8_e5m2"),
+    ("sgd", "MXFP8", "int8"),
+    ("adamw", "INT8", "int8"),
+    ("adamw", "FP8", "bfloat16"),
+  ]
+  triton_update._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
+  differ = []
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+  of_layer, of_stack = (NamedSharding(mesh, P(*lead, None, "x", "y")) for lead in ((), (None,)))
+  for name, preset, moments_in in cases:
+    # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically, on
+    # four devices, each of which has half of the rows and of the columns.
+    for how, shape, layer, dtype in (
+      ("nearest", (640, 128), None, jnp.float32),
+      ("stochastic", (2, 512, 256), 5, jnp.bfloat16),
+    ):
+      leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
+      assert pallas_update.applies(leaf)
+      wanted = run(fused_update.definition, STEPS[name], how, leaf)
+      others = [fused_update.by_rows, by_interpreted_panels]
+      on_tiles = preset in ON_TILES and name in ("adamw", "sgd")
+      if on_tiles and (how == "stochastic" or moments_in == "float32"):
+        others.append(by_interpreted_tiles)
+      for other in others:
+        # Tiles take what is not split along the rows.
+        if layer is None or other is by_interpreted_tiles:
+          found = run(other, STEPS[name], how, leaf)
+        else:
+          split = functools.partial(parts.fused_update, sharding=of_stack, implementation=other)
+          found = run(split, STEPS[name], how, spread(leaf, of_layer))
+        if not equal(found, wanted):
+          differ.append(f"{name} {preset} {moments_in} {how} {other.__name__}")
+    # Where no kernel fits a stack goes layer by layer, on one device and on four.
+    leaf = make(STEPS[name], FORMATS[preset], (3, 256, 256), None, jnp.bfloat16, moments_in)
+    wanted = run(fused_update.definition, STEPS[name], "stochastic", leaf)
+    split = functools.partial(
+      parts.fused_update, sharding=of_stack, implementation=fused_update.by_layers
+    )
+    for other, own in ((fused_update.by_layers, leaf), (split, spread(leaf, of_stack))):
+      if not equal(run(other, STEPS[name], "stochastic", own), wanted):
+        differ.append(f"{name} {preset} {moments_in} by layers")
+  sys.exit("\n".join(differ) or None)
+
+
+if __name__ == "__main__":
+  main()
