@@ -26,7 +26,7 @@ from eco_optax.fused import fused_update, steps
 from eco_optax.fused import gpu as triton_update
 from eco_optax.fused import tpu as pallas_update
 from eco_optax.quantized_array import is_quantized
-from eco_optax.training import checkpoints, loop, memory, sharding
+from eco_optax.training import checkpoints, loop, memory, methods, sharding
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
@@ -271,15 +271,14 @@ def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, fl
   return rows
 
 
-# What whole training steps change in a config; the first is the unit of ratios.
-_FP8_MOMENTS = {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"}
-TRAINING: dict[str, dict[str, Any]] = {
-  "weights as they are (bf16_mw)": {"method": "bf16_mw"},
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "ECO + RTN": {"method": "eco_rtn"},
-  "ECO + SR": {"method": "eco_sr"},
-  "ECO + SR, FP8 moments": {"method": "eco_sr"} | _FP8_MOMENTS,
+# Methods whose whole training steps are timed; the first is the unit of ratios.
+TRAINING: dict[str, methods.Method] = {
+  "weights as they are (bf16_mw)": methods.BY_NAME["bf16_mw"],
+  **{
+    methods.BY_NAME[name].short: methods.BY_NAME[name]
+    for name in ("mw_rtn", "mw_sr", "eco_rtn", "eco_sr")
+  },
+  "ECO + SR, FP8 moments": methods.METHODS["ECO + SR, FP8 moments"],
 }
 
 
@@ -297,9 +296,9 @@ def training_step(config: ml_collections.ConfigDict, repeats: int) -> dict[str, 
   shape = (config.batch_size, config.length + 1)
   tokens = draw.integers(0, config.model.vocabulary, shape, np.int32)
 
-  def runner(own: dict[str, Any]) -> Callable[[], Any]:
+  def runner(method: methods.Method) -> Callable[[], Any]:
     changed = ml_collections.ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(own)
+    changed.update_from_flattened_dict(method.changes)
     tx, mesh = loop.prepare(changed)
     with jax.set_mesh(mesh):
       batch = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))

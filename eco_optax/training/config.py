@@ -10,15 +10,12 @@ from typing import Any
 from ml_collections import config_dict
 
 import eco_optax as eco
-from eco_optax.training import sharding
+from eco_optax.training import methods, sharding
 from eco_optax.training.models.config import TransformerConfig
 from eco_optax.transforms.stored_moments import DTYPES as MOMENT_DTYPES
 
-# How each method keeps what rounding loses: in master weights, not at all, or in the momentum.
-METHODS = ("bf16_mw", "mw_rtn", "mw_sr", "naive_rtn", "naive_sr", "eco_rtn", "eco_sr")
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
 FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
-OPTIMIZERS = ("adamw", "nadamw", "amsgrad", "ademamix", "yogi", "radam", "sgd")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -136,7 +133,7 @@ _decay: _Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 
 RANGES: dict[str, _Check] = {
   "seed": (lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
-  "method": _one_of(*METHODS),
+  "method": _one_of(*methods.BY_NAME),
   "residual": _one_of("float32", "int16", "bfloat16", "int12", "int8"),
   **{f"moments.{name}": _one_of(*MOMENT_DTYPES) for name in ("mu", "nu")},
   "format": _one_of(*sorted(FORMATS)),
@@ -173,7 +170,7 @@ RANGES: dict[str, _Check] = {
   "replicated_limit_mib": _natural,
   **{f"mesh.{axis}": (lambda n: n > 0 or n == -1, "above 0, or -1") for axis in sharding.AXES},
   "stochastic_after": _fraction,
-  "optimizer.name": _one_of(*OPTIMIZERS),
+  "optimizer.name": _one_of(*methods.OPTIMIZERS),
   "optimizer.learning_rate": _positive,
   "optimizer.start_fraction": _fraction,
   "optimizer.warmup_fraction": _fraction,
@@ -253,12 +250,12 @@ def validate(config: config_dict.ConfigDict) -> None:
 
 def formats(config: config_dict.ConfigDict) -> tuple[eco.Format | None, eco.Format | None]:
   """The formats of the weights and of the activations; None is float."""
-  if config.method == "bf16_mw":
+  if methods.of(config).rounding is None:
     return None, None
   return FORMATS[config.format], FORMATS.get(config.activation_format)
 
 
 def model(config: config_dict.ConfigDict) -> TransformerConfig:
   """The model of a run; the BF16 baseline computes in bfloat16 whatever the others do."""
-  dtype = "bfloat16" if config.method == "bf16_mw" else config.dtype
+  dtype = "bfloat16" if methods.of(config).rounding is None else config.dtype
   return TransformerConfig(**config.model, dtype=dtype, activation_format=formats(config)[1])

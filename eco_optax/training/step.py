@@ -66,8 +66,8 @@ def init_state(
     model = config_lib.model(config)
     params = hugging_face.load(config.init_from, target.params, model)
     opt_state = jax.jit(tx.init, out_shardings=in_place.opt_state)(params)
-    if config.method.startswith("mw_"):
-      # Master weights are the checkpoint's own, and not what is left of them.
+    if methods.of(config).family == methods.MASTER_WEIGHTS:
+      # Master weights start from the checkpoint's own values, not from their rounded ones.
       dense = jax.eval_shape(eco.dequantize, target.params)
       place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
       dense = jax.tree.map(place, dense, sharding.shardings(dense, mesh))

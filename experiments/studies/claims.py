@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from eco_optax.training import methods
 from experiments.studies import storage, sweep
 from experiments.studies.sweep import Run
 
@@ -20,29 +21,15 @@ LEARNING_RATES = (2e-3, 6e-4, 6e-3)
 SEEDS = (0, 1, 2)
 LONGER = 4  # Times the tokens, for the methods that matter most.
 
-_FP8_MOMENTS = storage.MOMENTS["FP8 moments"]
-
-# Methods by name: what they change in the config.
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "naive RTN": {"method": "naive_rtn"},
-  "naive SR": {"method": "naive_sr"},
-  "ECO + RTN, paper's rule": {"method": "eco_rtn", "schedule_aware": False},
-  "ECO + RTN, schedule-aware": {"method": "eco_rtn"},
-  "ECO + SR, paper's rule": {"method": "eco_sr", "schedule_aware": False},
-  "ECO + SR, schedule-aware": {"method": "eco_sr"},
-  "int8 residual + RTN": {"method": "mw_rtn", "residual": "int8"},
-  "ECO + SR, FP8 moments": {"method": "eco_sr"} | _FP8_MOMENTS,
-  "int8 residual + RTN, FP8 moments": {"method": "mw_rtn", "residual": "int8"} | _FP8_MOMENTS,
-}
+# Those that round weights; the one that does not is in no format.
+METHODS = {label: method for label, method in methods.METHODS.items() if method.rounding}
 # Methods that take another's best learning rate, for they differ in storage alone.
 TUNED_AS = {
   "ECO + SR, FP8 moments": "ECO + SR, schedule-aware",
   "int8 residual + RTN, FP8 moments": "int8 residual + RTN",
 }
-BF16 = "BF16 master weights"
-BASELINE, NAIVE = "master weights + RTN", "naive RTN"
+BF16 = methods.BY_NAME["bf16_mw"].label
+BASELINE, NAIVE = (methods.BY_NAME[name].label for name in ("mw_rtn", "naive_rtn"))
 # Whose differences are claims: these have three seeds.
 DECIDING = (
   "master weights + RTN",
@@ -74,7 +61,8 @@ class Key(NamedTuple):
 
 
 def _run(key: Key, steps: int) -> Run:
-  own = {"method": "bf16_mw"} if key.method == BF16 else METHODS[key.method] | FORMATS[key.format]
+  own = methods.METHODS[key.method].changes
+  own |= {} if key.method == BF16 else FORMATS[key.format]
   return Run(
     key.name,
     own
@@ -132,7 +120,11 @@ def longer(rows: Rows, format: str) -> list[str]:
 
   None until all have been tried.
   """
-  memory_free = [name for name in METHODS if name.startswith("ECO") and name not in TUNED_AS]
+  memory_free = [
+    label
+    for label, method in METHODS.items()
+    if method.family == methods.ECO and label not in TUNED_AS
+  ]
   losses = {}
   for method in memory_free:
     if (rate := best(rows, method, format)) is None:

@@ -9,14 +9,12 @@ from typing import Any
 import ml_collections
 
 from eco_optax.training import config as config_lib
+from eco_optax.training import methods
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
 FAMILIES = ("llama_3m", "gemma_3m", "smoe_3m", "deepseek_3m")  # Configs by name.
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights": {"method": "mw_sr"},
-  "ECO": {"method": "eco_sr"},
-}
+METHODS = {methods.BY_NAME[name].family: methods.BY_NAME[name] for name in ("mw_sr", "eco_sr")}
 SEEDS = (0, 1, 2)
 
 
@@ -38,11 +36,11 @@ def runs(configs: Mapping[str, ml_collections.ConfigDict]) -> list[Run]:
   return [
     Run(
       _name(family, method, seed),
-      config_lib.flat(configs[family]) | {"nonfinite": "record", "seed": seed} | changes,
+      config_lib.flat(configs[family]) | {"nonfinite": "record", "seed": seed} | own.changes,
     )
     for seed in SEEDS
     for family in FAMILIES
-    for method, changes in METHODS.items()
+    for method, own in METHODS.items()
   ]
 
 

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from eco_optax.training import methods
 from experiments.studies import sweep
 from experiments.studies.storage import FORMATS
 from experiments.studies.sweep import Run
@@ -24,10 +25,8 @@ from experiments.studies.sweep import Run
 SEEDS = (0, 1, 2)
 # Where three do not tell: seeds of sgd differ by five times as much as those of adamw.
 MORE_SEEDS = {("sgd", "FP8"): tuple(range(9))}
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights": {"method": "mw_sr"},
-  "ECO": {"method": "eco_sr"},
-  "naive": {"method": "naive_sr"},
+METHODS = {
+  methods.BY_NAME[name].family: methods.BY_NAME[name] for name in ("mw_sr", "eco_sr", "naive_sr")
 }
 _TUNED_IN = "FP8"
 
@@ -96,7 +95,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     Run(
       _name(optimizer, method, format, rate, seed),
       {
-        **METHODS[method],
+        **METHODS[method].changes,
         **FORMATS[format],
         "optimizer.name": optimizer.split(",")[0],
         "optimizer.learning_rate": rate,

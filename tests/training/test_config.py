@@ -25,7 +25,7 @@ def load(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", config_lib.METHODS)
+@pytest.mark.parametrize("method", methods.BY_NAME)
 def test_every_config_is_in_order_with_every_method(name, method):
   config = load(name)
   config.method = method
