@@ -92,6 +92,40 @@ def tensorboard(folder: pathlib.Path, log: pathlib.Path) -> Iterator[Callable[..
     yield write
 
 
+def open_log(
+  folder: pathlib.Path,
+  step: int,
+  facts: Mapping[str, Any],
+  with_tensorboard: bool,
+  held: contextlib.ExitStack,
+) -> Callable[..., None]:
+  """Writes run.json, and cuts metrics.jsonl to the step from which a run goes on.
+
+  Args:
+    folder: of the run.
+    step: number of steps it has made.
+    facts: for run.json.
+    with_tensorboard: whether to write TensorBoard events too.
+    held: closes the events.
+
+  Returns:
+    A function of step and metrics that records them.
+  """
+  log = folder / "metrics.jsonl"
+  cut_metrics(log, step)
+  write_whole(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+  events = (
+    held.enter_context(tensorboard(folder / "tensorboard", log)) if with_tensorboard else None
+  )
+
+  def record(step: int, **values: float) -> None:
+    append_metrics(log, step, **values)
+    if events:
+      events(step, **values)
+
+  return record
+
+
 def clock(seconds: float) -> str:
   """Minutes and seconds, as a progress line shows them."""
   return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
