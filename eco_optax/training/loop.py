@@ -235,7 +235,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
         jax.block_until_ready(row)  # The first step compiles; the clock starts after it.
         run.clock.resume(step)
       if due := what_is_due(config, step, run.is_asked_to_stop(step)):
-        run.clock.pause(step)
         if not at_boundary(run, state, step, rows, due, eval_step):
           break
         rows = []
@@ -268,8 +267,7 @@ def at_boundary(
     run: that pauses here.
     state: after the step.
     step: number of steps made.
-    rows: metrics of the steps since the last boundary; they are read at once, because reading each
-      step would stall the next.
+    rows: metrics of the steps since the last boundary, on the devices.
     due: see `what_is_due`.
     eval_step: from `step.make_eval_step`.
 
@@ -280,7 +278,9 @@ def at_boundary(
     FloatingPointError: see `nonfinite.report`.
     SystemExit: with code 0, if it is to stop.
   """
-  config, rows = run.config, jax.device_get(rows)
+  config = run.config
+  rows = jax.device_get(rows)  # All at once: to read each step would stall the next.
+  run.clock.pause(step)  # The steps are over only now that their metrics are here.
   speed, rate = run.clock.tokens_per_second, float(methods.schedule(config)(step - 1))
   timing = {"tokens_per_second": speed, "seconds": run.clock.seconds}
   if bad := nonfinite.first(rows, state.params):
