@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -18,17 +18,26 @@ from eco_optax.training import step as step_lib
 from eco_optax.training.models import transformer
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Topology(NamedTuple):
+  """Chips for a run, and the axes of their mesh that a config leaves to the machine."""
+
+  name: str  # See `topology_devices`.
+  mesh: dict[str, int]
+
+
 # A topology that suits each run of the paper.
 TOPOLOGIES = {
-  "llama_30m": "v5e:2x2",
-  "llama_50m": "v5e:2x2",
-  "llama_100m": "v5e:2x4",
-  "llama_200m": "v5e:4x4",
-  "llama_430m": "v5e:4x4",
-  "llama_800m": "v5p:2x2x4",
-  "gemma3_1b": "v6e:4x4",
-  "smoe_2b": "v5p:2x2x4",
-  "deepseek_moe_16b": "v5p:2x2x4",
+  "llama_30m": Topology("v5e:2x2", {"fsdp": 4}),
+  "llama_50m": Topology("v5e:2x2", {"fsdp": 4}),
+  "llama_100m": Topology("v5e:2x4", {"fsdp": 4}),
+  "llama_200m": Topology("v5e:4x4", {"fsdp": 4}),
+  "llama_430m": Topology("v5e:4x4", {"fsdp": 4}),
+  "llama_800m": Topology("v5p:2x2x4", {"fsdp": 4}),
+  "gemma3_1b": Topology("v6e:4x4", {"fsdp": 8}),
+  "smoe_2b": Topology("v5p:2x2x4", {"expert": 4}),
+  "deepseek_moe_16b": Topology("v5p:2x2x4", {"expert": 8}),
 }
 
 _BITS = {"pred": 8, "bf16": 16}  # Of dtypes whose name does not end in their bits.

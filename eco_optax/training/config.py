@@ -53,14 +53,16 @@ def defaults() -> config_dict.ConfigDict:
   config.batch_size = 1  # Sequences per step, on all devices together.
   config.length = 1  # Tokens per sequence.
   config.steps = 1
-  config.accumulation = 1  # Parts of a batch whose gradients are computed one after another.
+  # Parts of a batch whose gradients are computed one after another; fewer where devices would be
+  # left without a sequence.
+  config.accumulation = 1
 
   # Groups of sequences whose gradients are computed apart and summed in order, so that any number
   # of devices that divides them trains the same weights; each device then holds a whole gradient.
   # 0: gradients are summed as the devices find it fastest.
   config.reduction_groups = 0
 
-  # Sizes of the mesh's axes: -1 takes the devices that are left.
+  # Sizes of the mesh's axes: -1 takes the devices that are left. Of several -1, fsdp takes them.
   config.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1}
   config.replicated_limit_mib = 64  # The largest array that a mesh may leave whole on each device.
 
@@ -101,7 +103,7 @@ def scaling_study(
   config.model.update(layers=layers, width=width, heads=width // 128, vocabulary=32128)
   config.model.update(remat="full", loss_chunks=4)
   config.dtype = config.gradient_dtype = "bfloat16"
-  config.mesh.update(data=-1, fsdp=4)
+  config.mesh.update(data=-1, fsdp=-1)
   config.batch_size = config.length = 512
   config.accumulation = 4
   config.steps = steps

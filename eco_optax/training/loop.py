@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,14 @@ from eco_optax.training.data import corpus, pipeline, shards
 from eco_optax.training.models import transformer
 
 
-def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
-  """The optimizer and the mesh of a config that has been found in order.
+def prepare(
+  config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None
+) -> tuple[Any, Mesh]:
+  """Validates a config and makes its optimizer and mesh.
+
+  Args:
+    config: of a run.
+    devices: to run on; None takes all of them.
 
   Raises:
     ValueError: naming the keys that are out of order, before anything is computed.
@@ -42,7 +48,7 @@ def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
   config_lib.validate(config)
   if config.init_from:
     hugging_face.check_config(config.init_from, config_lib.model(config))
-  mesh = sharding.make_mesh(config.mesh.to_dict())
+  mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   check_batch(config, mesh)
   return methods.optimizer(config), mesh
 
@@ -50,7 +56,7 @@ def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Raises `ValueError` if the devices of a mesh cannot share a batch evenly."""
   parts = mesh.size // mesh.shape["tensor"]
-  if (config.batch_size // config.accumulation) % parts:
+  if (config.batch_size // step_lib.accumulation(config, mesh)) % parts:
     raise ValueError(
       f"config: batch_size {config.batch_size} / accumulation {config.accumulation} is not a"
       f" multiple of the {parts} devices that the mesh splits sequences over"
@@ -62,9 +68,9 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     )
 
 
-def dry_run(config: ml_collections.ConfigDict) -> str:
-  """What a run would be: its config, its parameters and their bytes; nothing is allocated."""
-  tx, mesh = prepare(config)
+def dry_run(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> str:
+  """Describes a run by its config, its parameters and their bytes; allocates nothing."""
+  tx, mesh = prepare(config, devices)
   state = step_lib.abstract_state(config, tx, mesh)
   model = config_lib.model(config)
   axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

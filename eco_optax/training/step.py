@@ -18,6 +18,21 @@ from eco_optax.training.data.pipeline import Batch
 from eco_optax.training.models import transformer
 
 
+def accumulation(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+  """Parts in which a batch's gradients are computed: `config.accumulation`, or fewer.
+
+  Where a part has fewer sequences than there are devices, parts are joined until every device has a
+  sequence of its own: that takes no more memory on a device. With `config.reduction_groups` the
+  number stays what it is, because the weights must not depend on the devices.
+  """
+  devices = mesh.size // mesh.shape["tensor"]
+  wanted, batch = config.accumulation, config.batch_size
+  if config.reduction_groups:
+    return wanted
+  fits = [n for n in range(1, wanted + 1) if wanted % n == 0 and batch // n % devices == 0]
+  return max(fits, default=wanted)
+
+
 class State(NamedTuple):
   """Everything a step changes."""
 
@@ -125,7 +140,7 @@ def make_train_step(
 
   def accumulated(params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
     """Means over parts of the batch, one after another, summed in float32."""
-    parts = config.accumulation
+    parts = accumulation(config, mesh)
     if parts == 1:
       return gradients(params, batch)
     # Every part takes rows from all devices.
