@@ -16,10 +16,9 @@ import tempfile
 from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from eco_optax.training import report
+from eco_optax.training import jobs, report
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments import benchmark
@@ -30,7 +29,7 @@ _BACKEND = flags.DEFINE_enum("backend", "cpu", ["cpu", "cuda", *_AHEAD], "What i
 _TOPOLOGY = flags.DEFINE_string("topology", None, "That is compiled for ahead of time.")
 _SIZE = flags.DEFINE_integer("size", 2**24, "Elements per array; a multiple of 4096.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds of a timing.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Of a run whose checkpoints are timed.")
+_CONFIG = jobs.define_config("config", None)  # Of a run whose checkpoints are timed.
 _SAVES = flags.DEFINE_integer("saves", 10, "Checkpoints, of which the median counts.")
 _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
 
@@ -72,7 +71,7 @@ def compiled() -> None:
 def timed() -> None:
   """Times steps on this machine's devices."""
   if (found := jax.default_backend()) != {"cuda": "gpu"}.get(_BACKEND.value, _BACKEND.value):
-    raise app.UsageError(
+    raise ValueError(
       f"--backend={_BACKEND.value}, but JAX runs on {found}: set JAX_PLATFORMS, or install"
       " eco_optax[cuda]"
     )
@@ -97,6 +96,8 @@ def timed() -> None:
 
 def main(_: list[str]) -> None:
   """Measures, writes and prints."""
+  if _SIZE.value < 4096 or _SIZE.value % 4096:
+    raise ValueError(f"--size={_SIZE.value} is not a multiple of 4096")
   if _CONFIG.value:
     checkpoints()
     return
@@ -112,4 +113,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from eco_optax.training import evaluation, jobs, metrics, report
 from eco_optax.training.data import readers
@@ -59,14 +59,13 @@ def main(_: list[str]) -> None:
   """Measures and writes."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  with jobs.plain_errors():
-    trained = evaluation.load(_WORKDIR.value)
-    print(f"{_WORKDIR.value} at step {trained.step} of {trained.config.steps}")
-    figures = measure(trained) | {"workdir": _WORKDIR.value, "step": trained.step}
-    if _OUTPUT.value:
-      text = json.dumps(figures | report.describe_machine(), indent=2, default=str) + "\n"
-      metrics.write_whole(pathlib.Path(_OUTPUT.value), text)
+  trained = evaluation.load(_WORKDIR.value)
+  print(f"{_WORKDIR.value} at step {trained.step} of {trained.config.steps}")
+  figures = measure(trained) | {"workdir": _WORKDIR.value, "step": trained.step}
+  if _OUTPUT.value:
+    text = json.dumps(figures | report.describe_machine(), indent=2, default=str) + "\n"
+    metrics.write_whole(pathlib.Path(_OUTPUT.value), text)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

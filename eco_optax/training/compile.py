@@ -113,15 +113,18 @@ def topology_devices(topology: str) -> list[Any]:
   """
   from jax.experimental import topologies
 
-  if topology.startswith("h100:"):
-    return _gpus(topology.removeprefix("h100:"))
+  kind, _, size = topology.partition(":")
+  if kind == "h100":
+    if not size.isdigit():
+      raise ValueError(f"no GPU topology {topology!r}: use h100:1 or another number of GPUs")
+    return _gpus(size)
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
     raise ImportError(
       "compiling for a TPU takes libtpu: pip install 'eco_optax[tpu]', which works on any Linux"
     ) from error
-  options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   try:
     return list(
       topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices

@@ -10,9 +10,10 @@ import sys
 import jax
 import pytest
 
+import eco_optax as eco
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
-from eco_optax.training import loop, methods
+from eco_optax.training import loop, methods, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.models import transformer
 
@@ -84,11 +85,21 @@ def test_every_run_of_the_paper_has_a_topology():
   assert {f"llama_{size}" for size in STUDY} < set(compile_lib.TOPOLOGIES)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_runs_on_whatever_devices_there_are(name, devices):
-  text = loop.dry_run(load(name), jax.devices()[:devices])
-  assert f"fsdp {devices}" in text
+def test_every_config_runs_on_whatever_devices_there_are(name):
+  config = load(name)
+  model, (weights, _) = config_lib.model(config), config_lib.formats(config)
+  params = jax.eval_shape(lambda: transformer.init(model, config.seed, weights))
+  moments = jax.eval_shape(eco.dequantize, params)
+  for devices in (1, 4):
+    _, mesh = loop.prepare(config, jax.devices()[:devices])
+    assert mesh.shape["fsdp"] == devices
+    limit = config.replicated_limit_mib * 2**20
+    sharding.check_sharded((params, moments), mesh, limit)
+
+
+def test_a_dry_run_takes_the_devices_it_is_given():
+  assert "mesh data 1 × fsdp 4 × tensor 1" in loop.dry_run(load("tiny"), jax.devices()[:4])
 
 
 @pytest.mark.parametrize("name", NAMES)
