@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from experiments import figures
 from experiments.studies import claims, finetune, sweep
 from experiments.studies.sweep import Run
 
@@ -68,28 +69,27 @@ def table(rows: Mapping[str, Any]) -> str:
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws training at each method's best learning rate, and less the baseline's (scale.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, (whole, less) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+  plt = figures.pyplot()
+  figure, (whole, gaps) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
   curve = lambda method: dict(rows.get(best(rows, method), {}).get("training_curve", ()))
   reference = curve(BASELINE)
   for method in METHODS:
     own = curve(method)
     if not own:
       continue
-    style = "--" if method.startswith("ECO") else "-"  # It may lie upon what it is held against.
-    whole.plot(own.keys(), own.values(), style, lw=1.2, label=method)
+    style = {
+      "color": "black" if method == BASELINE else figures.color(method),
+      "ls": "--" if "RTN" in method else "-",
+      "lw": 1.6,
+    }
+    whole.plot(own.keys(), own.values(), label=method, **style)
     shared = [step for step in own if step in reference]
-    less.plot(shared, [own[step] - reference[step] for step in shared], style, lw=1.2)
+    gaps.plot(shared, [own[step] - reference[step] for step in shared], **style)
   whole.set_ylabel("training loss (nats per token)")
   whole.legend(frameon=False)
-  less.set_ylabel(f"less that of {BASELINE}")
-  for ax in (whole, less):
+  gaps.set_ylabel(f"training loss minus {BASELINE}")
+  for ax in (whole, gaps):
     ax.set_xlabel("step of 512 × 512 tokens")
     ax.grid(alpha=0.3)
-  figure.suptitle("30M parameters, the paper's seven runs")
-  figure.savefig(folder / "scale.png", dpi=150)
-  plt.close(figure)
+  figure.suptitle("30M parameters, one run of each method: the noise of seeds was not measured")
+  figures.save(figure, folder / "scale.png")
