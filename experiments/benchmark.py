@@ -32,6 +32,7 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import pipeline
 from eco_optax.training.models import transformer
+from experiments import figures as figures_lib
 from experiments.studies import storage, sweep
 
 
@@ -101,6 +102,7 @@ class Way(NamedTuple):
   step: Callable[[Any, Any], Any]  # (that, gradients) → that, for `jit` with donation.
   runs_on: tuple[str, ...] = ("cpu", "tpu", "gpu")
   needs_device: bool = False  # To be compiled.
+  is_eco: bool = False  # Drawn in ECO's color.
 
 
 def _way(tx: optax.GradientTransformation, convert: Callable[[Any], Any]) -> Way:
@@ -174,6 +176,8 @@ def ways() -> dict[str, Way]:
     ),
     "int8 residual, RTN": fp8(eco.master_weights(adamw, nearest, "int8")),
     "int8 residual, FP8 moments, RTN": low(eco.master_weights(adamw, nearest, "int8"), f8, f8),
+  }
+  ours = {
     "ECO over optax.adamw, RTN": fp8(eco.error_feedback_to_momentum(adamw, nearest, RATE)),
     "ECO over optax.adamw, SR": fp8(eco.error_feedback_to_momentum(adamw, stochastic, RATE)),
     "eco.adamw, RTN": fp8(eco.adamw(RATE, rounding="nearest")),
@@ -185,6 +189,7 @@ def ways() -> dict[str, Way]:
     "eco.adamw, SR, INT8 and FP8 moments": low(eco.adamw(RATE), "int8", f8),
     "eco.sgd, SR": fp8(eco.sgd(RATE)),
   }
+  found |= {name: way._replace(is_eco=True) for name, way in ours.items()}
   return {name: way for name, way in found.items() if way}
 
 
@@ -502,42 +507,90 @@ def table(results: pathlib.Path) -> str:
   return "\n".join(lines) + "\n"
 
 
-def plot(results: pathlib.Path) -> None:
-  """Draws bytes at rest, bytes moved and times as bars (benchmark.png)."""
-  import matplotlib
+# Bytes per second of device memory, from the vendors' data sheets.
+_BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
+_CAST = "float32 AdamW, then FP8 cast"
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
 
-  found = {name: rows for name, rows in _figures(results).items() if "optimizer_step" in rows}
-  panels = []  # Title, figures by name, and the key.
-  steps: dict[str, Any] = {}  # Not every machine has every package that is measured.
-  for figures in found.values():
-    steps |= {name: row for name, row in figures["optimizer_step"].items() if name not in steps}
-  panels.append(("bytes per parameter at rest", steps, "bytes_at_rest"))
-  for _, figures in sorted(found.items(), reverse=True):
-    rows = figures["optimizer_step"]
-    if "compiled_for" in figures:
-      if not any("moved" in row for row in rows.values()):
-        continue
-      panels.append((f"bytes moved, {figures['compiled_for']} (compiled)", rows, "moved"))
-    else:
-      kind = figures["machine"]["device"]
-      panels.append((f"time on {kind}, in steps of {REFERENCE}", rows, "ratio"))
-  names = list(steps)
+class _Panel(NamedTuple):
+  """Bars of a chart, and what each cannot be below; neither has to be there for every way."""
+
+  title: str
+  bars: dict[str, float]
+  floors: dict[str, float]
+
+
+def _least(name: str, row: dict[str, Any], gradient: float) -> float:
+  """Bytes per parameter of a step that reads and writes each array once."""
+  codes_not_read = 1.0 if name == _CAST else 0.0
+  return 2 * row["bytes_at_rest"] - codes_not_read + gradient
+
+
+def _panel(figures: dict[str, Any]) -> _Panel | None:
+  """Bytes moved of what was compiled, times of what was run; None where a compiler counts none."""
+  rows = figures["optimizer_step"]
+  if "compiled_for" in figures:
+    bars = {name: row["moved"] for name, row in rows.items() if "moved" in row}
+    floors = {name: _least(name, rows[name], 2) for name in bars}
+    title = f"bytes moved per parameter\n{figures['compiled_for']}, compiled"
+    return _Panel(title, bars, floors) if bars else None
+  device = figures["machine"]["device"]
+  bars = {name: row["ratio"] for name, row in rows.items() if "ratio" in row}
+  floors = {}
+  if device in _BANDWIDTH:
+    unit = 1e-3 * rows[REFERENCE]["milliseconds"] * _BANDWIDTH[device] / figures["elements"]
+    floors = {name: _least(name, rows[name], 4) / unit for name in bars}
+  return _Panel(f"time of a step, {device}\n{REFERENCE} = 1", bars, floors)
+
+
+def _chart(panels: Sequence[_Panel], names: Sequence[str], path: pathlib.Path) -> None:
+  """Draws panels side by side: a bar for each way, and its floor as a line across it."""
+  plt = figures_lib.pyplot()
+  ours = {name for name, way in ways().items() if way.is_eco}
   figure, axes = plt.subplots(
-    1, len(panels), figsize=(4 + 3.2 * len(panels), 0.32 * len(names) + 1), sharey=True,
+    1, len(panels), figsize=(3.2 + 2.9 * len(panels), 0.34 * len(names) + 1.6), sharey=True,
     layout="constrained",
   )  # fmt: skip
-  for ax, (title, rows, key) in zip(axes, panels, strict=True):
-    values = [rows.get(name, {}).get(key) for name in names]
-    colors = ["tab:orange" if name.startswith(("eco", "ECO")) else "tab:gray" for name in names]
-    ax.barh(names, [value or 0 for value in values], color=colors)
-    for i, value in enumerate(values):
-      ax.text(value or 0, i, " not run" if value is None else f" {value:.3g}", va="center")
-    ax.set_title(title, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
+  for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
+    for i, name in enumerate(names):
+      color = figures_lib.ECO if name in ours else "0.6"
+      if name in panel.bars:
+        ax.barh(i, panel.bars[name], color=color, height=0.7)
+        ax.text(panel.bars[name], i, f" {panel.bars[name]:.3g}", va="center", fontsize=9)
+      if name in panel.floors:
+        ax.plot([panel.floors[name]] * 2, [i - 0.42, i + 0.42], color="black", lw=2.2)
+    ax.set_title(panel.title, fontsize=10)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.margins(x=0.18)
-  axes[0].invert_yaxis()
-  figure.savefig(results / "benchmark" / "benchmark.png", dpi=120)
-  plt.close(figure)
+  if any(panel.floors for panel in panels):
+    ax.plot([], [], color="black", lw=2.2, label="floor: each array read and written once")
+    figure.legend(loc="outside lower right", fontsize=9, frameon=False)
+  figures_lib.save(figure, path)
+
+
+def plot(results: pathlib.Path) -> None:
+  """Draws bytes at rest, bytes moved and times as bars.
+
+  `benchmark.png` has the ways that were timed on a GPU, or all where there was none;
+  `benchmark_cpu.png` those that were timed on a CPU.
+
+  Args:
+    results: the folder with `benchmark/*.json`.
+  """
+  found = {name: rows for name, rows in _figures(results).items() if "optimizer_step" in rows}
+  steps: dict[str, Any] = {}  # Not every machine has every package that is measured.
+  for own in found.values():
+    steps |= {name: row for name, row in own["optimizer_step"].items() if name not in steps}
+  rest = {name: row["bytes_at_rest"] for name, row in steps.items()}
+  at_rest_panel = _Panel("bytes per parameter at rest\nweights, moments, residual", rest, {})
+  folder = results / "benchmark"
+  on_cpu = lambda own: own.get("machine", {}).get("device") == "cpu" and "compiled_for" not in own
+  accelerators = [own for own in found.values() if not on_cpu(own)]
+  timed = [own for own in accelerators if "compiled_for" not in own]
+  names = [name for name in steps if not timed or any(name in o["optimizer_step"] for o in timed)]
+  panels = [panel for own in accelerators[::-1] if (panel := _panel(own))]
+  _chart([at_rest_panel, *panels], names, folder / "benchmark.png")
+  panels = [panel for own in found.values() if on_cpu(own) and (panel := _panel(own))]
+  names = [name for name in steps if any(name in panel.bars for panel in panels)]
+  _chart([at_rest_panel, *panels], names, folder / "benchmark_cpu.png")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from eco_optax.training import methods
+from experiments import figures
 from experiments.studies import storage, sweep
 from experiments.studies.sweep import Run
 
@@ -200,81 +201,170 @@ def summary(rows: Rows) -> str:
   return "\n".join(out) + "\n"
 
 
+# The rows of the short table: the usual way, naive rounding, ECO, and ECO in the fewest bytes.
+_SHORT = (
+  "master weights + RTN",
+  "master weights + SR",
+  "naive SR",
+  "ECO + SR, paper's rule",
+  "ECO + SR, schedule-aware",
+  "ECO + SR, FP8 moments",
+)
+_DEVICES = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100", "cpu": "CPU"}
+
+
+def short_summary(rows: Rows) -> str:
+  """The methods of `_SHORT` against master weights, with the machines of their runs, in Markdown."""
+  head = ["", *(f"{format}: {kind}" for format in FORMATS for kind in ("bytes", "loss"))]
+  head += [f"{format}: {LONGER} × tokens" for format in FORMATS]
+  head.append("machines")
+  out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for method in _SHORT:
+    cells, longer_cells, used = [method], [], set()
+    for format in FORMATS:
+      cells += [sweep.used_bytes(rows, names(rows, method, format))]
+      for tokens, where in ((1, cells), (LONGER, longer_cells)):
+        loss, gap = _compared(rows, method, format, format, tokens)
+        where.append(loss if method == BASELINE else gap)
+        own = [rows[name] for name in names(rows, method, format, tokens) if name in rows]
+        used |= {row["machine"]["device"] for row in own}
+    there = [name for device, name in _DEVICES.items() if device in used]
+    there += sorted(used - set(_DEVICES))
+    out.append(f"| {' | '.join([*cells, *longer_cells, ', '.join(there)])} |")
+  return "\n".join(out) + "\n"
+
+
+def _gaps(rows: Rows, method: str, format: str) -> list[float]:
+  """Differences to master weights at the best learning rates, one for each seed."""
+  own = "none" if method == BF16 else format
+  return figures.paired(rows, names(rows, method, own), names(rows, BASELINE, format))
+
+
 def plot(rows: Rows, folder: pathlib.Path) -> None:
   """Draws bytes against loss (pareto.png), learning rates (rates.png) and training (curves.png)."""
-  import matplotlib
+  plt = figures.pyplot()
+  _plot_bytes(plt, rows, folder / "pareto.png")
+  _plot_rates(plt, rows, folder / "rates.png")
+  _plot_training(plt, rows, folder / "curves.png")
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
 
-  # What differs from another in storage alone is drawn as its lighter shade.
-  shades = plt.get_cmap("tab20")
-  colors = {method: shades(2 * i) for i, method in enumerate(METHODS) if method not in TUNED_AS}
-  order = list(colors)
-  colors |= {method: shades(2 * order.index(own) + 1) for method, own in TUNED_AS.items()}
-  panels = lambda: plt.subplots(
-    1, len(FORMATS), figsize=(2 + 5 * len(FORMATS), 4.4), layout="constrained", squeeze=False
-  )
+_MARKERS = {methods.FLOAT: "D", methods.NAIVE: "v"}
 
-  figure, axes = panels()
+
+def _style(label: str) -> dict[str, Any]:
+  """Filled and solid for stochastic rounding, open and dashed for nearest; thin for the paper's."""
+  method = methods.METHODS[label]
+  nearest = method.rounding == "nearest"
+  small_moments = method.moments != methods.FLOAT32_MOMENTS
+  return {
+    "color": figures.color(method),
+    "marker": _MARKERS.get(method.family, "s" if small_moments else "o"),
+    "mfc": "white" if nearest else figures.color(method),
+    "ls": "--" if nearest else "-",
+    "lw": 1.6 if method.schedule_aware else 0.9,
+  }
+
+
+def _panels(plt: Any) -> Any:
+  return plt.subplots(1, len(FORMATS), figsize=(11, 4.6), layout="constrained", squeeze=False)
+
+
+def _plot_bytes(plt: Any, rows: Rows, path: pathlib.Path) -> None:
+  """Loss against bytes: each method at its best learning rate, the rule schedule-aware."""
+  shown = [label for label, method in methods.METHODS.items() if method.schedule_aware]
+  figure, axes = _panels(plt)
   for ax, format in zip(axes[0], FORMATS, strict=True):
-    for method, color in colors.items():
-      value, error, _ = mean(rows, method, format)
-      rate = best(rows, method, format)
-      if rate is None or not math.isfinite(value):
+    figures.band(ax, figures.noise(_gaps(rows, method, format) for method in shown))
+    for method in shown:
+      own = "none" if method == BF16 else format
+      found = [rows[name] for name in names(rows, method, own) if name in rows]
+      gap, error, seeds = sweep.mean_and_error(_gaps(rows, method, format))
+      if not seeds or not math.isfinite(gap):
         continue
-      used = rows[Key(method, format, rate, 0, 1).name]["bytes_per_parameter"]["total"]
+      used = found[0]["bytes_per_parameter"]["total"]
       bar = 0.0 if math.isnan(error) else 2 * error
-      ax.errorbar(used, value, bar, marker="o", capsize=3, ls="", color=color, label=method)
-    if math.isfinite(plain := mean(rows, BF16, "none")[0]):
-      ax.axhline(plain, color="black", lw=0.8, ls=":", label=BF16)
-    ax.set(title=format, xlabel="bytes per parameter: weights, moments, residual")
-    ax.set_ylabel("validation loss at its best learning rate (nats per token)")
+      style = _style(method) | {
+        "ls": "",
+        "ms": 11 if methods.METHODS[method].family == methods.NAIVE else 8,
+        "mew": 1.6,
+        "capsize": 3,
+      }
+      ax.errorbar(used, gap, bar, label=methods.METHODS[method].short, **style)
+    ax.set(title=f"{format} weights", xlabel="bytes per parameter: weights, moments, residual")
+    ax.set_xlim(0, 14)
     ax.grid(alpha=0.25)
-  figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-  figure.savefig(folder / "pareto.png", dpi=140)
-  plt.close(figure)
+    ax.legend(*_noise_alone(ax), loc="upper left", fontsize=8, frameon=False)
+  axes[0][0].set_ylabel(f"validation loss minus {BASELINE}\n(nats per token; lower is better)")
+  handles, labels = axes[0][0].get_legend_handles_labels()
+  own = [i for i, label in enumerate(labels) if not label.startswith(figures.NOISE)]
+  figure.legend(
+    [handles[i] for i in own], [labels[i] for i in own],
+    title="filled: stochastic rounding (SR); open: rounding to nearest (RTN)",
+    loc="outside lower center", ncol=3, fontsize=9, title_fontsize=9, frameon=False,
+  )  # fmt: skip
+  figures.save(figure, path)
 
-  figure, axes = panels()
+
+def _noise_alone(ax: Any) -> tuple[list[Any], list[str]]:
+  """The legend's entry of the noise, which each panel has of its own."""
+  found = zip(*ax.get_legend_handles_labels(), strict=True)
+  own = [(handle, label) for handle, label in found if label.startswith(figures.NOISE)]
+  return [handle for handle, _ in own], [label for _, label in own]
+
+
+def _plot_rates(plt: Any, rows: Rows, path: pathlib.Path) -> None:
+  """Loss at each peak learning rate, seed 0."""
+  figure, axes = _panels(plt)
   for ax, format in zip(axes[0], FORMATS, strict=True):
-    for method, color in colors.items():
+    lowest = math.inf
+    for method in METHODS:
       points = [
         (rate, row["validation_loss"])
         for rate in sorted(LEARNING_RATES)
         if (row := rows.get(Key(method, format, rate, 0, 1).name)) and row["validation_loss"]
       ]
-      if points:
-        ax.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
-    ax.set(title=format, xlabel="peak learning rate", xscale="log")
+      if points and method not in TUNED_AS:
+        ax.plot(*zip(*points, strict=True), label=method, **_style(method))
+        lowest = min(lowest, *(loss for _, loss in points))
+    if math.isfinite(lowest):  # Far above, the others could not be told apart.
+      top = min(ax.get_ylim()[1], lowest + 1.2)
+      ax.set_ylim(lowest - 0.05 * (top - lowest), top)
+    ax.set(title=f"{format} weights", xlabel="peak learning rate", xscale="log")
     ax.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
     ax.minorticks_off()
-    ax.set_ylabel("validation loss (nats per token)")
     ax.grid(alpha=0.25)
-  figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-  figure.savefig(folder / "rates.png", dpi=140)
-  plt.close(figure)
+  axes[0][0].set_ylabel("validation loss (nats per token)")
+  handles, labels = axes[0][0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncol=3, fontsize=9, frameon=False)
+  figures.save(figure, path)
+
+
+_SMOOTHED = 5  # Logged steps that a point of the training curves is the mean of.
+
+
+def _plot_training(plt: Any, rows: Rows, path: pathlib.Path) -> None:
+  """Training loss minus the baseline's, seed 0: batches are the same for all methods."""
 
   def curve(method: str, format: str) -> dict[int, float]:
     rate = best(rows, method, format) or math.nan
     row = rows.get(Key(method, format, rate, 0, 1).name)
     return dict(row["training_curve"]) if row else {}
 
-  figure, axes = panels()
+  figure, axes = _panels(plt)
   for ax, format in zip(axes[0], FORMATS, strict=True):
-    # Batches are the same for all, and so most of what a loss owes to its batch.
     reference = curve(BASELINE, format)
-    for method, color in colors.items():
-      gaps = [
-        (step, loss - reference[step])
-        for step, loss in curve(method, format).items()
-        if step in reference
-      ]
-      if gaps:
-        ax.plot(*zip(*gaps, strict=True), color=color, lw=1.2, label=method)
-    ax.set(title=format, xlabel="step")
-    ax.set_yscale("symlog", linthresh=0.1)
-    ax.set_ylabel(f"training loss less that of {BASELINE}")
+    ax.axhline(0, color="0.4", lw=1, zorder=0)
+    for method in METHODS:
+      own = curve(method, format)
+      steps = [step for step in own if step in reference]
+      gaps = [own[step] - reference[step] for step in steps]
+      smooth = [sum(gaps[i : i + _SMOOTHED]) / _SMOOTHED for i in range(len(gaps) - _SMOOTHED + 1)]
+      if smooth and method not in (BASELINE, *TUNED_AS):
+        style = _style(method) | {"marker": None}
+        ax.plot(steps[_SMOOTHED - 1 :], smooth, label=method, **style)
+    ax.set(title=f"{format} weights", xlabel="step")
     ax.grid(alpha=0.25)
-  figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-  figure.savefig(folder / "curves.png", dpi=140)
-  plt.close(figure)
+  axes[0][0].set_ylabel(f"training loss minus {BASELINE}\n(nats per token, mean of {_SMOOTHED})")
+  handles, labels = axes[0][0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncol=3, fontsize=9, frameon=False)
+  figures.save(figure, path)

@@ -10,6 +10,7 @@ import ml_collections
 
 from eco_optax.training import config as config_lib
 from eco_optax.training import methods
+from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
@@ -63,23 +64,28 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Draws each family's losses on held-out text, a line per seed (families.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
+  """Draws each family's losses on held-out text, and ECO's final differences (families.png)."""
+  plt = figures.pyplot()
   figure, axes = plt.subplots(
-    1, len(FAMILIES), figsize=(3.4 * len(FAMILIES), 3.4), sharey=True, layout="constrained"
-  )
-  for ax, family in zip(axes, FAMILIES, strict=True):
-    for method, color in zip(METHODS, ("tab:gray", "tab:orange"), strict=True):
+    1, len(FAMILIES) + 1, figsize=(13, 3.6), layout="constrained",
+    width_ratios=[1] * len(FAMILIES) + [1.5],
+  )  # fmt: skip
+  gaps = {}
+  for ax, family in zip(axes, FAMILIES, strict=False):
+    for method, own in METHODS.items():
       done = [rows[name]["validation_curve"] for name in names(family, method) if name in rows]
       for i, curve in enumerate(curve for curve in done if curve):
-        ax.plot(*zip(*curve, strict=True), color=color, lw=1, label=None if i else method)
+        label = None if i else method
+        ax.plot(*zip(*curve, strict=True), color=figures.color(own), lw=1, label=label)
     ax.set(title=family, xlabel="step")
+    ax.sharey(axes[0])
     ax.grid(alpha=0.3)
+    master, eco = (names(family, method) for method in METHODS)
+    gaps[family] = figures.paired(rows, eco, master)
   axes[0].set_ylabel("validation loss (nats per byte)")
   axes[0].legend(frameon=False)
-  figure.savefig(folder / "families.png", dpi=140)
-  plt.close(figure)
+  figures.band(axes[-1], figures.noise(gaps.values()), "x")
+  figures.dots(axes[-1], gaps, colors=dict.fromkeys(FAMILIES, figures.ECO))
+  axes[-1].set(title="after the last step", xlabel="ECO minus master weights")
+  figures.legend(axes[-1], fontsize=8, loc="upper left")
+  figures.save(figure, folder / "families.png")

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from eco_optax.training import evaluation, export, loop, methods
+from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
@@ -92,12 +93,8 @@ def gap(rows: Mapping[str, Any], method: str) -> float | None:
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws the loss of each method at each learning rate (finetune.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+  plt = figures.pyplot()
+  figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
   for label, method in METHODS.items():
     points = [
       (rate, loss)
@@ -105,12 +102,12 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
       if (loss := sweep.losses(rows, [_name(label, rate)])[0]) is not None
     ]
     if points:
-      # Dashed, because ECO may lie upon what it is compared with.
-      style = "o--" if method.family == methods.ECO else "o-"
-      ax.plot(*zip(*points, strict=True), style, label=label)
-  ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss, nats per token")
-  ax.set_title("INT4 fine-tuning of a tiny DeepSeek-MoE on chats")
+      style = "o--" if method.rounding == "nearest" else "o-"
+      ax.plot(*zip(*points, strict=True), style, label=label, color=figures.color(method))
+  ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats per token)")
+  ax.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
+  ax.minorticks_off()
+  ax.set_title("INT4 fine-tuning of a tiny DeepSeek-MoE on chats, one run each")
   ax.grid(alpha=0.3)
-  ax.legend()
-  figure.savefig(folder / "finetune.png", dpi=150)
-  plt.close(figure)
+  figure.legend(loc="outside right center", frameon=False)
+  figures.save(figure, folder / "finetune.png")

@@ -55,6 +55,11 @@ PROBLEMS = {
   "apart, gradient noise": Problem(False, 3.0),
   "coupled": Problem(True, 0.0),
 }
+TITLES = {
+  "apart": "weights with gradients of their own",
+  "apart, gradient noise": "the same with gradient noise",
+  "coupled": "32 weights share one gradient",
+}
 TOLERANCE = 0.05  # Of predictions, which are limits: at the smallest rate terms of order η remain.
 _SPREAD = 4  # Standard errors; beyond by chance in one row of 16,000.
 _MEMORY = 8  # Times 1 / η steps to settle in, and as many to average over.
@@ -223,15 +228,21 @@ def plot(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
       rates = np.array([row["learning_rate"] for row in own])
       share = lambda key, own=own: [row[key] / row["rounded_optimum"] for row in own]
       axes.plot(
-        rates, share("squared_gradient"), marker, color=color, label=label, ms=5, mfc="none"
+        rates,
+        share("squared_gradient"),
+        marker,
+        color=color,
+        label=label,
+        mfc="none",
+        ms=10 if method == "eco" else 5,
       )
       axes.plot(rates, share("predicted"), color=color, lw=1.2)
       line = np.geomspace(rates[0], rates[-1], 100)
       white = theory.stationary_second_moment(method, line, BETA, 1.0)
       axes.plot(line, white, color=color, lw=1, ls=":", alpha=0.7)
-    axes.set(xscale="log", yscale="log", xlabel="learning rate", title=problem)
+    axes.set(xscale="log", yscale="log", xlabel="learning rate", title=TITLES[problem])
     axes.grid(alpha=0.2)
-  panels[0].set_ylabel("$E\\|\\nabla f\\|^2$, that of the rounded optimum as 1")
+  panels[0].set_ylabel("$E\\|\\nabla f\\|^2$ relative to the rounded optimum")
   panels[0].plot([], [], color="0.4", lw=1.2, label="predicted on a grid, small rates")
   panels[0].plot([], [], color="0.4", lw=1, ls=":", label="under white noise")
   panels[0].legend(frameon=False, fontsize=8, loc="upper right")

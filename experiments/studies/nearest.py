@@ -27,6 +27,7 @@ from typing import Any
 
 from eco_optax.training import methods
 from eco_optax.training.methods import Moments
+from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
@@ -95,21 +96,20 @@ def table(rows: Mapping[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def _color(changes: Mapping[str, Any]) -> str:
+  method, residual = methods.BY_NAME[changes["method"]], changes.get("residual", "float32")
+  return figures.color(method.but("", residual=residual))
+
+
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Draws the mean loss of each rule, and each seed's (nearest.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
-  for i, rule in enumerate(RULES):
-    found = [x for x in sweep.losses(rows, _names(rule)) if x is not None]
-    ax.plot(found, [i] * len(found), "o", color="C0", alpha=0.6)
-    ax.plot(sweep.mean_and_error(found)[0], i, "|", color="C3", markersize=16)
-  ax.set_yticks(range(len(RULES)), list(RULES))
-  ax.invert_yaxis()
-  ax.set_xlabel("validation loss (nats per byte): seeds, and their mean")
-  ax.grid(alpha=0.25, axis="x")
-  figure.savefig(folder / "nearest.png", dpi=140)
-  plt.close(figure)
+  """Draws each rule's difference to master weights: seeds, mean, two errors (nearest.png)."""
+  plt = figures.pyplot()
+  figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
+  first = next(iter(RULES))
+  gaps = {rule: figures.paired(rows, _names(rule), _names(first)) for rule in RULES}
+  figures.band(ax, figures.noise(gaps.values()), "x")
+  figures.dots(ax, gaps, colors={rule: _color(changes) for rule, changes in RULES.items()})
+  ax.set_xlabel(f"validation loss minus {first} with the usual schedule (nats per byte)")
+  ax.set_title(f"FP8 weights rounded to nearest, peak learning rate {LEARNING_RATE:g}")
+  figures.legend(ax, loc="upper left")
+  figures.save(figure, folder / "nearest.png")

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eco_optax.training import methods
+from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.storage import FORMATS
 from experiments.studies.sweep import Run
@@ -131,38 +132,29 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Draws each optimizer's gaps, one point per seed (optimizers.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(len(FORMATS), figsize=(8, 6.5), layout="constrained", sharex=True)
+  """Draws each optimizer's gaps: seeds, mean, two standard errors (optimizers.png)."""
+  plt = figures.pyplot()
+  figure, axes = plt.subplots(1, len(FORMATS), figsize=(11, 5), layout="constrained", sharey=True)
+  compared = list(METHODS)[1:]
   for ax, format in zip(axes, FORMATS, strict=True):
-    gaps = [0.0]
-    for j, method in enumerate(list(METHODS)[1:]):
-      points = [
-        (i + 0.2 * (j - 0.5), own - reference)
-        for i, optimizer in enumerate(RATES)
-        for own, reference in zip(
-          sweep.losses(rows, _names(rows, optimizer, method, format)),
-          sweep.losses(rows, _names(rows, optimizer, "master weights", format)),
-          strict=True,
+    gaps = {
+      method: {
+        optimizer: figures.paired(
+          rows,
+          _names(rows, optimizer, method, format),
+          _names(rows, optimizer, "master weights", format),
         )
-        if own is not None and reference is not None and math.isfinite(own - reference)
-      ]
-      if points:
-        ax.plot(*zip(*points, strict=True), "o", color=f"C{j}", alpha=0.7, label=method)
-        gaps += [gap for _, gap in points]
-    ax.axhline(0, color="0.7", lw=1, zorder=0)
-    ax.set_xticks(range(len(RATES)), [name.replace(", ", "\n") for name in RATES])
-    ax.set(title=f"{format}, stochastic rounding")
-    ax.set_yscale("symlog", linthresh=0.1)  # Linear to there: one optimizer may be far off.
-    ticks = (-0.1, -0.05, 0, 0.05, 0.1, 0.5)
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set_ylim(min(-0.1, 1.3 * min(gaps)), max(0.1, 1.3 * max(gaps)))
-    ax.grid(alpha=0.25, axis="y")
-  axes[0].legend(frameon=False)
-  figure.supylabel("against master weights (validation loss, nats per byte)")
-  figure.savefig(folder / "optimizers.png", dpi=140)
-  plt.close(figure)
+        for optimizer in RATES
+      }
+      for method in compared
+    }
+    figures.band(ax, figures.noise(own for each in gaps.values() for own in each.values()), "x")
+    for i, method in enumerate(compared):
+      own = dict.fromkeys(RATES, figures.color(METHODS[method]))
+      shift = 0.3 * (i - 0.5)
+      figures.dots(ax, gaps[method], limits=(-0.15, 0.15), colors=own, shift=shift)
+      ax.plot([], [], "o", color=figures.color(METHODS[method]), label=method)
+    ax.set(title=f"{format} weights, stochastic rounding")
+    ax.set_xlabel("validation loss minus the optimizer's\nown master weights (nats per byte)")
+    figures.legend(ax, fontsize=8, loc="upper left", ncol=3)
+  figures.save(figure, folder / "optimizers.png")

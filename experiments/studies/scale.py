@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eco_optax.training import methods
+from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
@@ -69,28 +70,27 @@ def table(rows: Mapping[str, Any]) -> str:
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws training at each method's best learning rate, and less the baseline's (scale.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, (whole, less) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+  plt = figures.pyplot()
+  figure, (whole, gaps) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
   curve = lambda label: dict(rows.get(best(rows, label), {}).get("training_curve", ()))
   reference = curve(BASELINE)
   for label, method in METHODS.items():
     own = curve(label)
     if not own:
       continue
-    style = "--" if method.family == methods.ECO else "-"  # Dashed lines show those below them.
-    whole.plot(own.keys(), own.values(), style, lw=1.2, label=label)
+    style = {
+      "color": "black" if label == BASELINE else figures.color(method),
+      "ls": "--" if method.rounding == "nearest" else "-",
+      "lw": 1.6,
+    }
+    whole.plot(own.keys(), own.values(), label=label, **style)
     shared = [step for step in own if step in reference]
-    less.plot(shared, [own[step] - reference[step] for step in shared], style, lw=1.2)
+    gaps.plot(shared, [own[step] - reference[step] for step in shared], **style)
   whole.set_ylabel("training loss (nats per token)")
   whole.legend(frameon=False)
-  less.set_ylabel(f"less that of {BASELINE}")
-  for ax in (whole, less):
+  gaps.set_ylabel(f"training loss minus {BASELINE}")
+  for ax in (whole, gaps):
     ax.set_xlabel("step of 512 × 512 tokens")
     ax.grid(alpha=0.3)
-  figure.suptitle("30M parameters, the paper's seven runs")
-  figure.savefig(folder / "scale.png", dpi=150)
-  plt.close(figure)
+  figure.suptitle("30M parameters, one run of each method: the noise of seeds was not measured")
+  figures.save(figure, folder / "scale.png")

@@ -182,7 +182,7 @@ def plot(series: dict[str, Series], out: pathlib.Path) -> None:
   panels = {
     "norm_ratio": r"$\Vert e_{t+1}\Vert\;/\;\Vert e_t\Vert$",
     "cosine": r"$\cos(e_t, e_{t+1})$",
-    "adam_change": "change of $e$,\nin units of $m$",
+    "adam_change": "change of the error\n/ momentum",
   }
   figure, axes = plt.subplots(
     len(panels) + 1, 1, figsize=(7, 7.4), sharex=True, layout="constrained",

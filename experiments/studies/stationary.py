@@ -173,6 +173,7 @@ def plot(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     axes.grid(alpha=0.2)
   panels[0][0].set_ylabel("$E[\\hat x^2]\\,/\\,\\sigma^2$")
   panels[0][-1].legend(frameon=False, fontsize=8, loc="upper right")
+  figure.suptitle("Where a weight settles: closed forms (lines) and simulations (markers)")
   figure.savefig(out, dpi=140)
   plt.close(figure)
 

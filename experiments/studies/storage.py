@@ -8,6 +8,7 @@ from typing import Any
 
 from eco_optax.training import methods
 from eco_optax.training.methods import Method, Moments
+from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
@@ -108,31 +109,25 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Draws bytes against the difference to a float32 residual (storage.png)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
+  """Draws each residual's difference to a float32 residual (storage.png)."""
+  plt = figures.pyplot()
   figure, axes = plt.subplots(
     len(LEARNING_RATES), len(FORMATS), figsize=(11, 7), layout="constrained", squeeze=False
   )
   first = next(iter(RESIDUALS))
   for line, rate in zip(axes, LEARNING_RATES, strict=True):
     for ax, format in zip(line, FORMATS, strict=True):
-      for i, what in enumerate(RESIDUALS):
-        names = [(_name(what, format, rate, s), _name(first, format, rate, s)) for s in SEEDS]
-        found = [(rows[a], rows[b]) for a, b in names if a in rows and b in rows]
-        points = [
-          (a["bytes_per_parameter"]["total"], a["validation_loss"] - b["validation_loss"])
-          for a, b in found
-          if None not in (a["validation_loss"], b["validation_loss"])
-        ]
-        if points:
-          ax.plot(*zip(*points, strict=True), "o", color=f"C{i}", label=what, alpha=0.7)
-      ax.axhline(0, color="0.7", lw=1, zorder=0)
-      ax.set(title=f"{format}, peak learning rate {rate:g}", xlabel="bytes per parameter")
-      ax.set_ylabel(f"validation loss against\n{first} (nats per byte)")
-  axes[0][0].legend(frameon=False, fontsize=8)
-  figure.savefig(folder / "storage.png", dpi=140)
-  plt.close(figure)
+      gaps, colors = {}, {}
+      for what, method in RESIDUALS.items():
+        names, references = (runs_of(x, format, rate) for x in (what, first))
+        label = f"{method.short}, {sweep.used_bytes(rows, names)} bytes"
+        gaps[label] = figures.paired(rows, names, references)
+        colors[label] = figures.color(method)
+      figures.band(ax, figures.noise(gaps.values()), "x")
+      figures.dots(ax, gaps, colors=colors, limits=(-0.08, 0.08))
+      ax.set_xticks((-0.06, -0.03, 0, 0.03, 0.06))
+      ax.set(title=f"{format} weights, peak rate {rate:g}")
+      ax.set_xlabel(f"validation loss minus {first}")
+      figures.legend(ax, fontsize=8, loc="upper left")
+  figure.suptitle("Losses in nats per byte; three seeds, their mean and two standard errors")
+  figures.save(figure, folder / "storage.png")

@@ -94,4 +94,5 @@ def test_figures_become_a_table_and_a_chart(tmp_path, monkeypatch):
   ]
   assert table.count(f"| {last} | ") == 2
   benchmark.plot(tmp_path)
-  assert (tmp_path / "benchmark" / "benchmark.png").stat().st_size > 10_000
+  for name in ("benchmark.png", "benchmark_cpu.png"):
+    assert (tmp_path / "benchmark" / name).stat().st_size > 10_000
