@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 import platform
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -24,7 +26,7 @@ from eco_optax.training.step import State
 
 
 def describe_machine() -> dict[str, Any]:
-  """What is needed to make a figure again: command, versions and machine."""
+  """The command, versions and machine that a figure was made with."""
   modules = (jax, optax, flax, grain, ml_dtypes, orbax.checkpoint)
   versions = {module.__name__: module.__version__ for module in modules}
   machine = {
@@ -32,9 +34,24 @@ def describe_machine() -> dict[str, Any]:
     "devices": jax.device_count(),
     "cpu": _processor(),
   }
-  command = " ".join(["python", *sys.argv])
   versions["python"] = platform.python_version()
-  return {"command": command, "versions": versions, "machine": machine}
+  return {"command": command(sys.orig_argv), "versions": versions, "machine": machine}
+
+
+def command(arguments: Sequence[str]) -> str:
+  """A command line to paste into a shell at the root of the repository.
+
+  Args:
+    arguments: as the interpreter was given them, see `sys.orig_argv`.
+  """
+  root = pathlib.Path(__file__).parents[2]
+
+  def from_root(argument: str) -> str:
+    path = pathlib.Path(argument).absolute()
+    is_script = path.suffix == ".py" and path.is_file() and path.is_relative_to(root)
+    return path.relative_to(root).as_posix() if is_script else argument
+
+  return shlex.join(["python", *map(from_root, arguments[1:])])
 
 
 def _processor() -> str:
