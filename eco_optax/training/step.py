@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import methods, sharding
 from eco_optax.training.data.pipeline import Batch
 from eco_optax.training.models import transformer
+from eco_optax.training.models.config import TransformerConfig
 
 
 def accumulation(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
@@ -43,13 +45,28 @@ class State(NamedTuple):
 
 def make_init(config: ml_collections.ConfigDict, tx: optax.GradientTransformation) -> Any:
   """A function of no arguments that returns a run's first state."""
-  model, (weight_format, _) = config_lib.model(config), config_lib.formats(config)
+  return _make_init(config_lib.model(config), config.seed, config_lib.formats(config)[0], tx)
 
+
+def _make_init(
+  model: TransformerConfig,
+  seed: int,
+  weight_format: eco.Format | None,
+  tx: optax.GradientTransformation,
+) -> Any:
   def init() -> State:
-    params = transformer.init(model, config.seed, weight_format)
+    params = transformer.init(model, seed, weight_format)
     return State(params, tx.init(params), jnp.zeros([], jnp.int32))
 
   return init
+
+
+@functools.lru_cache(maxsize=8)  # A run asks three times, and a trace of `tx.init` takes seconds.
+def _shapes(
+  model: TransformerConfig, weight_format: eco.Format | None, tx: optax.GradientTransformation
+) -> State:
+  """Shapes and dtypes of a first state, which depend on no seed."""
+  return jax.eval_shape(_make_init(model, 0, weight_format, tx))
 
 
 def abstract_state(
@@ -60,7 +77,7 @@ def abstract_state(
   Raises:
     ValueError: naming any large array that the mesh would leave whole on every device.
   """
-  shapes = jax.eval_shape(make_init(config, tx))
+  shapes = _shapes(config_lib.model(config), config_lib.formats(config)[0], tx)
   sharding.check_sharded(shapes, mesh, config.replicated_limit_mib * 2**20)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
