@@ -1,4 +1,4 @@
-"""What an optimizer step, its random bits and a checkpoint cost, measured within one process."""
+"""The cost of an optimizer step, its random bits and a checkpoint, measured within one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from experiments.studies import storage, sweep
 def paired_ratios(
   functions: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, dict[str, float]]:
-  """Times functions in turn, so that a machine's drift meets them all alike.
+  """Times functions in turn, so that a machine's drift affects all of them equally.
 
   Args:
     functions: by name, each compiled and its arguments bound; the first is the unit of the ratios.
@@ -96,9 +96,9 @@ def random_bits(size: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 class Way(NamedTuple):
-  """A way to train a matrix: what is kept between steps, and the step."""
+  """A way to train a matrix: the state kept between steps, and the step."""
 
-  init: Callable[[Any], Any]  # Float32 weights → what is kept, as one tree.
+  init: Callable[[Any], Any]  # Float32 weights → the state kept, as one tree.
   step: Callable[[Any, Any], Any]  # (that, gradients) → that, for `jit` with donation.
   runs_on: tuple[str, ...] = ("cpu", "tpu", "gpu")
   needs_device: bool = False  # To be compiled.
@@ -213,7 +213,7 @@ def at_rest(way: Way, dense: Any) -> float:
 def optimizer_step(
   shape: tuple[int, int], repeats: int, names: Sequence[str] | None = None
 ) -> dict[str, dict[str, float]]:
-  """One step of one matrix, each way: time, what is kept, and what is held meanwhile.
+  """One step of one matrix, each way: time, bytes at rest, and temporaries.
 
   Args:
     shape: of the matrix.
@@ -252,7 +252,7 @@ def optimizer_step(
 
 
 def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
-  """What one step of one matrix moves and holds on a TPU or GPU, which need not be there.
+  """The bytes that one step of one matrix moves and holds on a TPU or GPU, which may be absent.
 
   Args:
     device: of a topology, see `compile.topology_devices`.
@@ -260,7 +260,7 @@ def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, fl
 
   Returns:
     By name, per parameter: `bytes_at_rest`, `temporaries`, and `moved`, the bytes read and written,
-    as the compiler counts them, which that for GPUs does not.
+    as the compiler counts them; the GPU compiler does not.
   """
   dense = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
   grads = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
@@ -324,7 +324,7 @@ def training_step(config: ml_collections.ConfigDict, repeats: int) -> dict[str, 
 def checkpoint(
   config: ml_collections.ConfigDict, folder: pathlib.Path, saves: int, between: int = 5
 ) -> dict[str, Any]:
-  """What a save costs a run of this config.
+  """The cost of a save to a run of this config.
 
   Args:
     config: of the run; its data are not read, tokens are drawn at random.

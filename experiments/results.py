@@ -1,4 +1,4 @@
-"""RESULTS.md: the paper's claims beside what was measured, from the files of all studies."""
+"""RESULTS.md: the paper's claims beside our measurements, from the files of all studies."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ Measure = Callable[[pathlib.Path], str]
 
 
 def _claims() -> list[tuple[str, str, Measure, str]]:
-  """Claim, what the paper has, what was measured, and the study."""
+  """Claim, the paper's figure, our measurement, and the study."""
   theory = "scripts/theory.py"
   rows: list[tuple[str, str, Measure, str]] = [
     ("Weights and both moments, bytes per parameter", "12 → 9", _memory, "claims"),
@@ -241,7 +241,7 @@ def _command(study: str) -> str:
 
 
 def _beyond(results: pathlib.Path) -> list[str]:
-  """Tables of what the paper does not have."""
+  """Tables beyond the paper's claims."""
   out = []
   for study, module, what in (
     ("claims", claims, "Every method at its own best learning rate"),

@@ -42,7 +42,7 @@ def _compile(config, topology: str, out: str | pathlib.Path | None) -> dict:
 
 
 def _compile_all(results: pathlib.Path) -> None:
-  """Compiles what has no report yet, and makes the table of all."""
+  """Compiles the runs that have no report yet, and writes the table of all."""
   reports = {}
   for name, topology in compile_lib.TOPOLOGIES.items():
     pair = []

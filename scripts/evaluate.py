@@ -1,4 +1,4 @@
-"""What a run is worth: python scripts/evaluate.py --workdir=runs/stdlib_1m.
+"""Evaluates a run: python scripts/evaluate.py --workdir=runs/stdlib_1m.
 
 Without more it gives loss and perplexity over the whole validation split. --data=… takes other
 prepared data, --prompt=… shows what the run writes, and --tasks=… runs tasks of lm-eval.
@@ -21,7 +21,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 200, "To write after the prompt, at mos
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 draws.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of lm-eval, such as arc_easy,hellaswag,piqa.")
-_TASK_FOLDER = flags.DEFINE_string("task_folder", None, "Folder with tasks of one's own.")
+_TASK_FOLDER = flags.DEFINE_string("task_folder", None, "Folder with your own tasks.")
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples before each question of a task.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Questions of each task.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for the figures, in JSON.")

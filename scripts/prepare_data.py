@@ -20,7 +20,7 @@ _CORPUS = flags.DEFINE_enum(
 )
 _KINDS = flags.DEFINE_list("kinds", [], "Of --corpus=packages: prose, code, or both.")
 _CACHE = flags.DEFINE_string(
-  "cache", str(pathlib.Path.home() / ".cache" / "eco_optax"), "Folder for what is fetched."
+  "cache", str(pathlib.Path.home() / ".cache" / "eco_optax"), "Folder for downloads."
 )
 _FORMAT = flags.DEFINE_enum(
   "format",

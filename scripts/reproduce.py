@@ -52,7 +52,7 @@ _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures
 
 
 def main(_: list[str]) -> None:
-  """Trains what is missing, prints the table and writes RESULTS.md anew."""
+  """Trains the missing runs, prints the table and rewrites RESULTS.md."""
   workdir, out = pathlib.Path(_WORKDIR.value) / _STUDY.value, pathlib.Path(_RESULTS.value)
   if _STUDY.value == "methods":
     print(comparison.table(comparison.compare(_CONFIG.value, workdir, out / "methods")))

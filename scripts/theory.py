@@ -27,7 +27,7 @@ _RESULTS = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
-  """Runs what is wanted and fails if a claim of the theory does not hold."""
+  """Runs the chosen studies and fails if a claim of the theory does not hold."""
   out, failures = pathlib.Path(_RESULTS.value), []
   out.mkdir(parents=True, exist_ok=True)
   for study in _STUDIES if _STUDY.value == "all" else [_STUDY.value]:

@@ -1,4 +1,4 @@
-"""Compiling a run's step ahead of time for chips that are not there, and reading what came out."""
+"""Compiles a run's step ahead of time for chips that are absent, and reads the compiled program."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ TOPOLOGIES = {
 _BITS = {"pred": 8, "bf16": 16}  # Of dtypes whose name does not end in their bits.
 
 
-# What XLA's compiler for GPUs asks of an H100 SXM, after its data sheet and CUDA's properties.
+# Properties of an H100 SXM that XLA's GPU compiler needs, from its data sheet and CUDA. For
+# another GPU read cudaGetDeviceProperties on one.
 _H100 = """
   platform_name: "CUDA"
   device_description_str: "NVIDIA H100 80GB HBM3"
@@ -89,13 +90,13 @@ def _gpus(count: str) -> list[Any]:
 
 
 def on_device(device: Any, tree: Any) -> Any:
-  """Shapes as those of arrays on a device, which need not be there."""
+  """Shapes placed on a device, which may be absent."""
   place = jax.sharding.SingleDeviceSharding(device)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 def abstractly(device: Any) -> Any:
-  """A context in which programs are lowered for the kind of a device that need not be there."""
+  """A context that lowers programs for a kind of device, which may be absent."""
   abstract = jax.sharding.AbstractDevice(
     device_kind=device.device_kind,
     num_cores=getattr(device, "core_count", None),
@@ -105,11 +106,11 @@ def abstractly(device: Any) -> Any:
 
 
 def topology_devices(topology: str) -> list[Any]:
-  """The devices of a topology such as `v5e:4x4`, or `h100:1`; none need be there.
+  """The devices of a topology such as `v5e:4x4` or `h100:1`; all may be absent.
 
   Raises:
-    ImportError: if what has the compiler, `libtpu` or JAX's CUDA plugin, is not installed.
-    ValueError: naming the topology, if there is no such one.
+    ImportError: if the compiler, in `libtpu` or JAX's CUDA plugin, is not installed.
+    ValueError: naming an unknown topology.
   """
   from jax.experimental import topologies
 
@@ -157,14 +158,14 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
-  """What devices send each other in one run of a compiled module.
+  """Counts the collectives in one run of a compiled module.
 
   Args:
     text: the module's HLO.
 
   Returns:
-    By operation and dtype, how often it runs and the bytes of its larger side (what is gathered, or
-    what is summed) on one device, loops multiplied by their trip counts.
+    By operation and dtype, how often it runs on one device and the bytes of its larger side (the
+    gathered or the summed array), with loops multiplied by their trip counts.
   """
   computations = _computations(text)
   found: dict[str, dict[str, dict[str, int]]] = {}
@@ -227,7 +228,7 @@ def _operands(lines: list[str], arguments: str) -> Iterator[str]:
 
 
 class _Heartbeat:
-  """Shows, every few seconds, that something long is still going on."""
+  """Shows every ten seconds that a long compilation is still going on."""
 
   def __init__(self, what: str, show: Callable[[str], None], seconds: float = 10.0):
     self._stop = threading.Event()

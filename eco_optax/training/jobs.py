@@ -22,9 +22,9 @@ from ml_collections import config_flags
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[None]:
-  """Holds a folder, for as long as the process lives at most.
+  """Locks a folder, at most for as long as the process lives.
 
-  The kernel gives the lock back when its process dies, however it dies, so none is ever left over.
+  The kernel releases the lock when the process dies, so no stale lock is left behind.
 
   Raises:
     BlockingIOError: if another process holds it, naming that.
@@ -53,7 +53,7 @@ def only_one(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-  """Sends to the debug log what reads and writes that were given up say from other threads.
+  """Sends errors of abandoned reads and writes in other threads to the debug log.
 
   Orbax and TensorStore print dozens of tracebacks around the one error that counts.
   """

@@ -12,7 +12,7 @@ from eco_optax.training import metrics
 
 
 class Bad(NamedTuple):
-  """What was not finite in a step."""
+  """A loss, gradient or update of a step that was not finite."""
 
   row: int  # Number of the step's row of metrics.
   what: str

@@ -1,4 +1,4 @@
-"""What is said of a run: its progress, and from its files its summary, table and loss curve."""
+"""Reports on a run: its progress, and from its files its summary, table and loss curve."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def _processor() -> str:
 def describe_run(
   config: ml_collections.ConfigDict, state: State, manifest: dict[str, Any]
 ) -> dict[str, Any]:
-  """What does not change while a run goes on.
+  """Describes a run by everything that does not change while it trains.
 
   Args:
     config: of the run.
     state: of the run, live or abstract.
-    manifest: of what it reads.
+    manifest: of the data it reads.
 
   Returns:
     A dictionary for JSON.
@@ -89,7 +89,7 @@ def describe_run(
 def progress_line(
   step: int, config: ml_collections.ConfigDict, loss: float, rate: float, speed: float
 ) -> str:
-  """What is shown of a running run: loss, speed, share of the chips' peak, and time left."""
+  """A line on a running run: loss, speed, share of the chips' peak, and time left."""
   line = f"step {step:>5}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}"
   if not speed:  # Before a step has been timed.
     return line
@@ -173,7 +173,7 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
     runs: metrics file by the name that the legend gives the run.
     out: the PNG to write.
   """
-  # Without pyplot, whose backend is the notebook's or whoever else's that trains.
+  # Without pyplot, whose backend belongs to the caller, such as a notebook.
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 4.3), layout="constrained")

@@ -1,6 +1,6 @@
 """Where arrays live on a mesh: one table from parameters to axes by name, one to mesh axes.
 
-Under `jax.set_mesh` the constraints below say what the compiler may not choose by itself; without a
+Under `jax.set_mesh` the constraints below fix layouts that the compiler must not choose. Without a
 mesh they do nothing, and everything runs on one device.
 """
 
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# The mesh axes that each logical axis is split over; what is not named here is not split.
+# The mesh axes that each logical axis is split over; other logical axes are not split.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp", "expert"),
   "expert_batch": ("data", "fsdp"),  # Of rows that have been sent to their experts.

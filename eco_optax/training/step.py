@@ -40,7 +40,7 @@ class State(NamedTuple):
 
   params: Any  # Packed and float32 leaves.
   opt_state: Any
-  skipped: Any  # int32 scalar: steps whose update was not made, because it was no number.
+  skipped: Any  # int32 scalar: steps skipped because loss or gradient was not finite.
 
 
 def make_init(config: ml_collections.ConfigDict, tx: optax.GradientTransformation) -> Any:
@@ -89,7 +89,7 @@ def abstract_state(
 def init_state(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-  """A run's first state, each device making or reading its own part of it, layer by layer."""
+  """A run's first state; each device makes or reads its own part, layer by layer."""
   target = abstract_state(config, tx, mesh)
   in_place = jax.tree.map(lambda x: x.sharding, target)
   with jax.set_mesh(mesh):
@@ -178,7 +178,7 @@ def make_train_step(
       mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)  # A batch may have no target at all.
       batch = batch._replace(weights=batch.weights / mean)
     metrics, grads = accumulated(state.params, batch)
-    # A norm of parts depends on what the parts are.
+    # A sum over the devices' parts would depend on how many there are.
     norm = (
       sharding.on_each_device(methods.global_norm)
       if config.reduction_groups
@@ -196,11 +196,11 @@ def make_train_step(
       )
       return State(eco.apply_updates(state.params, updates), opt_state, state.skipped)
 
-    # Of a leaf without a norm, some element is not finite, or their squares' sum is not.
+    # A norm that is not finite: some element is not, or their sum of squares overflows.
     metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     state = jax.lax.cond(is_finite, update, lambda: state._replace(skipped=state.skipped + 1))
-    # Codes are finite; what is not shows in their scales.
+    # Codes are always finite; a bad weight shows in its scale.
     is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
     leaves = jax.tree.leaves(state.params, is_leaf=is_packed)
     values = [leaf.float_scale() if is_packed(leaf) else leaf for leaf in leaves]

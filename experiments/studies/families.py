@@ -1,4 +1,4 @@
-"""ECO beside master weights on a small model of each family: what having no memory costs there."""
+"""ECO against master weights on a small model of each family."""
 
 from __future__ import annotations
 

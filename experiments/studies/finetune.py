@@ -49,7 +49,7 @@ def _name(method: str, rate: float) -> str:
 
 
 def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
-  """The weights as they are rounded, and every method at every learning rate."""
+  """The rounded weights before fine-tuning, and every method at every learning rate."""
   del rows
   still = methods.BY_NAME["naive_rtn"].changes | {"steps": 1, "evaluate_every": 1}
   found = [Run(BEFORE, still | {"optimizer.learning_rate": 1e-30})]
@@ -80,7 +80,7 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def gap(rows: Mapping[str, Any], method: str) -> float | None:
-  """A method's best loss less that of master weights; None until all of their runs are finished."""
+  """A method's best loss minus the baseline's; None until all their runs are finished."""
   own, reference = (
     sweep.losses(rows, [_name(each, rate) for rate in LEARNING_RATES])
     for each in (method, BASELINE)

@@ -43,7 +43,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
 
 
 def best(rows: Mapping[str, Any], method: str) -> str:
-  """The name of a method's run with the lowest loss, of those that are finished."""
+  """The name of a method's finished run with the lowest loss."""
   names = [_name(method, rate) for rate in LEARNING_RATES]
   losses = [math.inf if loss is None else loss for loss in sweep.losses(rows, names)]
   return names[losses.index(min(losses))]

@@ -1,4 +1,4 @@
-"""How alike consecutive quantization errors are in training, which the paper derives ECO from."""
+"""The similarity of consecutive quantization errors, from which the paper derives ECO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moments and residuals may be stored in: losses by bytes, at two learning rates."""
+"""Dtypes to store moments and residuals in: losses by bytes, at two learning rates."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     steps: of the config; the many runs of residuals take half.
 
   Returns:
-    The runs: those of moments, then those of residuals, one seed after another.
+    The runs of moments, then of residuals, one seed after another.
   """
   del rows
   found = {}
