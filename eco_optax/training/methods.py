@@ -12,10 +12,9 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
-from eco_optax.fused.transformation import scale_gradients
 from eco_optax.quantized_array import Rounding
 from eco_optax.transforms.master_weights import MasterWeightsState
-from eco_optax.transforms.quantize_params import PackedTransformation
+from eco_optax.transforms.packed import PackedTransformation, scale_gradients
 
 _ROUNDING: dict[str, Rounding] = {"rtn": "nearest", "sr": "stochastic"}
 
