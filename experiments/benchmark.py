@@ -22,9 +22,9 @@ import optax
 
 import eco_optax as eco
 from eco_optax import rounding
-from eco_optax.fused import fused_update, steps
-from eco_optax.fused import gpu as triton_update
-from eco_optax.fused import tpu as pallas_update
+from eco_optax.fused import dispatch, gpu, tpu
+from eco_optax.fused.leaf import Leaf
+from eco_optax.optimizers.adamw import ADAMW, AdamScalars
 from eco_optax.quantized_array import is_quantized
 from eco_optax.training import checkpoints, loop, memory, methods, sharding
 from eco_optax.training import compile as compile_lib
@@ -393,13 +393,13 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
   Returns:
     By preset, the bytes that the kernels load and store, and the program's temporaries.
   """
-  scalars = steps.AdamScalars(*[jnp.zeros([], jnp.float32)] * len(steps.AdamScalars._fields))
+  scalars = AdamScalars(*[jnp.zeros([], jnp.float32)] * len(AdamScalars._fields))
   size, figures = shape[0] * shape[1], {}
-  kernels: Any = {"tpu": pallas_update, "gpu": triton_update}[device.platform]
+  kernels: Any = {"tpu": tpu, "gpu": gpu}[device.platform]
 
-  def leaf(format: eco.Format) -> fused_update.Leaf:
+  def leaf(format: eco.Format) -> Leaf:
     moment = jnp.zeros(shape)
-    return fused_update.Leaf(
+    return Leaf(
       scalars,
       rounding.stream_key(0, 0, "kernel"),
       None,
@@ -412,8 +412,8 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
     operands = jax.eval_shape(functools.partial(leaf, getattr(eco, name)))
     here = compile_lib.on_device(device, operands)
     step = jax.jit(
-      lambda weight, moments, rest: fused_update.fused_update(
-        steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+      lambda weight, moments, rest: dispatch.take_step(
+        ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
       ),
       donate_argnums=(0, 1),
     )
@@ -421,7 +421,7 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
       lowered = step.lower(here.weight, here.moments, here._replace(weight=None, moments=None))
     used: Any = lowered.compile().memory_analysis()
     figures[name] = {
-      "moved": kernels.bytes_moved(steps.ADAMW, "stochastic", operands) / size,
+      "moved": kernels.bytes_moved(ADAMW, "stochastic", operands) / size,
       "temporaries": used.temp_size_in_bytes / size,
     }
   return figures

@@ -20,7 +20,7 @@ import optax.contrib
 
 import eco_optax as eco
 from eco_optax.transforms.master_weights import MasterWeightsState
-from eco_optax.transforms.quantize_params import PackedTransformation
+from eco_optax.transforms.packed import PackedTransformation
 
 Rounding = Literal["nearest", "stochastic"]
 
