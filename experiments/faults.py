@@ -63,8 +63,8 @@ with jobs.plain_errors():
   loop.train(changed, sys.argv[2])
 """
 
-# An undisturbed run takes less than a minute, also where tests share two cores. A process that needs
-# minutes is taken for hung; a machine ten times slower needs more.
+# An undisturbed run takes less than a minute, also where tests share two cores. A process that
+# needs minutes is taken for hung; a machine ten times slower needs more.
 _RUN_SECONDS, _WAIT_SECONDS, _STOP_SECONDS = 600, 300, 120
 
 # Runs import this package from here, since it is not installed.
