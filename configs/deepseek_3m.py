@@ -1,4 +1,11 @@
-"""DeepSeek-MoE's architecture at 3M parameters, on the Python standard library."""
+"""DeepSeek-MoE's architecture at 3M parameters, on the Python standard library.
+
+python scripts/train.py --config=configs/deepseek_3m.py --workdir=runs/deepseek_3m
+
+Machine: two CPU cores, about three minutes.
+Result: validation loss 1.6474 ± 0.0157 nats per byte over three seeds; master weights + SR
+(--config.method=mw_sr) 1.6337 (results/families/table.md).
+"""
 
 from eco_optax.training.config import small
 

@@ -1,7 +1,18 @@
-"""DeepSeek-MoE-16B fine-tuned with INT4 weights, one scale per tensor: OpenAssistant-Guanaco.
+"""DeepSeek-MoE-16B fine-tuned with INT4 weights, one scale per tensor, on OpenAssistant-Guanaco.
 
-Three epochs of chats of 2,048 tokens. The paper's micro-batch of 1 × 16 accumulations is a batch of
-16 here: 16 devices take a sequence each, and fewer set `accumulation`.
+python scripts/train.py --config=configs/deepseek_moe_16b.py --workdir=runs/deepseek_moe_16b
+  --config.init_from=deepseek-moe-16b-base --config.data.path=data/guanaco --config.mesh.expert=8
+
+Machine: 16 TPU v5p chips; without --config.mesh.expert=8 other numbers of
+devices work too. A chip holds 13.74 GiB of state and 21.19 GiB at the peak, as compiled
+(results/compile/table.md).
+Result: not trained yet. In the paper ECO + SR matches master weights and naive removal diverges;
+deepseek_3m_chat.py repeats that at 3M parameters.
+
+Three epochs of chats of 2,048 tokens. A batch is 16 sequences: one device computes them one after
+another, as the paper's micro-batches of 1, and 16 devices take one each. Prepare the chats once:
+python scripts/prepare_data.py --format=guanaco --input=guanaco.jsonl
+  --tokenizer=deepseek-moe-16b-base/tokenizer.json --output=data/guanaco
 """
 
 from eco_optax.training.config import defaults
@@ -30,8 +41,7 @@ def get_config():
     loss_chunks=16,
   )
   config.dtype = config.gradient_dtype = "bfloat16"
-  config.mesh.update(expert=8)
-  config.batch_size = 16
+  config.batch_size = config.accumulation = 16
   config.length = 2048
   config.steps = 1846
   config.optimizer.learning_rate = 2e-5

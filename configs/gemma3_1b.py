@@ -1,4 +1,16 @@
-"""Gemma-3 1B from scratch: 40B tokens of C4."""
+"""Gemma 3 1B from scratch: 40B tokens of C4.
+
+python scripts/train.py --config=configs/gemma3_1b.py --workdir=runs/gemma3_1b
+  --config.data.path=data/c4_gemma --config.mesh.fsdp=8
+
+Machine: 16 TPU v6e chips; without --config.mesh.fsdp=8 other numbers of
+devices work too. A chip holds 1.16 GiB of state and 5.18 GiB at the peak, as compiled
+(results/compile/table.md).
+Result: not trained yet. The paper calls ECO near-lossless here.
+
+Prepare the text once, with Gemma's tokenizer: python scripts/prepare_data.py --format=c4
+  --input='c4/*.json.gz' --tokenizer=tokenizer.json --output=data/c4_gemma
+"""
 
 from eco_optax.training.config import defaults
 
@@ -29,7 +41,7 @@ def get_config():
     loss_chunks=16,
   )
   config.dtype = config.gradient_dtype = "bfloat16"
-  config.mesh.update(data=-1, fsdp=8)
+  config.mesh.update(data=-1, fsdp=-1)
   config.batch_size = 256
   config.accumulation = 2
   config.length = 512

@@ -1,4 +1,11 @@
-"""Gemma 3's architecture at 3M parameters, on the Python standard library."""
+"""Gemma 3's architecture at 3M parameters, on the Python standard library.
+
+python scripts/train.py --config=configs/gemma_3m.py --workdir=runs/gemma_3m
+
+Machine: two CPU cores, about three minutes.
+Result: validation loss 1.5427 ± 0.0099 nats per byte over three seeds; master weights + SR
+(--config.method=mw_sr) 1.5570 (results/families/table.md).
+"""
 
 from eco_optax.training.config import small
 

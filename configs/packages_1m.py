@@ -1,4 +1,10 @@
-"""About 1M non-embedding parameters on 5M tokens of prose and code, 10 minutes on one core.
+"""About 1M non-embedding parameters on 5M tokens of prose and code.
+
+python scripts/train.py --config=configs/packages_1m.py --workdir=runs/packages_1m
+
+Machine: one CPU core, about 13 minutes; a minute and a half on an H100.
+Result: validation loss 2.9466 nats per token with seed 0; master weights + RTN
+(--config.method=mw_rtn) 2.9373 (results/claims/table.md).
 
 Prepare the text once: python scripts/prepare_data.py --corpus=packages --vocabulary=1024
   --output=data/packages_1k

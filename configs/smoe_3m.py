@@ -1,4 +1,11 @@
-"""The sparse mixture's architecture at 3M parameters, on the Python standard library."""
+"""The sparse mixture's architecture at 3M parameters, on the Python standard library.
+
+python scripts/train.py --config=configs/smoe_3m.py --workdir=runs/smoe_3m
+
+Machine: two CPU cores, about three minutes.
+Result: validation loss 1.7238 ± 0.0062 nats per byte over three seeds; master weights + SR
+(--config.method=mw_sr) 1.7143 (results/families/table.md).
+"""
 
 from eco_optax.training.config import small
 

@@ -1,4 +1,10 @@
-"""About 1M non-embedding parameters on the Python standard library, 5 minutes on two cores."""
+"""About 1M non-embedding parameters on the Python standard library, in bytes.
+
+python scripts/train.py --config=configs/stdlib_1m.py --workdir=runs/stdlib_1m
+
+Machine: two CPU cores, five minutes; `make pretrain` runs it.
+Result: validation loss 1.3666 ± 0.0015 nats per byte over three seeds (results/storage/table.md).
+"""
 
 from eco_optax.training.config import defaults
 

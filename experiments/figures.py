@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from eco_optax.training import methods
+from eco_optax.training.methods import Method
 from experiments.studies import sweep
 
 MASTER, RESIDUAL, NAIVE, ECO = "0.3", "tab:green", "tab:red", "tab:blue"
@@ -31,15 +33,11 @@ def save(figure: Any, path: pathlib.Path) -> None:
   pyplot().close(figure)
 
 
-def color(method: str) -> str:
+def color(method: Method) -> str:
   """One color for each family: naive rounding, ECO, small residuals, master weights."""
-  if "naive" in method:
-    return NAIVE
-  if any(word in method for word in ("ECO", "rule", "schedule-aware", "stochastic")):
-    return ECO
-  if "residual" in method and "float32" not in method:
+  if method.family == methods.MASTER_WEIGHTS and method.residual != "float32":
     return RESIDUAL
-  return MASTER
+  return {methods.NAIVE: NAIVE, methods.ECO: ECO}.get(method.family, MASTER)
 
 
 def paired(rows: Mapping[str, Any], names: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -74,8 +72,8 @@ def dots(
   ax: Any,
   rows: Mapping[str, Sequence[float]],
   *,
+  colors: Mapping[str, str],
   limits: tuple[float, float] | None = None,
-  colors: Mapping[str, str] | None = None,
   shift: float = 0.0,
 ) -> None:
   """Draws a row of dots for each method: its seeds, their mean and two standard errors.
@@ -83,14 +81,14 @@ def dots(
   Args:
     ax: where.
     rows: by label, a value for each seed.
+    colors: by label.
     limits: of the axis; a mean beyond is written at the edge.
-    colors: by label, in place of `color`.
     shift: down, so that two calls do not draw upon each other.
   """
   for i, (label, values) in enumerate(rows.items()):
     if not values:
       continue
-    own, place = (colors or {}).get(label, color(label)), i + shift
+    own, place = colors[label], i + shift
     mean, error, _ = sweep.mean_and_error(values)
     if limits and mean > limits[1]:
       ax.text(limits[1], place, f"{mean:+.2f} → ", ha="right", va="center", color=own, fontsize=9)

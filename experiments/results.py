@@ -1,4 +1,4 @@
-"""RESULTS.md: the paper's claims beside what was measured, from the files of all studies."""
+"""RESULTS.md: the paper's claims beside our measurements, from the files of all studies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from eco_optax.training import methods
 from experiments.studies import (
   claims,
   families,
@@ -172,17 +173,25 @@ def _finetuned(results: pathlib.Path, method: str) -> str:
   return f"{shown} with {size:.1f}M parameters, each at its best learning rate, one seed"
 
 
+def _with_papers_rule(method: methods.Method) -> methods.Method:
+  """The method as the paper runs it."""
+  if method.family != methods.ECO:
+    return method
+  wanted = {"schedule_aware": False} | method.changes
+  return next(found for found in methods.METHODS.values() if found.changes == wanted)
+
+
 Measure = Callable[[pathlib.Path], str]
 
 
 def _claims() -> list[tuple[str, str, Measure, str]]:
-  """Claim, what the paper has, what was measured, and the study."""
+  """Claim, the paper's figure, our measurement, and the study."""
   theory = "scripts/theory.py"
   rows: list[tuple[str, str, Measure, str]] = [
     ("Weights and both moments, bytes per parameter", "12 → 9", _memory, "claims"),
   ]
-  for method, name in (("master_weights", "master weights"), ("naive", "naive"), ("eco", "ECO")):
-    measure = functools.partial(_stationary, method=method)
+  for key, name in (("master_weights", "master weights"), ("naive", "naive"), ("eco", "ECO")):
+    measure = functools.partial(_stationary, method=key)
     rows.append((f"Stationary E[x̂²] on L x²/2, {name}", "closed form", measure, theory))
   rows += [
     ("As η → 0 naive removal grows as 1/η, ECO stays", "σ²/2ηL; σ²/(1−β²)", _blow_up, theory),
@@ -202,11 +211,13 @@ def _claims() -> list[tuple[str, str, Measure, str]]:
       theory,
     ),
   ]
-  for method, loss in scale.PAPER.items():
-    if method != claims.BASELINE:
-      gap = loss - scale.PAPER[claims.BASELINE]
+  baseline = claims.METHODS[claims.BASELINE]
+  for method in methods.BY_NAME.values():
+    if method != baseline:
+      loss = scale.PAPER[method.name]
+      gap = loss - scale.PAPER[baseline.name]
       paper = "diverges" if math.isinf(loss) else f"{gap:+.4f}"
-      own = f"{method}, paper's rule" if method.startswith("ECO") else method
+      own = _with_papers_rule(method).label
       measure = functools.partial(_gap, method=own)
       rows.append((f"{own}, against {claims.BASELINE}, FP8", paper, measure, "claims"))
   for family, name, paper in (
@@ -217,11 +228,11 @@ def _claims() -> list[tuple[str, str, Measure, str]]:
   ):
     claim = f"ECO + SR against master weights + SR, {name}"
     rows.append((claim, paper, functools.partial(_family, family=family), "families"))
-  for method in finetune.METHODS:
-    if not method.startswith("master weights"):
-      claim = f"{method}, against {finetune.BASELINE}, DeepSeek-MoE fine-tuned in INT4"
-      paper = "diverges" if method.startswith("naive") else "matches"
-      rows.append((claim, paper, functools.partial(_finetuned, method=method), "finetune"))
+  for label, method in finetune.METHODS.items():
+    if method.family != methods.MASTER_WEIGHTS:
+      claim = f"{label}, against {finetune.BASELINE}, DeepSeek-MoE fine-tuned in INT4"
+      paper = "diverges" if method.family == methods.NAIVE else "matches"
+      rows.append((claim, paper, functools.partial(_finetuned, method=label), "finetune"))
   return rows
 
 
@@ -230,7 +241,7 @@ def _command(study: str) -> str:
 
 
 def _beyond(results: pathlib.Path) -> list[str]:
-  """Tables of what the paper does not have."""
+  """Tables beyond the paper's claims."""
   out = []
   for study, module, what in (
     ("claims", claims, "Every method at its own best learning rate"),

@@ -1,7 +1,7 @@
 """Measures steps: python scripts/benchmark.py --backend=cpu|cuda|tpu-aot|cuda-aot.
 
 On this machine's CPU or GPU it times optimizer steps, random bits and whole training steps. For
-TPUs and GPUs it compiles ahead of time, without one, and counts bytes. Figures go to
+TPUs and GPUs it compiles ahead of time, on any machine, and counts bytes. Figures go to
 results/benchmark/, where a table and a chart are made of all that lie there.
 With --config=configs/llama_3m.py it times that run's checkpoints instead.
 """
@@ -16,21 +16,20 @@ import tempfile
 from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from eco_optax.training import report
+from eco_optax.training import jobs, report
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments import benchmark
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _AHEAD = {"tpu-aot": "v5p:2x2x1", "cuda-aot": "h100:1"}
-_BACKEND = flags.DEFINE_enum("backend", "cpu", ["cpu", "cuda", *_AHEAD], "What is measured.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "That is compiled for ahead of time.")
+_BACKEND = flags.DEFINE_enum("backend", "cpu", ["cpu", "cuda", *_AHEAD], "What to measure.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "To compile for ahead of time.")
 _SIZE = flags.DEFINE_integer("size", 2**24, "Elements per array; a multiple of 4096.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds of a timing.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Of a run whose checkpoints are timed.")
+_CONFIG = jobs.define_config("config", None)  # Of a run whose checkpoints are timed.
 _SAVES = flags.DEFINE_integer("saves", 10, "Checkpoints, of which the median counts.")
 _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
 
@@ -52,7 +51,7 @@ def checkpoints() -> None:
 
 
 def compiled() -> None:
-  """Counts what steps move on a TPU or GPU that need not be there."""
+  """Counts the bytes that steps move on a TPU or GPU, which may be absent."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
   from eco_optax.training import compile as compile_lib
@@ -72,7 +71,7 @@ def compiled() -> None:
 def timed() -> None:
   """Times steps on this machine's devices."""
   if (found := jax.default_backend()) != {"cuda": "gpu"}.get(_BACKEND.value, _BACKEND.value):
-    raise app.UsageError(
+    raise ValueError(
       f"--backend={_BACKEND.value}, but JAX runs on {found}: set JAX_PLATFORMS, or install"
       " eco_optax[cuda]"
     )
@@ -97,6 +96,8 @@ def timed() -> None:
 
 def main(_: list[str]) -> None:
   """Measures, writes and prints."""
+  if _SIZE.value < 4096 or _SIZE.value % 4096:
+    raise ValueError(f"--size={_SIZE.value} is not a multiple of 4096")
   if _CONFIG.value:
     checkpoints()
     return
@@ -112,4 +113,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

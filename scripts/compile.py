@@ -11,14 +11,14 @@ import json
 import pathlib
 import runpy
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from eco_optax.training import compile as compile_lib
+from eco_optax.training import jobs
 from eco_optax.training import report as report_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "llama_30m.py"))
+_CONFIG = jobs.define_config("config", str(_ROOT / "configs" / "llama_30m.py"))
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Such as v5e:4x4, v5p:4x4x4 or h100:1.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the report.")
 _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program, to read.")
@@ -42,17 +42,18 @@ def _compile(config, topology: str, out: str | pathlib.Path | None) -> dict:
 
 
 def _compile_all(results: pathlib.Path) -> None:
-  """Compiles what has no report yet, and makes the table of all."""
+  """Compiles the runs that have no report yet, and writes the table of all."""
   reports = {}
   for name, topology in compile_lib.TOPOLOGIES.items():
     pair = []
     for method in ("eco_sr", "mw_sr"):
       out = results / f"{name}_{method}.json"
       if not out.exists():
-        print(f"\n{name}, {method}, {topology}", flush=True)
+        print(f"\n{name}, {method}, {topology.name}", flush=True)
         config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
         config.method = method
-        _compile(config, topology, out)
+        config.mesh.update(topology.mesh)
+        _compile(config, topology.name, out)
       pair.append(json.loads(out.read_text()))
     reports[name] = (pair[0], pair[1])
     (results / "table.md").write_text(compile_lib.table(reports))
@@ -68,4 +69,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

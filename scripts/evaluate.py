@@ -1,4 +1,4 @@
-"""What a run is worth: python scripts/evaluate.py --workdir=runs/stdlib_1m.
+"""Evaluates a run: python scripts/evaluate.py --workdir=runs/stdlib_1m.
 
 Without more it gives loss and perplexity over the whole validation split. --data=… takes other
 prepared data, --prompt=… shows what the run writes, and --tasks=… runs tasks of lm-eval.
@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from eco_optax.training import evaluation, jobs, metrics, report
 from eco_optax.training.data import readers
@@ -21,7 +21,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 200, "To write after the prompt, at mos
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 draws.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of lm-eval, such as arc_easy,hellaswag,piqa.")
-_TASK_FOLDER = flags.DEFINE_string("task_folder", None, "Folder with tasks of one's own.")
+_TASK_FOLDER = flags.DEFINE_string("task_folder", None, "Folder with your own tasks.")
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples before each question of a task.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Questions of each task.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for the figures, in JSON.")
@@ -59,14 +59,13 @@ def main(_: list[str]) -> None:
   """Measures and writes."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  with jobs.plain_errors():
-    trained = evaluation.load(_WORKDIR.value)
-    print(f"{_WORKDIR.value} at step {trained.step} of {trained.config.steps}")
-    figures = measure(trained) | {"workdir": _WORKDIR.value, "step": trained.step}
-    if _OUTPUT.value:
-      text = json.dumps(figures | report.describe_machine(), indent=2, default=str) + "\n"
-      metrics.write_whole(pathlib.Path(_OUTPUT.value), text)
+  trained = evaluation.load(_WORKDIR.value)
+  print(f"{_WORKDIR.value} at step {trained.step} of {trained.config.steps}")
+  figures = measure(trained) | {"workdir": _WORKDIR.value, "step": trained.step}
+  if _OUTPUT.value:
+    text = json.dumps(figures | report.describe_machine(), indent=2, default=str) + "\n"
+    metrics.write_whole(pathlib.Path(_OUTPUT.value), text)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

@@ -7,7 +7,7 @@ scales bit for bit. transformers and vLLM load it.
 import json
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from eco_optax.interop import config_json
 from eco_optax.training import evaluation, export, jobs
@@ -30,17 +30,16 @@ def main(_: list[str]) -> None:
   """Reads the newest checkpoint and writes the folder."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity("error")  # Orbax tells of every step of its own.
-  with jobs.plain_errors():
-    trained = evaluation.load(_WORKDIR.value)
-    export.export(trained, _OUTPUT.value, _KIND.value, _DTYPE.value)
-    folder = pathlib.Path(_OUTPUT.value)
-    told = json.loads((folder / "config.json").read_text())
-    layout = told.get("quantization_config", {}).get("format", "float")
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(
-      f"{folder}: step {trained.step}, {told['model_type']}, {layout}, {size / 1e6:,.1f} MB."
-      f" {_how_to_load(folder, told['model_type'], layout)}"
-    )
+  trained = evaluation.load(_WORKDIR.value)
+  export.export(trained, _OUTPUT.value, _KIND.value, _DTYPE.value)
+  folder = pathlib.Path(_OUTPUT.value)
+  told = json.loads((folder / "config.json").read_text())
+  layout = told.get("quantization_config", {}).get("format", "float")
+  size = sum(path.stat().st_size for path in folder.iterdir())
+  print(
+    f"{folder}: step {trained.step}, {told['model_type']}, {layout}, {size / 1e6:,.1f} MB."
+    f" {_how_to_load(folder, told['model_type'], layout)}"
+  )
 
 
 def _how_to_load(folder: pathlib.Path, kind: str, layout: str) -> str:
@@ -56,4 +55,4 @@ def _how_to_load(folder: pathlib.Path, kind: str, layout: str) -> str:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

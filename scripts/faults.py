@@ -7,9 +7,9 @@ import json
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from eco_optax.training import report
+from eco_optax.training import jobs, report
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments import faults
@@ -23,6 +23,10 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which runs are killed
 
 def main(_: list[str]) -> None:
   """Runs the faults and writes what happened."""
+  if unknown := set(_ONLY.value) - set(faults.FAULTS):
+    raise ValueError(
+      f"--only: no fault {', '.join(sorted(unknown))}; use {', '.join(faults.FAULTS)}"
+    )
   show = lambda text: print(text, flush=True)
   bench = faults.Bench(pathlib.Path(_WORKDIR.value).absolute(), _SEED.value, show)
   if _SOAK.value:
@@ -39,4 +43,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

@@ -6,7 +6,7 @@ Or from files: --format=c4 --input='c4/*.json.gz' --tokenizer=tokenizer.json --o
 import pathlib
 import time
 
-from absl import app, flags
+from absl import flags
 
 from eco_optax.training import jobs, metrics
 from eco_optax.training.data import prepare, readers
@@ -20,7 +20,7 @@ _CORPUS = flags.DEFINE_enum(
 )
 _KINDS = flags.DEFINE_list("kinds", [], "Of --corpus=packages: prose, code, or both.")
 _CACHE = flags.DEFINE_string(
-  "cache", str(pathlib.Path.home() / ".cache" / "eco_optax"), "Folder for what is fetched."
+  "cache", str(pathlib.Path.home() / ".cache" / "eco_optax"), "Folder for downloads."
 )
 _FORMAT = flags.DEFINE_enum(
   "format",
@@ -65,31 +65,30 @@ def _sources() -> tuple[list[prepare.Source], str, str]:
 def main(_: list[str]) -> None:
   """Prepares the corpus, or goes on with it."""
   started = time.monotonic()
-  with jobs.plain_errors():
-    if _VALIDATION.value and _PERCENT.value is not None:
-      raise ValueError("--validation and --validation_percent exclude each other")
-    if _KINDS.value and _CORPUS.value != "packages":
-      raise ValueError("--kinds is of --corpus=packages alone")
-    if _VOCABULARY.value is not None and _TOKENIZER.value != "bpe":
-      raise ValueError("--vocabulary is of --tokenizer=bpe alone: other tokenizers have theirs")
-    sources, format, name = _sources()
-    manifest = prepare.prepare(
-      _OUTPUT.value,
-      sources,
-      format=format,
-      name=name,
-      field=_FIELD.value,
-      percent=2.0 if _PERCENT.value is None else _PERCENT.value,
-      tokenizer=_TOKENIZER.value,
-      vocabulary=4096 if _VOCABULARY.value is None else _VOCABULARY.value,
-      separator=_SEPARATOR.value,
-      workers=_WORKERS.value,
-    )
-    seconds = time.monotonic() - started
-    size = sum(split["bytes"] for split in manifest["splits"].values())
-    print(prepare.table(manifest))
-    print(f"{metrics.clock(seconds)} minutes, {size / 1e6 / seconds:.1f} MB/s")
+  if _VALIDATION.value and _PERCENT.value is not None:
+    raise ValueError("--validation and --validation_percent exclude each other")
+  if _KINDS.value and _CORPUS.value != "packages":
+    raise ValueError("--kinds is of --corpus=packages alone")
+  if _VOCABULARY.value is not None and _TOKENIZER.value != "bpe":
+    raise ValueError("--vocabulary is of --tokenizer=bpe alone: other tokenizers have theirs")
+  sources, format, name = _sources()
+  manifest = prepare.prepare(
+    _OUTPUT.value,
+    sources,
+    format=format,
+    name=name,
+    field=_FIELD.value,
+    percent=2.0 if _PERCENT.value is None else _PERCENT.value,
+    tokenizer=_TOKENIZER.value,
+    vocabulary=4096 if _VOCABULARY.value is None else _VOCABULARY.value,
+    separator=_SEPARATOR.value,
+    workers=_WORKERS.value,
+  )
+  seconds = time.monotonic() - started
+  size = sum(split["bytes"] for split in manifest["splits"].values())
+  print(prepare.table(manifest))
+  print(f"{metrics.clock(seconds)} minutes, {size / 1e6 / seconds:.1f} MB/s")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

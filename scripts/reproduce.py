@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 import ml_collections
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
+
+from eco_optax.training import jobs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments import results
@@ -24,7 +25,7 @@ from experiments.studies import (
 )
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "stdlib_1m.py"))
+_CONFIG = jobs.define_config("config", str(_ROOT / "configs" / "stdlib_1m.py"))
 # Studies of many runs, with their configs.
 _SWEEPS = {
   "claims": (claims, "packages_1m"),
@@ -51,7 +52,7 @@ _RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures
 
 
 def main(_: list[str]) -> None:
-  """Trains what is missing, prints the table and writes RESULTS.md anew."""
+  """Trains the missing runs, prints the table and rewrites RESULTS.md."""
   workdir, out = pathlib.Path(_WORKDIR.value) / _STUDY.value, pathlib.Path(_RESULTS.value)
   if _STUDY.value == "methods":
     print(comparison.table(comparison.compare(_CONFIG.value, workdir, out / "methods")))
@@ -73,15 +74,18 @@ def _sweep(study: Any, config_name: str, workdir: pathlib.Path, out: pathlib.Pat
   if study is families:
     configs = {name: _read(name) for name in families.FAMILIES}
     plan = lambda rows: families.runs(configs)
-  rows = sweep.sweep(
-    config,
-    plan,
-    workdir,
-    lines,
-    processes=_PROCESSES.value,
-    minutes=_MINUTES.value,
-    show=lambda text: print(text, flush=True),
-  )
+  try:
+    rows = sweep.sweep(
+      config,
+      plan,
+      workdir,
+      lines,
+      processes=_PROCESSES.value,
+      minutes=_MINUTES.value,
+      show=lambda text: print(text, flush=True),
+    )
+  except RuntimeError as error:  # Of a run, whose last line says what to do.
+    raise SystemExit(str(error).rstrip().splitlines()[-1]) from error
   (out / "table.md").write_text(study.table(rows))
   study.plot(rows, out)
   print(study.table(rows))
@@ -89,4 +93,4 @@ def _sweep(study: Any, config_name: str, workdir: pathlib.Path, out: pathlib.Pat
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

@@ -1,6 +1,6 @@
 """Makes a run's summary and plot again: python scripts/summarize.py --workdir=runs/stdlib_1m."""
 
-from absl import app, flags
+from absl import flags
 
 from eco_optax.training import jobs, report
 
@@ -9,9 +9,8 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, fi
 
 def main(_: list[str]) -> None:
   """Writes summary.json and loss.png from run.json and metrics.jsonl."""
-  with jobs.plain_errors():
-    print(report.closing_table(report.summarize(_WORKDIR.value)))
+  print(report.closing_table(report.summarize(_WORKDIR.value)))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

@@ -4,7 +4,9 @@ import pathlib
 import runpy
 import sys
 
-from absl import app, flags
+from absl import flags
+
+from eco_optax.training import jobs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments.studies import bounds, grid, similarity, stationary
@@ -25,7 +27,7 @@ _RESULTS = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
-  """Runs what is wanted and fails if a claim of the theory does not hold."""
+  """Runs the chosen studies and fails if a claim of the theory does not hold."""
   out, failures = pathlib.Path(_RESULTS.value), []
   out.mkdir(parents=True, exist_ok=True)
   for study in _STUDIES if _STUDY.value == "all" else [_STUDY.value]:
@@ -45,4 +47,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

@@ -3,12 +3,11 @@
 import pathlib
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
 from eco_optax.training import jobs, loop
 
-_CONFIG = config_flags.DEFINE_config_file(
+_CONFIG = jobs.define_config(
   "config", str(pathlib.Path(__file__).parents[1] / "configs" / "stdlib_1m.py")
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder for metrics and figures.")
@@ -28,12 +27,11 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Libraries say what they do at every checkpoint.
   if _DISTRIBUTED.value:
     jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  with jobs.plain_errors():
-    if _DRY_RUN.value:
-      print(loop.dry_run(_CONFIG.value))
-    else:
-      loop.train(_CONFIG.value, _WORKDIR.value)
+  if _DRY_RUN.value:
+    print(loop.dry_run(_CONFIG.value))
+  else:
+    loop.train(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  jobs.run(main)

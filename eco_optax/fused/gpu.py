@@ -3,7 +3,7 @@
 One program takes a tile of a matrix, or the tiles of a block that shares a scale. Where a scale
 depends on a whole column or matrix, launches go chunk by chunk: each takes the step of one chunk
 and finds the largest proposals of the next, so that the second reading is from the L2 cache if a
-chunk fits there, which whole matrices do not. The arithmetic is that of `fused_update.definition`,
+chunk fits there, which whole matrices do not. The arithmetic is that of `step.definition`,
 by the same functions; scales and codes are divided as IEEE asks.
 
 No GPU has run these kernels yet. They compile for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0
@@ -28,21 +28,23 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from eco_optax import rounding as rounding_lib
 from eco_optax.formats import Format
-from eco_optax.fused import fused_update as fused
-from eco_optax.fused import tiles
-from eco_optax.fused.steps import Moments, Step
+from eco_optax.fused import leaf as leaf_lib
+from eco_optax.fused import step as step_lib
+from eco_optax.fused.leaf import Leaf
+from eco_optax.fused.step import Moments, Proposal, Step
 from eco_optax.quantized_array import (
+  IEEE,
+  Division,
+  Groups,
   QuantizedArray,
   Rounding,
-  divide,
-  group_scale,
+  is_quantized,
   largest_magnitude,
   matrix_scale,
   times_scale,
 )
-from eco_optax.transforms.quantize_params import add_update
+from eco_optax.transforms.stored_moments import Codes
 
 _TILE = 32  # Rows of a tile: a block of moments, and of most block formats.
 _WIDTHS = (64, 32)  # Columns of a tile: the most that divide a matrix's, or those of a block.
@@ -53,17 +55,18 @@ _REREAD = 2**24  # Bytes that stay in the L2 cache until they are read again; it
 class _Plan(NamedTuple):
   """What a kernel is made for."""
 
-  step: Step
-  rounding: Rounding
-  format: Format
-  moments: tuple[tiles.Stored, ...]
-  m: fused.Matrices
-  place: tiles.Place
+  step: step_lib.Plan
+  m: leaf_lib.Matrices
+  place: leaf_lib.Stream
   width: int  # Columns of a tile.
-  height: int  # Rows that share a scale.
   rows: int  # Of a program: those of a tile, or of a block that is higher.
   chunk: tuple[int, int]  # Matrices, and tiles side by side in each, that one launch takes.
-  divide: Callable[[jax.Array, Any], jax.Array]
+
+  @property
+  def format(self) -> Format:
+    """Of the weight."""
+    assert self.step.weight.format is not None
+    return self.step.weight.format
 
   @property
   def finds(self) -> bool:
@@ -105,13 +108,33 @@ def _divide(x: jax.Array, divisor: Any) -> jax.Array:
   return quotient.reshape(x.shape)
 
 
-def _over(plan: _Plan, x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
-  """X / scale, in fewer instructions where that is exact."""
-  if not format.power_of_two:
-    return plan.divide(x, scale)
-  raw = jax.lax.bitcast_convert_type(scale, jnp.int32)
-  inverse = jax.lax.bitcast_convert_type(np.int32(254 << 23) - raw, jnp.float32)
-  return times_scale(x, jnp.where(jnp.isnan(scale), scale, inverse))
+def _dividing(divide: Callable[[jax.Array, Any], jax.Array]) -> Division:
+  """Division by scales in fewer instructions where that is exact."""
+
+  def by_scale(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+    if not format.power_of_two:
+      return divide(x, scale)
+    raw = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    inverse = jax.lax.bitcast_convert_type(np.int32(254 << 23) - raw, jnp.float32)
+    return times_scale(x, jnp.where(jnp.isnan(scale), scale, inverse))
+
+  return Division(divide, by_scale)
+
+
+class _Block(Groups):
+  """A tile within one block of several columns, with a scalar for its scale.
+
+  A program has a scalar once; Triton would spread an array of one element over threads.
+  """
+
+  def largest(self, x: jax.Array) -> jax.Array:
+    """A float32 scalar."""
+    of_columns = largest_magnitude(x.reshape(self.split), (1,), keepdims=True)
+    return largest_magnitude(of_columns, (0, 1, 2), keepdims=False)
+
+  def spread(self, scale: jax.Array) -> jax.Array:
+    """The scalar itself."""
+    return scale if scale.ndim == 0 else super().spread(scale)
 
 
 def _fitting(count: int, most: float) -> int:
@@ -119,42 +142,48 @@ def _fitting(count: int, most: float) -> int:
   return max((n for n in range(1, count + 1) if count % n == 0 and n <= most), default=1)
 
 
-def _plan(
-  step: Step, rounding: Rounding, leaf: fused.Leaf, interpret: bool = False
-) -> _Plan | None:
+def _plan(step: Step, rounding: Rounding, leaf: Leaf, interpret: bool = False) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
-  format, m = leaf.weight.format, fused.matrices(leaf)
+  format, m = leaf.weight.format, leaf_lib.matrices(leaf)
   if m is None or leaf.weight.size >= 2**31:  # Places are computed in 32 bits.
     return None
   if leaf.part and leaf.part.sharing:  # Between two launches devices would have to meet.
     return None
-  kinds = tiles.kinds(leaf)
-  height, rows = m.rows, _TILE
+  heights = [leaf_lib.block_rows(x) for x in leaf.moments]
+  height, rows = _TILE, _TILE
   widths: tuple[int, ...] = _WIDTHS
+  is_wide = False
   if isinstance(format.granularity, tuple):
     height, wide = format.granularity
+    is_wide = wide > 1
     rows = max(height, _TILE)
-    widths = widths if wide == 1 else tuple({wide} & {32, 64, 128})
+    widths = tuple({wide} & {32, 64, 128}) if is_wide else widths
     if _TILE % height and height % _TILE:
       return None
   width = next((n for n in widths if m.columns % n == 0), None)
-  if width is None or m.rows % rows or any(_TILE % x.height for x in kinds):
+  if width is None or m.rows % rows or any(_TILE % x for x in heights):
     return None
   panels = m.columns // width
-  read = leaf.gradient.dtype.itemsize + format.bits / 8 + sum(x.dtype.itemsize for x in kinds)
+  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in leaf.moments]
+  read = leaf.gradient.dtype.itemsize + format.bits / 8 + sum(x.itemsize for x in dtypes)
   matrices = _REREAD / (m.rows * m.columns * read)
   chunk = m.stack, panels
   if format.granularity == "tensor" or format.two_level:
     chunk = _fitting(m.stack, matrices), panels
   elif format.granularity == "channel":
     chunk = _fitting(m.stack, matrices), _fitting(panels, panels * matrices)
-  return _Plan(
-    step, rounding, format, kinds, m, tiles.place(leaf, m.stack), width, height, rows, chunk,
-    divide if interpret else _divide,
-  )  # fmt: skip
+
+  def groups(height: int) -> Groups:
+    return Groups((_TILE // height, height, width), (1,), (1,))
+
+  own = groups(min(height, _TILE))
+  own = _Block(*own) if is_wide else own
+  dividing = _dividing(IEEE.divide if interpret else _divide)
+  plan = step_lib.plan_of(step, rounding, leaf, [own, *map(groups, heights)], dividing)
+  return _Plan(plan, m, leaf_lib.stream(leaf), width, rows, chunk)
 
 
-def applies(leaf: fused.Leaf) -> bool:
+def applies(leaf: Leaf) -> bool:
   """Whether a kernel covers a leaf: its format and moments, and a shape of whole tiles."""
   return _plan(None, "nearest", leaf) is not None  # type: ignore[arg-type]
 
@@ -199,7 +228,7 @@ class _Program(NamedTuple):
   """A plan and the references that its programs have."""
 
   plan: _Plan
-  integers: Any  # See `tiles.operands`.
+  integers: Any  # See `leaf.operands`.
   scalars: Any
   scale: Any
   qvalue: Any
@@ -217,55 +246,37 @@ class _Program(NamedTuple):
   def bits(self, k: int, tile: _Tile) -> jax.Array:
     """Random bits of the weight, 0, or of a moment, from 1 on."""
     shape = _TILE, self.plan.width
-    return tiles.bits(self.integers, self.plan.place, k, *tile, shape)
+    return leaf_lib.kernel_bits(self.integers, self.plan.place, k, *tile, shape)
 
   def step_scalars(self) -> Any:
-    """Of the optimizer."""
-    return self.plan.step.scalars(*(self.scalars[k] for k in range(self.scalars.shape[0])))
+    """The optimizer's."""
+    numbers = (self.scalars[k] for k in range(self.scalars.shape[0]))
+    return self.plan.step.step.scalars(*numbers)
 
-  def grouped(self, x: jax.Array) -> jax.Array:
-    """Rows that share a scale together, in three axes."""
-    return x.reshape(-1, min(self.plan.height, _TILE), self.plan.width)
+  def codes(self, scale: Any, qvalue: Any, format: Format, tile: _Tile) -> Codes:
+    """A tile of the weight or of a moment."""
+    stored = qvalue[self.part(qvalue, tile)]
+    return Codes(_unpack(stored, format), scale[self.part(scale, tile)])
 
-  def largest(self, proposal: jax.Array) -> jax.Array:
-    """The largest proposals of a tile by scale: (groups, 1, columns or 1)."""
-    granularity = self.plan.format.granularity
-    of_columns = largest_magnitude(self.grouped(proposal), (1,), keepdims=True)
-    if granularity == "channel" or granularity[1:] == (1,):
-      return of_columns
-    # A scalar, which a program has once; Triton would spread an array of one element over threads.
-    return largest_magnitude(of_columns, (0, 1, 2), keepdims=False)
-
-  def read_moments(self, tile: _Tile) -> Moments:
-    """The moments of a tile."""
-    values, refs = [], iter(self.moments)
-    for kind in self.plan.moments:
-      ref = next(refs)
-      stored = ref[self.part(ref, tile)]
-      if kind.format is None:
-        values.append(stored.astype(jnp.float32))
-        continue
-      qvalue = next(refs)
-      code = _unpack(qvalue[self.part(qvalue, tile)], kind.format)
-      values.append(tiles.read_moment(kind, code, stored))
-    return tuple(values)
-
-  def read(self, tile: _Tile) -> tuple[jax.Array, jax.Array, Moments]:
-    """θ̂, update and new moments of a tile."""
-    format = self.plan.format
-    code = _unpack(self.qvalue[self.part(self.qvalue, tile)], format)
-    scale = self.scale[self.part(self.scale, tile)]
-    value = self.grouped(rounding_lib.decode(code, format.dtype))
-    weight = times_scale(value, scale[:, None, :]).reshape(code.shape)
+  def propose(self, tile: _Tile) -> Proposal:
+    """The optimizer's step on a tile."""
+    plan = self.plan.step
+    moments: list[Any] = []
+    refs = iter(self.moments)
+    for stored in plan.moments:
+      if stored.format is None:
+        ref = next(refs)
+        moments.append(ref[self.part(ref, tile)])
+      else:
+        moments.append(self.codes(next(refs), next(refs), stored.format, tile))
+    weight = self.codes(self.scale, self.qvalue, self.plan.format, tile)
     gradient = self.gradient[self.part(self.gradient, tile)]
-    moments = self.read_moments(tile)
-    return weight, *self.plan.step.propose(self.step_scalars(), gradient, moments, weight)
+    return step_lib.propose(plan, self.step_scalars(), gradient, weight, tuple(moments))
 
 
 def _find(program: _Program, found: Any, tile: _Tile) -> None:
   """Kernel: raises the largest proposals, of columns or matrices, to those of a tile."""
-  weight, update, _ = program.read(tile)
-  largest = largest_magnitude(add_update(weight, update), (0,), keepdims=True)
+  largest = largest_magnitude(program.propose(tile).value, (0,), keepdims=True)
   if found.shape[2] == 1:
     largest = largest_magnitude(largest, (1,), keepdims=True)
   pltriton.atomic_max(found, program.part(found, tile), largest)
@@ -273,43 +284,32 @@ def _find(program: _Program, found: Any, tile: _Tile) -> None:
 
 def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
   """Kernel: the whole step of a program's tiles."""
-  plan, format = program.plan, program.plan.format
+  plan, format, groups = program.plan, program.plan.format, program.plan.step.weight.groups
+  assert groups is not None
   new_scale, new_qvalue, *new_moments = out
   at = lambda i: first._replace(row=first.row + i * np.int32(_TILE))
   largest = unit = None
   if plan.finds:
-    largest = found[program.part(found, first)][None]
+    largest = found[program.part(found, first)]
     if format.two_level:
-      unit, largest = matrix_scale(largest, format, plan.divide), None
+      unit, largest = matrix_scale(largest, format, plan.step.division), None
 
   def proposals(i: jax.Array, largest: jax.Array) -> jax.Array:
-    weight, update, _ = program.read(at(i))
-    return _larger(largest, program.largest(add_update(weight, update)))
+    return _larger(largest, groups.largest(program.propose(at(i)).value))
 
   def write(i: jax.Array, carry: None) -> None:
     tile = at(i)
-    weight, update, moments = program.read(tile)
-    proposal = add_update(weight, update)
-    of_group = program.largest(proposal) if largest is None else largest
-    scale = group_scale(of_group, unit, format, plan.rounding, plan.divide)
-    factor = scale if unit is None else times_scale(unit, scale)
-    bits = program.bits(0, tile) if plan.rounding == "stochastic" else None
-    y = _over(plan, program.grouped(proposal), factor, format).reshape(weight.shape)
-    code = rounding_lib.code_bits(y, format.dtype, bits)
-    value = program.grouped(rounding_lib.decode(code, format.dtype))
-    stored = times_scale(value, factor).reshape(weight.shape)
-    moments = fused.injected(plan.step, program.step_scalars(), moments, weight, stored, update)
-
+    proposal = program.propose(tile)
+    bits = lambda k: program.bits(k, tile)
+    scalars = program.step_scalars()
+    code, scale, moments = step_lib.settle(plan.step, scalars, proposal, bits, largest, unit)
     # The programs of a column or matrix all store the same.
-    scales = scale[:, 0] if scale.ndim else scale
     _, rows, columns = at_scale = program.part(new_scale, tile)
-    new_scale[at_scale] = jnp.broadcast_to(scales, (rows.size, columns.size))
+    new_scale[at_scale] = jnp.broadcast_to(scale, (rows.size, columns.size))
     new_qvalue[program.part(new_qvalue, tile)] = _pack(code, format)
     refs = iter(new_moments)
-    for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
-      bits_of_moment = functools.partial(program.bits, k + 1, tile)
-      over = functools.partial(_over, plan)
-      for array in tiles.store_moment(kind, moment, bits_of_moment, _pack, plan.divide, over):
+    for stored, moment in zip(plan.step.moments, moments, strict=True):
+      for array in step_lib.arrays(stored, moment, _pack):
         ref = next(refs)
         ref[program.part(ref, tile)] = array
 
@@ -317,7 +317,8 @@ def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
   if count == 1:
     write(jnp.zeros([], jnp.int32), None)
     return
-  zero = jnp.zeros((1, 1, plan.width) if format.granularity[1] == 1 else (), jnp.float32)
+  is_wide = isinstance(groups, _Block)
+  zero = jnp.zeros(() if is_wide else (1, plan.width), jnp.float32)
   largest = jax.lax.fori_loop(0, count, proposals, zero)
   jax.lax.fori_loop(0, count, write, None)
 
@@ -339,7 +340,7 @@ def _place(plan: _Plan, chunk: jax.Array, program: jax.Array) -> _Tile:
 def _kernel(plan: _Plan, *refs: Any) -> None:
   """The step of a chunk, and the largest proposals of the next."""
   turn, integers, scalars, scale, gradient, *arrays = refs
-  count = sum(2 if kind.format else 1 for kind in plan.moments)
+  count = sum(2 if stored.format else 1 for stored in plan.step.moments)
   qvalue, *moments = arrays[: 1 + count]
   out = arrays[-2 - count :]  # Scales, codes, moments.
   program = _Program(plan, integers, scalars, scale, qvalue, gradient, tuple(moments))
@@ -392,7 +393,7 @@ def _launch(
       num_warps=max(_TILE * plan.width // (32 * _PER_THREAD), 1), num_stages=1
     ),
     interpret=interpret,
-    name="fused_update",
+    name="fused_step",
   )
   return list(call(*operands))
 
@@ -401,7 +402,7 @@ def _as_bytes(x: jax.Array) -> jax.Array:
   return x if x.dtype.itemsize > 1 else jax.lax.bitcast_convert_type(x, jnp.uint8)
 
 
-def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
+def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
   """What the kernels load from memory and store there for a leaf (of shapes, or of arrays).
 
   What a chunk that fits in the L2 cache is read from there a second time does not count.
@@ -412,7 +413,7 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
   plan = _plan(step, rounding, leaf)
   if plan is None:
     raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
-  _, _, (scale, qvalue, gradient, *moments) = jax.eval_shape(tiles.operands, leaf)
+  _, _, (scale, qvalue, gradient, *moments) = jax.eval_shape(leaf_lib.operands, leaf)
   size = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
   written = size(scale, qvalue, *moments)
   read = size(gradient) + written
@@ -421,24 +422,24 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
 
 
 def by_tiles(
-  step: Step, rounding: Rounding, leaf: fused.Leaf, interpret: bool = False
+  step: Step, rounding: Rounding, leaf: Leaf, interpret: bool = False
 ) -> tuple[QuantizedArray, Moments]:
-  """`fused_update.definition` by kernels for NVIDIA GPUs, where these apply.
+  """`step.definition` by kernels for NVIDIA GPUs, where these apply.
 
   Args:
-    step: as in `fused_update.definition`.
-    rounding: as in `fused_update.definition`.
-    leaf: as in `fused_update.definition`.
+    step: as in `step.definition`.
+    rounding: as in `step.definition`.
+    leaf: as in `step.definition`.
     interpret: whether to run the kernels in plain JAX, on any device.
 
   Returns:
-    As `fused_update.definition`.
+    As `step.definition`.
   """
   plan = _plan(step, rounding, leaf, interpret)
   if plan is None:
-    return fused.by_layers(step, rounding, leaf)
+    return step_lib.by_layers(step, rounding, leaf)
   found = None
-  integers, scalars, (scale, qvalue, gradient, *moments) = tiles.operands(leaf)
+  integers, scalars, (scale, qvalue, gradient, *moments) = leaf_lib.operands(leaf)
   stack = lambda x: _as_bytes(x).reshape(plan.m.stack, -1, x.shape[-1])
   given = [integers, scalars, stack(scale), stack(gradient)]
   changed = [stack(x) for x in (qvalue, *moments)]
@@ -454,4 +455,4 @@ def by_tiles(
     changed = launch(jnp.zeros([], jnp.int32), given, changed)
 
   scale, qvalue, *moments = changed
-  return tiles.results(leaf, scale, qvalue, moments, found)
+  return leaf_lib.results(leaf, scale, qvalue, moments, found)

@@ -1,9 +1,9 @@
-"""The fused update as Pallas kernels for TPUs, which read and write every array once.
+"""The fused step as Pallas kernels for TPUs.
 
 One program takes a panel, all rows of 128 columns of a matrix, and works through it tile by tile.
 Where a scale depends on all rows a first loop over the tiles finds the largest proposals, and where
 it depends on other columns too, or on rows that other devices have, a kernel before does. The
-arithmetic is that of `fused_update.definition`, by the same functions.
+arithmetic is that of `step.definition`, by the same functions.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from eco_optax import rounding as rounding_lib
 from eco_optax.formats import Format
-from eco_optax.fused import fused_update as fused
-from eco_optax.fused import tiles
-from eco_optax.fused.steps import Moments, Step
+from eco_optax.fused import leaf as leaf_lib
+from eco_optax.fused import step as step_lib
+from eco_optax.fused.leaf import Leaf
+from eco_optax.fused.step import Moments, Proposal, Step
 from eco_optax.quantized_array import (
+  Groups,
   QuantizedArray,
   Rounding,
-  divide,
-  group_scale,
+  is_quantized,
   largest_magnitude,
   matrix_scale,
-  times_scale,
 )
-from eco_optax.transforms.quantize_params import add_update
+from eco_optax.transforms.stored_moments import Codes
 
 _LANES = 128  # Columns of a panel.
 _TILE = 256  # Rows that are computed at a time, at least where a matrix has so many.
@@ -50,15 +49,18 @@ def _vmem() -> int:
 class _Plan(NamedTuple):
   """What a kernel is made for."""
 
-  step: Step
-  rounding: Rounding
-  format: Format
-  moments: tuple[tiles.Stored, ...]
-  m: fused.Matrices
-  place: tiles.Place
+  step: step_lib.Plan
+  m: leaf_lib.Matrices
+  place: leaf_lib.Stream
   tile: int  # Rows of a tile.
-  height: int  # Rows of a tile that share a scale.
-  finds: bool  # Whether a scale depends on what a panel has not.
+  heights: tuple[int, ...]  # Rows of a tile that share a scale: of the weight and each moment.
+  finds: bool  # Whether a scale depends on weights outside a panel.
+
+  @property
+  def format(self) -> Format:
+    """Of the weight."""
+    assert self.step.weight.format is not None
+    return self.step.weight.format
 
   @property
   def whole(self) -> bool:
@@ -79,30 +81,41 @@ def _tile(rows: int, format: Format, heights: list[int]) -> int | None:
   return min((n for n in fits if n >= _TILE), default=max(fits, default=None))
 
 
-def _plan(step: Step, rounding: Rounding, leaf: fused.Leaf) -> _Plan | None:
+def _groups(tile: int, height: int, within: tuple[int, ...] = (1,)) -> Groups:
+  """The groups of a tile: so many rows of each column, or of all columns of a block."""
+  return Groups((tile // height, height, _LANES), within, (1,))
+
+
+def _plan(step: Step, rounding: Rounding, leaf: Leaf) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
-  format, m = leaf.weight.format, fused.matrices(leaf)
+  format, m = leaf.weight.format, leaf_lib.matrices(leaf)
   # Of other widths compilers turn matrices round, to keep padding small.
   if m is None or m.columns % _LANES:
     return None
-  kinds = tiles.kinds(leaf)
-  heights = [x.height for x in kinds if x.format]
+  blocks = [leaf_lib.block_rows(x) for x in leaf.moments if is_quantized(x)]
   if isinstance(format.granularity, tuple):
     if format.granularity[1] not in (1, _LANES) or format.granularity[0] % 8:
       return None
-    heights.append(format.granularity[0])
-  tile = _tile(m.rows, format, heights)
-  moments = 2 * sum(x.dtype.itemsize for x in kinds)
+    blocks.append(format.granularity[0])
+  tile = _tile(m.rows, format, blocks)
+  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in leaf.moments]
+  moments = 2 * sum(x.itemsize for x in dtypes)
   panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
   if tile is None or 2 * panel > _vmem():
     return None
-  height = format.granularity[0] if isinstance(format.granularity, tuple) else tile
-  place = tiles.place(leaf, m.stack)
-  plan = _Plan(step, rounding, format, kinds, m, place, tile, height, False)
-  return plan._replace(finds=plan.whole or bool(leaf.part and leaf.part.sharing))
+  own: tuple[int, tuple[int, ...]] = tile, (1,)
+  if isinstance(format.granularity, tuple):
+    height, width = format.granularity
+    own = height, (1,) if width == 1 else (1, 2)
+  heights = (own[0], *map(leaf_lib.block_rows, leaf.moments))
+  groups = [_groups(tile, *own), *(_groups(tile, height) for height in heights[1:])]
+  plan = step_lib.plan_of(step, rounding, leaf, groups)
+  whole = format.granularity == "tensor" or format.two_level
+  finds = whole or bool(leaf.part and leaf.part.sharing)
+  return _Plan(plan, m, leaf_lib.stream(leaf), tile, heights, finds)
 
 
-def applies(leaf: fused.Leaf) -> bool:
+def applies(leaf: Leaf) -> bool:
   """Whether a kernel covers a leaf: its format and moments, and a shape of whole tiles."""
   return _plan(None, "nearest", leaf) is not None  # type: ignore[arg-type]
 
@@ -122,46 +135,46 @@ def _pack(code: jax.Array, format: Format) -> jax.Array:
 class _Panel(NamedTuple):
   """One program's blocks: references to int32, float32 and the stored arrays."""
 
-  integers: Any  # See `tiles.operands`.
+  integers: Any  # See `leaf.operands`.
   scalars: Any
-  largest: Any  # Of each column's group, where `plan.finds`.
   scale: Any
   qvalue: Any
   gradient: Any
   moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
 
-  def read_moments(self, plan: _Plan, rows: Any, i: jax.Array) -> Moments:
-    """The moments of a tile."""
-    values, refs = [], iter(self.moments)
-    for kind in plan.moments:
-      if kind.format is None:
-        values.append(next(refs)[0, rows, :].astype(jnp.float32))
-        continue
-      scale, qvalue = next(refs), next(refs)
-      code = _unpack(qvalue[0, rows, :], kind.format)
-      values.append(tiles.read_moment(kind, code, scale[0, _groups(plan, i, kind.height), :]))
-    return tuple(values)
+  def step_scalars(self, plan: _Plan) -> Any:
+    """The optimizer's."""
+    numbers = (self.scalars[k] for k in range(self.scalars.shape[0]))
+    return plan.step.step.scalars(*numbers)
 
-  def read(self, plan: _Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
-    """θ̂, update and new moments of a tile."""
-    rows = pl.ds(i * plan.tile, plan.tile)
-    per_byte = 8 // plan.format.bits
-    stored = self.qvalue[0, pl.ds(i * (plan.tile // per_byte), plan.tile // per_byte), :]
-    value = rounding_lib.decode(_unpack(stored, plan.format), plan.format.dtype)
-    scale = self.scale[0]
-    if self.scale.shape[1] > 1:
-      scale = self.scale[0, _groups(plan, i, plan.height), :]
-    weight = times_scale(_grouped(plan, value), scale[:, None, :]).reshape(value.shape)
-    s = plan.step.scalars(*(self.scalars[k] for k in range(self.scalars.shape[0])))
-    moments = self.read_moments(plan, rows, i)
-    return weight, *plan.step.propose(s, self.gradient[0, rows, :], moments, weight)
+  def codes(self, plan: _Plan, k: int, scale: Any, qvalue: Any, i: jax.Array) -> Codes:
+    """A tile of the weight, 0, or of a moment, from 1 on."""
+    format = (plan.step.weight, *plan.step.moments)[k].format
+    assert format is not None
+    stored = qvalue[0, _rows(i, plan.tile * format.bits // 8), :]
+    factor = scale[0]
+    if scale.shape[1] > 1:
+      factor = scale[0, _rows(i, plan.tile // plan.heights[k]), :]
+    return Codes(_unpack(stored, format), factor)
+
+  def propose(self, plan: _Plan, i: jax.Array) -> Proposal:
+    """The optimizer's step on a tile."""
+    moments: list[Any] = []
+    refs = iter(self.moments)
+    for k, stored in enumerate(plan.step.moments):
+      if stored.format is None:
+        moments.append(next(refs)[0, _rows(i, plan.tile), :])
+      else:
+        moments.append(self.codes(plan, k + 1, next(refs), next(refs), i))
+    weight = self.codes(plan, 0, self.scale, self.qvalue, i)
+    gradient = self.gradient[0, _rows(i, plan.tile), :]
+    return step_lib.propose(plan.step, self.step_scalars(plan), gradient, weight, tuple(moments))
 
   def largest_of_columns(self, plan: _Plan) -> jax.Array:
     """float32 of shape (1, 128)."""
 
     def find(i: jax.Array, largest: jax.Array) -> jax.Array:
-      weight, update, _ = self.read(plan, i)
-      proposal = largest_magnitude(add_update(weight, update), (0,), keepdims=True)
+      proposal = largest_magnitude(self.propose(plan, i).value, (0,), keepdims=True)
       # As integers, which are in the same order, with NaN above all.
       bits = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (largest, proposal))
       return jax.lax.bitcast_convert_type(jnp.maximum(*bits), jnp.float32)
@@ -170,74 +183,51 @@ class _Panel(NamedTuple):
     return jax.lax.fori_loop(0, plan.m.rows // plan.tile, find, zeros)
 
 
-def _groups(plan: _Plan, i: jax.Array, height: int) -> Any:
-  """The rows of a tile's scales, each of which is that of so many rows."""
-  count = plan.tile // height
+def _rows(i: jax.Array, count: int) -> Any:
+  """The i-th so many rows."""
   return pl.ds(i * count, count)
-
-
-def _grouped(plan: _Plan, x: jax.Array) -> jax.Array:
-  return x.reshape(-1, plan.height, _LANES)
-
-
-def _over(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
-  del format
-  return divide(x, scale)
 
 
 def _find(plan: _Plan, *refs: Any) -> None:
   """Kernel: the largest proposal of each column."""
-  integers, scalars, *operands, out = refs
-  scale, qvalue, gradient, *moments = operands
-  panel = _Panel(integers, scalars, None, scale, qvalue, gradient, tuple(moments))
+  integers, scalars, scale, qvalue, gradient, *moments, out = refs
+  panel = _Panel(integers, scalars, scale, qvalue, gradient, tuple(moments))
   out[0] = panel.largest_of_columns(plan)
 
 
 def _update(plan: _Plan, *refs: Any) -> None:
   """Kernel: the whole step."""
   count = (len(refs) - 8) // 2  # Of the arrays that moments are stored in.
-  integers, scalars, whole, scale, qvalue, gradient = refs[:6]
-  panel = _Panel(integers, scalars, whole, scale, qvalue, gradient, refs[6 : 6 + count])
+  integers, scalars, found, scale, qvalue, gradient = refs[:6]
+  panel = _Panel(integers, scalars, scale, qvalue, gradient, refs[6 : 6 + count])
   new_scale, new_qvalue, *new_moments = refs[6 + count :]
-  format, granularity = plan.format, plan.format.granularity
-  s = plan.step.scalars(*(panel.scalars[k] for k in range(panel.scalars.shape[0])))
+  format = plan.format
   matrix, column = pl.program_id(0), pl.program_id(1) * _LANES
   largest = unit = None
   if plan.finds:
-    largest = panel.largest[0, :, :1] if plan.whole else panel.largest[0]
-    unit = matrix_scale(largest, format) if format.two_level else None
-  elif granularity == "channel":
+    largest = found[0, :, :1] if plan.whole else found[0]
+    if format.two_level:
+      unit, largest = matrix_scale(largest, format), None
+  elif format.granularity == "channel":
     largest = panel.largest_of_columns(plan)
 
   def write(i: jax.Array, carry: None) -> None:
-    weight, update, moments = panel.read(plan, i)
-    proposal = _grouped(plan, add_update(weight, update))
-    if isinstance(granularity, tuple):
-      within = (1,) if granularity[1] == 1 else (1, 2)
-      of_group = largest_magnitude(proposal, within, keepdims=True)
-    else:
-      of_group = largest[None]  # type: ignore[index]
-    scale = group_scale(of_group, unit if unit is None else unit[None], format, plan.rounding)
-    factor = scale if unit is None else times_scale(unit[None], scale)
-    bits_of = lambda k: tiles.bits(
-      panel.integers, plan.place, k, matrix, i * plan.tile, column, weight.shape
+    proposal = panel.propose(plan, i)
+    shape = proposal.weight.shape
+    bits = lambda k: leaf_lib.kernel_bits(
+      panel.integers, plan.place, k, matrix, i * plan.tile, column, shape
     )
-    bits = bits_of(0) if plan.rounding == "stochastic" else None
-    y = divide(proposal, factor).reshape(weight.shape)
-    code = rounding_lib.code_bits(y, format.dtype, bits)
-    value = _grouped(plan, rounding_lib.decode(code, format.dtype))
-    stored = times_scale(value, factor).reshape(weight.shape)
-    moments = fused.injected(plan.step, s, moments, weight, stored, update)
-
-    rows = _groups(plan, i, plan.height) if isinstance(granularity, tuple) else slice(None)
-    new_scale[0, rows, :] = jnp.broadcast_to(scale[:, 0], (scale.shape[0], _LANES))
+    scalars = panel.step_scalars(plan)
+    code, scale, moments = step_lib.settle(plan.step, scalars, proposal, bits, largest, unit)
+    is_blocked = isinstance(format.granularity, tuple)
+    rows = _rows(i, plan.tile // plan.heights[0]) if is_blocked else slice(None)
+    new_scale[0, rows, :] = jnp.broadcast_to(scale, (scale.shape[0], _LANES))
     packed = _pack(code, format)
-    new_qvalue[0, pl.ds(i * packed.shape[0], packed.shape[0]), :] = packed
-    new = iter(new_moments)
-    for k, (kind, moment) in enumerate(zip(plan.moments, moments, strict=True)):
-      bits_of_moment = functools.partial(bits_of, k + 1)
-      for array in tiles.store_moment(kind, moment, bits_of_moment, _pack, divide, _over):
-        next(new)[0, pl.ds(i * array.shape[0], array.shape[0]), :] = array
+    new_qvalue[0, _rows(i, packed.shape[0]), :] = packed
+    refs = iter(new_moments)
+    for stored, moment in zip(plan.step.moments, moments, strict=True):
+      for array in step_lib.arrays(stored, moment, _pack):
+        next(refs)[0, _rows(i, array.shape[0]), :] = array
 
   jax.lax.fori_loop(0, plan.m.rows // plan.tile, write, None)
 
@@ -287,9 +277,9 @@ def _call(
   )(*scalars, *operands)
 
 
-def _operands(plan: _Plan, leaf: fused.Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
+def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
   """A kernel's scalars, and the leaf's arrays as stacks of matrices."""
-  integers, scalars, (scale, *arrays) = tiles.operands(leaf)
+  integers, scalars, (scale, *arrays) = leaf_lib.operands(leaf)
   stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
   # Scales are few: one of each column for each of their rows.
   scale = jnp.repeat(stack(scale), plan.m.columns // scale.shape[-1], axis=-1)
@@ -304,7 +294,7 @@ def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, list[Any]]:
   return columns, [shape(x) for x in (scale, qvalue, *moments)]
 
 
-def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
+def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
   """What the kernels load and store for a leaf (of shapes, or of arrays).
 
   Returns:
@@ -320,31 +310,31 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
 
 
 def by_panels(
-  step: Step, rounding: Rounding, leaf: fused.Leaf, interpret: bool = False
+  step: Step, rounding: Rounding, leaf: Leaf, interpret: bool = False
 ) -> tuple[QuantizedArray, Moments]:
-  """`fused_update.definition` by kernels for TPUs, where these apply.
+  """`step.definition` by kernels for TPUs, where these apply.
 
   Args:
-    step: as in `fused_update.definition`.
-    rounding: as in `fused_update.definition`.
-    leaf: as in `fused_update.definition`.
+    step: as in `step.definition`.
+    rounding: as in `step.definition`.
+    leaf: as in `step.definition`.
     interpret: whether to run the kernels in plain JAX, on any device.
 
   Returns:
-    As `fused_update.definition`.
+    As `step.definition`.
   """
   plan = _plan(step, rounding, leaf)
   if plan is None:
-    return fused.by_layers(step, rounding, leaf)
+    return step_lib.by_layers(step, rounding, leaf)
   scalars, operands = _operands(plan, leaf)
   columns, results = _shapes(plan, operands)
   largest = jnp.zeros(columns.shape, jnp.float32)
   if plan.finds:
     (found,) = _call(_find, plan, scalars, operands, [columns], {}, interpret)
-    largest = jnp.broadcast_to(fused.largest_proposal(leaf, found), largest.shape)
+    largest = jnp.broadcast_to(leaf_lib.largest_proposal(leaf, found), largest.shape)
   in_place = {3: 0, 4: 1} | {6 + k: 2 + k for k in range(len(results) - 2)}
   scale, qvalue, *moments = _call(
     _update, plan, scalars, [largest, *operands], results, in_place, interpret
   )
   scale = scale[..., :: plan.m.columns // leaf.weight.scale.shape[-1]]
-  return tiles.results(leaf, scale, qvalue, moments, largest[..., :1])
+  return leaf_lib.results(leaf, scale, qvalue, moments, largest[..., :1])

@@ -1,6 +1,6 @@
-"""Checkpoints of a run through Orbax: whole or not at all, checked bit by bit, never executed.
+"""Checkpoints of a run through Orbax: created atomically, checked bit by bit, never executed.
 
-One holds the state as it is (codes, scales, moments, residuals, counters) and a record in JSON: the
+A checkpoint holds the state (codes, scales, moments, residuals, counters) and a record in JSON: the
 step, the config, the data, versions, and a checksum of every array. The step is also the position
 in the data, and together with the config's seed it is all that random numbers depend on.
 """
@@ -30,7 +30,7 @@ from eco_optax.training.step import State
 
 VERSION = 1  # Of the layout; raised when an older reader would misread a newer checkpoint.
 
-# Keys of a config that may change between the parts of a run: none of them is seen by the numbers.
+# Keys of a config that may change when a run resumes: its numbers depend on none of them.
 FREE = (
   "mesh.",
   "replicated_limit_mib",
@@ -81,7 +81,7 @@ def checksums(state: Any) -> dict[str, int]:
 
 
 def manager(folder: str | os.PathLike, keep: int | None) -> ocp.CheckpointManager:
-  """Opens a folder of checkpoints, the latest `keep` of which are kept, and the best.
+  """Opens a folder of checkpoints and keeps the latest `keep` of them and the best.
 
   The best is the one with the lowest `validation_loss` among those saved at an evaluation. Where
   `keep` is None they are only read, and nothing in the folder is changed.
@@ -102,7 +102,7 @@ def manager(folder: str | os.PathLike, keep: int | None) -> ocp.CheckpointManage
   ]
   options = ocp.CheckpointManagerOptions(
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-    cleanup_tmp_directories=True,  # What a process left that died while saving.
+    cleanup_tmp_directories=True,  # Left by a process that died while saving.
   )
   with _explained(f"cannot use {folder} for checkpoints"):
     return ocp.CheckpointManager(
@@ -113,11 +113,11 @@ def manager(folder: str | os.PathLike, keep: int | None) -> ocp.CheckpointManage
 
 
 def _reason(error: BaseException) -> str:
-  """The first line of what an error comes from, without its middle if it is long."""
+  """The first line of an error's root cause, without its middle if it is long."""
   while error.__cause__:
     error = error.__cause__
   text = (str(error).strip() or repr(error)).splitlines()[0]
-  # TensorStore names the file first and says what is wrong at the end.
+  # TensorStore names the file first and the reason last. 300 characters hold both for usual paths.
   return text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
 
 
@@ -150,8 +150,8 @@ def save(
     step: number of steps made.
     state: of the run.
     config: of the run.
-    data: manifest of what it reads.
-    versions: of what made it.
+    data: manifest of the data it reads.
+    versions: of the packages in use.
     clock: from `metrics.Clock.saved`.
     validation_loss: by which the best checkpoint is chosen; None if it was not evaluated here.
 
@@ -178,10 +178,10 @@ def save(
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
-  """Waits until what has begun to be written is whole.
+  """Waits until every checkpoint begun is written.
 
   Raises:
-    OSError: if it cannot be.
+    OSError: if one cannot be written.
   """
   with _explained(f"could not finish a checkpoint in {checkpoints.directory}"):
     checkpoints.wait_until_finished()
@@ -195,9 +195,9 @@ def restore(
   data: Mapping[str, Any],
   read_only: bool = False,
 ) -> Restored | None:
-  """The newest checkpoint that is whole, on the mesh of `target`, which may be any.
+  """Restores the newest intact checkpoint onto the mesh of `target`, which may be any mesh.
 
-  Damaged ones are named in a warning, and renamed once an older one has been found to be whole.
+  A warning names damaged checkpoints. They are renamed once an older one proves intact.
 
   Args:
     checkpoints: from `manager`.
@@ -207,7 +207,7 @@ def restore(
     read_only: whether damaged ones keep their names.
 
   Returns:
-    What was saved; None if nothing was.
+    The saved run; None if there is no checkpoint.
 
   Raises:
     ValueError: if the checkpoint is of another config, other data or a newer version, naming every
@@ -239,11 +239,11 @@ def restore(
 
 
 def _attempt(read: Any) -> tuple[Any, str]:
-  """What `read` returns, or None and the reason; of one mind in all processes."""
+  """The result of `read`, or None and the reason; all processes agree on which."""
   value, reason = None, ""
   try:
     value = read()
-  except Exception as error:  # Whatever Orbax and TensorStore raise for files that are not theirs.
+  except Exception as error:  # Orbax and TensorStore raise errors of many types for bad files.
     reason = _reason(error)
   if jax.process_count() > 1:
     good = multihost_utils.process_allgather(np.array(value is not None))
@@ -253,7 +253,7 @@ def _attempt(read: Any) -> tuple[Any, str]:
 
 
 def _read_record(folder: pathlib.Path, checkpoints: Any, step: int) -> dict[str, Any]:
-  """The record, after a look at the files."""
+  """The record of a checkpoint that has no links."""
   for path in (folder / str(step)).rglob("*"):
     if path.is_symlink():
       raise ValueError(f"{path.relative_to(folder)} is a link, and checkpoints have none")
@@ -289,8 +289,8 @@ def _check_same_run(
       f"{where} has version {record['version']}, and this eco_optax reads version {VERSION}:"
       f" continue it with the eco_optax that wrote it ({record['versions'].get('eco_optax')})"
     )
-  # JSON makes lists of tuples. A key that is not in the record is newer, and its default is what
-  # there was before it.
+  # JSON turns tuples into lists. A key that the record lacks is newer than it, and its default is
+  # the behaviour from before.
   plain = lambda config: json.loads(json.dumps(config_lib.flat(config)))
   now, then = plain(config), plain(config_lib.defaults()) | record["config"]
   different = [

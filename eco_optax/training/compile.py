@@ -1,4 +1,4 @@
-"""Compiling a run's step ahead of time for chips that are not there, and reading what came out."""
+"""Compiles a run's step ahead of time for chips that are absent, and reads the compiled program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -18,23 +18,33 @@ from eco_optax.training import step as step_lib
 from eco_optax.training.models import transformer
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Topology(NamedTuple):
+  """Chips for a run, and the axes of their mesh that a config leaves to the machine."""
+
+  name: str  # See `topology_devices`.
+  mesh: dict[str, int]
+
+
 # A topology that suits each run of the paper.
 TOPOLOGIES = {
-  "llama_30m": "v5e:2x2",
-  "llama_50m": "v5e:2x2",
-  "llama_100m": "v5e:2x4",
-  "llama_200m": "v5e:4x4",
-  "llama_430m": "v5e:4x4",
-  "llama_800m": "v5p:2x2x4",
-  "gemma3_1b": "v6e:4x4",
-  "smoe_2b": "v5p:2x2x4",
-  "deepseek_moe_16b": "v5p:2x2x4",
+  "llama_30m": Topology("v5e:2x2", {"fsdp": 4}),
+  "llama_50m": Topology("v5e:2x2", {"fsdp": 4}),
+  "llama_100m": Topology("v5e:2x4", {"fsdp": 4}),
+  "llama_200m": Topology("v5e:4x4", {"fsdp": 4}),
+  "llama_430m": Topology("v5e:4x4", {"fsdp": 4}),
+  "llama_800m": Topology("v5p:2x2x4", {"fsdp": 4}),
+  "gemma3_1b": Topology("v6e:4x4", {"fsdp": 8}),
+  "smoe_2b": Topology("v5p:2x2x4", {"expert": 4}),
+  "deepseek_moe_16b": Topology("v5p:2x2x4", {"expert": 8}),
 }
 
 _BITS = {"pred": 8, "bf16": 16}  # Of dtypes whose name does not end in their bits.
 
 
-# What XLA's compiler for GPUs asks of an H100 SXM, after its data sheet and CUDA's properties.
+# Properties of an H100 SXM that XLA's GPU compiler needs, from its data sheet and CUDA. For
+# another GPU read cudaGetDeviceProperties on one.
 _H100 = """
   platform_name: "CUDA"
   device_description_str: "NVIDIA H100 80GB HBM3"
@@ -80,13 +90,13 @@ def _gpus(count: str) -> list[Any]:
 
 
 def on_device(device: Any, tree: Any) -> Any:
-  """Shapes as those of arrays on a device, which need not be there."""
+  """Shapes placed on a device, which may be absent."""
   place = jax.sharding.SingleDeviceSharding(device)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 def abstractly(device: Any) -> Any:
-  """A context in which programs are lowered for the kind of a device that need not be there."""
+  """A context that lowers programs for a kind of device, which may be absent."""
   abstract = jax.sharding.AbstractDevice(
     device_kind=device.device_kind,
     num_cores=getattr(device, "core_count", None),
@@ -96,23 +106,26 @@ def abstractly(device: Any) -> Any:
 
 
 def topology_devices(topology: str) -> list[Any]:
-  """The devices of a topology such as `v5e:4x4`, or `h100:1`; none need be there.
+  """The devices of a topology such as `v5e:4x4` or `h100:1`; all may be absent.
 
   Raises:
-    ImportError: if what has the compiler, `libtpu` or JAX's CUDA plugin, is not installed.
-    ValueError: naming the topology, if there is no such one.
+    ImportError: if the compiler, in `libtpu` or JAX's CUDA plugin, is not installed.
+    ValueError: naming an unknown topology.
   """
   from jax.experimental import topologies
 
-  if topology.startswith("h100:"):
-    return _gpus(topology.removeprefix("h100:"))
+  kind, _, size = topology.partition(":")
+  if kind == "h100":
+    if not size.isdigit():
+      raise ValueError(f"no GPU topology {topology!r}: use h100:1 or another number of GPUs")
+    return _gpus(size)
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
     raise ImportError(
       "compiling for a TPU takes libtpu: pip install 'eco_optax[tpu]', which works on any Linux"
     ) from error
-  options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   try:
     return list(
       topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
@@ -145,14 +158,14 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
-  """What devices send each other in one run of a compiled module.
+  """Counts the collectives in one run of a compiled module.
 
   Args:
     text: the module's HLO.
 
   Returns:
-    By operation and dtype, how often it runs and the bytes of its larger side (what is gathered, or
-    what is summed) on one device, loops multiplied by their trip counts.
+    By operation and dtype, how often it runs on one device and the bytes of its larger side (the
+    gathered or the summed array), with loops multiplied by their trip counts.
   """
   computations = _computations(text)
   found: dict[str, dict[str, dict[str, int]]] = {}
@@ -215,7 +228,7 @@ def _operands(lines: list[str], arguments: str) -> Iterator[str]:
 
 
 class _Heartbeat:
-  """Shows, every few seconds, that something long is still going on."""
+  """Shows every ten seconds that a long compilation is still going on."""
 
   def __init__(self, what: str, show: Callable[[str], None], seconds: float = 10.0):
     self._stop = threading.Event()

@@ -10,20 +10,17 @@ from typing import Any
 from ml_collections import config_dict
 
 import eco_optax as eco
-from eco_optax.training import sharding
+from eco_optax.training import methods, sharding
 from eco_optax.training.models.config import TransformerConfig
 from eco_optax.transforms.stored_moments import DTYPES as MOMENT_DTYPES
 
-# How each method keeps what rounding loses: in master weights, not at all, or in the momentum.
-METHODS = ("bf16_mw", "mw_rtn", "mw_sr", "naive_rtn", "naive_sr", "eco_rtn", "eco_sr")
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
 FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
-OPTIMIZERS = ("adamw", "nadamw", "amsgrad", "ademamix", "yogi", "radam", "sgd")
 _DTYPES = ("float32", "bfloat16")
 
 
 def defaults() -> config_dict.ConfigDict:
-  """A config with every key, locked: setting a key that there is not is an error."""
+  """A config with every key, locked: setting an unknown key is an error."""
   config = config_dict.ConfigDict()
   config.seed = 0
 
@@ -56,16 +53,20 @@ def defaults() -> config_dict.ConfigDict:
   config.batch_size = 1  # Sequences per step, on all devices together.
   config.length = 1  # Tokens per sequence.
   config.steps = 1
-  config.accumulation = 1  # Parts of a batch whose gradients are computed one after another.
+  # Parts of a batch whose gradients are computed one after another; fewer where devices would be
+  # left without a sequence.
+  config.accumulation = 1
 
-  # Groups of sequences whose gradients are computed apart and summed in order, so that any number
-  # of devices that divides them trains the same weights; each device then holds a whole gradient.
-  # 0: gradients are summed as the devices find it fastest.
+  # Groups of sequences whose gradients are computed separately and summed in order: any number of
+  # devices that divides the groups trains the same weights, bit for bit. Each device then holds a
+  # whole gradient. 0: gradients are summed in the fastest order.
   config.reduction_groups = 0
 
-  # Sizes of the mesh's axes: -1 takes the devices that are left.
+  # Sizes of the mesh's axes: -1 takes the devices that are left. Of several -1, fsdp takes them.
   config.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1}
-  config.replicated_limit_mib = 64  # The largest array that a mesh may leave whole on each device.
+  # The largest array that a mesh may leave whole on each device. 64 MiB are 0.4% of a v5e's memory
+  # and less than the smallest embedding of the paper's models, 78 MiB.
+  config.replicated_limit_mib = 64
 
   config.optimizer = {
     "name": "adamw",  # Or nadamw, amsgrad, ademamix, yogi, radam or sgd; see methods.py.
@@ -81,17 +82,17 @@ def defaults() -> config_dict.ConfigDict:
   }
 
   config.checkpoint = {
-    "every": 1000,  # Steps between checkpoints; the last step has one too. 0: there are none.
-    "keep": 2,  # How many of the latest stay, beside the best.
+    "every": 1000,  # Steps between checkpoints; the last step has one too. 0 saves none.
+    "keep": 2,  # Latest checkpoints to keep, beside the best.
     "folder": "",  # Where they are, such as gs://bucket/run; "" is <workdir>/checkpoints.
   }
   config.log_every = 20
   config.evaluate_every = 200
-  config.evaluate_batches = 32  # Of the evaluations on the way; the last one takes them all.
+  config.evaluate_batches = 32  # Per evaluation; the last evaluation takes the whole split.
   config.tensorboard = False  # Whether to write TensorBoard events beside metrics.jsonl.
 
   # At a loss or gradient that is not finite: "stop" with an error, "skip" the update and count it,
-  # or "record" the run as diverged. In no case does it reach weights or moments.
+  # or "record" the run as diverged. It reaches neither weights nor moments.
   config.nonfinite = "stop"
   return config.lock()
 
@@ -104,7 +105,7 @@ def scaling_study(
   config.model.update(layers=layers, width=width, heads=width // 128, vocabulary=32128)
   config.model.update(remat="full", loss_chunks=4)
   config.dtype = config.gradient_dtype = "bfloat16"
-  config.mesh.update(data=-1, fsdp=4)
+  config.mesh.update(data=-1, fsdp=-1)
   config.batch_size = config.length = 512
   config.accumulation = 4
   config.steps = steps
@@ -136,7 +137,7 @@ _decay: _Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 
 RANGES: dict[str, _Check] = {
   "seed": (lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
-  "method": _one_of(*METHODS),
+  "method": _one_of(*methods.BY_NAME),
   "residual": _one_of("float32", "int16", "bfloat16", "int12", "int8"),
   **{f"moments.{name}": _one_of(*MOMENT_DTYPES) for name in ("mu", "nu")},
   "format": _one_of(*sorted(FORMATS)),
@@ -173,7 +174,7 @@ RANGES: dict[str, _Check] = {
   "replicated_limit_mib": _natural,
   **{f"mesh.{axis}": (lambda n: n > 0 or n == -1, "above 0, or -1") for axis in sharding.AXES},
   "stochastic_after": _fraction,
-  "optimizer.name": _one_of(*OPTIMIZERS),
+  "optimizer.name": _one_of(*methods.OPTIMIZERS),
   "optimizer.learning_rate": _positive,
   "optimizer.start_fraction": _fraction,
   "optimizer.warmup_fraction": _fraction,
@@ -205,8 +206,8 @@ def validate(config: config_dict.ConfigDict) -> None:
   """Checks a config before anything is computed.
 
   Raises:
-    ValueError: naming every key that is missing, unknown (with the nearest that there is), of
-      another type or out of its range, with its value and what it may be.
+    ValueError: naming every key that is missing, unknown (with its nearest match), of another
+      type or out of its range, with its value and the values allowed.
   """
   import difflib
 
@@ -253,12 +254,12 @@ def validate(config: config_dict.ConfigDict) -> None:
 
 def formats(config: config_dict.ConfigDict) -> tuple[eco.Format | None, eco.Format | None]:
   """The formats of the weights and of the activations; None is float."""
-  if config.method == "bf16_mw":
+  if methods.of(config).rounding is None:
     return None, None
   return FORMATS[config.format], FORMATS.get(config.activation_format)
 
 
 def model(config: config_dict.ConfigDict) -> TransformerConfig:
   """The model of a run; the BF16 baseline computes in bfloat16 whatever the others do."""
-  dtype = "bfloat16" if config.method == "bf16_mw" else config.dtype
+  dtype = "bfloat16" if methods.of(config).rounding is None else config.dtype
   return TransformerConfig(**config.model, dtype=dtype, activation_format=formats(config)[1])

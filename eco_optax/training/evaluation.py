@@ -1,4 +1,4 @@
-"""What a trained run is worth: its loss on any prepared text, and the text it writes itself."""
+"""Evaluates a trained run: its loss on any prepared text, and the text that it generates."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Trained:
     return scores
 
   def scores(self, windows: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """How well each token of some texts is foretold by those before it.
+    """Scores each token of some texts given the tokens before it.
 
     Args:
       windows: int arrays of 2 to `config.length + 1` tokens each.
@@ -61,7 +61,7 @@ class Trained:
       For each, of all tokens but the first: their nats, float32, and whether they are the likeliest
       ones, bool.
     """
-    # Devices share a batch by its rows; what is added to fill it is not looked at.
+    # Devices share a batch by rows; rows of padding are ignored.
     size, length = self.config.batch_size, self.config.length + 1
     rows = size + -size % (self.mesh.size // self.mesh.shape["tensor"])
     split = sharding.batch_sharding(self.mesh)
@@ -92,7 +92,7 @@ class Trained:
   ) -> Iterator[int]:
     """Tokens that follow a prompt.
 
-    Every token's window is computed anew, which is for looking at a run, not for serving it.
+    Every token recomputes its whole window: this is for looking at a run, not for serving it.
 
     Args:
       prompt: tokens, one or more; of a longer one than `config.length` its end counts.
@@ -166,7 +166,7 @@ class Result(NamedTuple):
   loss: float  # Nats per token.
   perplexity: float
   nats_per_byte: float | None  # None where only some tokens count, or the bytes are not known.
-  tokens: int  # That were foretold.
+  tokens: int  # Number of scored tokens.
 
 
 def evaluate(trained: Trained, data: shards.Dataset, split: str = "validation") -> Result:
@@ -215,7 +215,7 @@ def evaluate(trained: Trained, data: shards.Dataset, split: str = "validation") 
 
 
 def open_data(trained: Trained, path: str | None) -> shards.Dataset:
-  """Prepared tokens: those at `path`, or those that the run reads."""
+  """The prepared tokens at `path`, or the run's own."""
   if path is None:
     return loop.load_data(trained.config)
   return shards.load(path)

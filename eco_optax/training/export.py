@@ -1,4 +1,4 @@
-"""A trained run as a checkpoint that others serve."""
+"""Exports a trained run as a checkpoint for other libraries to serve."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def export(
 
   Args:
     trained: from `evaluation.load`.
-    folder: that there is not yet; it appears once it is whole.
+    folder: must not exist; created atomically.
     kind: of `config_json.FAMILIES`; None takes the first that the model fits.
     dtype: of weights that are not packed.
 
   Raises:
-    FileExistsError: if the folder is there.
+    FileExistsError: if the folder exists.
     ValueError: if the model is of no family, or its format is not one of compressed-tensors.
     ImportError: if a package is missing, naming the remedy.
   """

@@ -1,4 +1,4 @@
-"""What chips can do at most, from their vendors' data sheets."""
+"""Peaks of chips, from their vendors' data sheets. A new chip is one more line of `CHIPS`."""
 
 from __future__ import annotations
 

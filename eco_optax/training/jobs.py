@@ -11,19 +11,20 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import logging
+from absl import app, flags, logging
 from jax.experimental import multihost_utils
+from ml_collections import config_flags
 
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[None]:
-  """Holds a folder, for as long as the process lives at most.
+  """Locks a folder, at most for as long as the process lives.
 
-  The kernel gives the lock back when its process dies, however it dies, so none is ever left over.
+  The kernel releases the lock when the process dies, so no stale lock is left behind.
 
   Raises:
     BlockingIOError: if another process holds it, naming that.
@@ -52,7 +53,7 @@ def only_one(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-  """Sends to the debug log what reads and writes that were given up say from other threads.
+  """Sends errors of abandoned reads and writes in other threads to the debug log.
 
   Orbax and TensorStore print dozens of tracebacks around the one error that counts.
   """
@@ -80,10 +81,42 @@ def plain_errors() -> Iterator[None]:
     _quiet_libraries()
     yield
   except (ImportError, OSError, ValueError, FloatingPointError) as error:
-    message = f"error: {error}"
+    message = f"error: {' '.join(str(error).split())}"
     logging.debug("%s", "".join(traceback.format_exception(error)))
   if message:
     sys.exit(message)
+
+
+def define_config(name: str, default: str | None) -> Any:
+  """`config_flags.DEFINE_config_file`; an unknown key among the overrides ends in one line."""
+  try:
+    return config_flags.DEFINE_config_file(name, default)
+  except AttributeError as error:  # Overrides of the default are checked here, not in `run`.
+    cause = error.args[0]  # A KeyError, whose own text would be quoted once more.
+    reason = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
+    sys.exit(f"error: unknown key of --{name}: {reason}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """`app.run` for scripts whose users' mistakes end in one line, flags included.
+
+  Args:
+    main: called with what the flags leave of the command line.
+  """
+
+  def parse(arguments: Sequence[str]) -> list[str]:
+    try:
+      rest = flags.FLAGS(arguments)
+      for name in flags.FLAGS:
+        getattr(flags.FLAGS, name)  # Config files and overrides are read at the first look.
+    except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError) as error:
+      raise ValueError(str(error)) from error
+    if rest[1:]:
+      raise ValueError(f"unexpected {' '.join(rest[1:])}: flags are given as --name=value")
+    return rest
+
+  with plain_errors():
+    app.run(main, flags_parser=parse)
 
 
 @contextlib.contextmanager

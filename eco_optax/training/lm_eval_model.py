@@ -50,7 +50,7 @@ class TrainedLM(TemplateLM):
     ]
 
   def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-    """The log-likelihood of whole texts, each window from the one before's last token on."""
+    """The log-likelihood of whole texts; a window starts at the last token of the one before."""
     del disable_tqdm
     length, totals = self._trained.config.length, []
     for request in requests:
@@ -92,8 +92,8 @@ def run(
 
   Args:
     trained: from `evaluation.load`.
-    names: of tasks; those that come with lm-eval fetch their data from the network.
-    folder: with tasks of one's own, in lm-eval's YAML.
+    names: of tasks; lm-eval's own tasks fetch their data from the network.
+    folder: with your own tasks, in lm-eval's YAML.
     num_fewshot: examples before each question; None is as the task has it.
     limit: questions of each task; None takes all.
 

@@ -1,10 +1,14 @@
-"""train: one pretraining run from a config, from reading the text to the closing table."""
+"""train: one pretraining run from a config, from reading the text to the closing table.
+
+`train` is the loop. `open_run` comes before it, `at_boundary` at each log, evaluation and
+checkpoint, and `close_run` after it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +16,31 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-import eco_optax as eco
 from eco_optax.interop import hugging_face
-from eco_optax.training import checkpoints, jobs, memory, methods, metrics, report, sharding
+from eco_optax.training import (
+  checkpoints,
+  jobs,
+  memory,
+  methods,
+  metrics,
+  nonfinite,
+  report,
+  sharding,
+)
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline, shards
 from eco_optax.training.models import transformer
 
 
-def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
-  """The optimizer and the mesh of a config that has been found in order.
+def prepare(
+  config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None
+) -> tuple[Any, Mesh]:
+  """Validates a config and makes its optimizer and mesh.
+
+  Args:
+    config: of a run.
+    devices: to run on; None takes all of them.
 
   Raises:
     ValueError: naming the keys that are out of order, before anything is computed.
@@ -30,7 +48,7 @@ def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
   config_lib.validate(config)
   if config.init_from:
     hugging_face.check_config(config.init_from, config_lib.model(config))
-  mesh = sharding.make_mesh(config.mesh.to_dict())
+  mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   check_batch(config, mesh)
   return methods.optimizer(config), mesh
 
@@ -38,7 +56,7 @@ def prepare(config: ml_collections.ConfigDict) -> tuple[Any, Mesh]:
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Raises `ValueError` if the devices of a mesh cannot share a batch evenly."""
   parts = mesh.size // mesh.shape["tensor"]
-  if (config.batch_size // config.accumulation) % parts:
+  if (config.batch_size // step_lib.accumulation(config, mesh)) % parts:
     raise ValueError(
       f"config: batch_size {config.batch_size} / accumulation {config.accumulation} is not a"
       f" multiple of the {parts} devices that the mesh splits sequences over"
@@ -50,9 +68,9 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     )
 
 
-def dry_run(config: ml_collections.ConfigDict) -> str:
-  """What a run would be: its config, its parameters and their bytes; nothing is allocated."""
-  tx, mesh = prepare(config)
+def dry_run(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> str:
+  """Describes a run by its config, its parameters and their bytes; allocates nothing."""
+  tx, mesh = prepare(config, devices)
   state = step_lib.abstract_state(config, tx, mesh)
   model = config_lib.model(config)
   axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -111,46 +129,82 @@ def evaluate(
   return float(nats / max(targets, 1))
 
 
-class Bad(NamedTuple):
-  """What was not finite in a step."""
+class Run(NamedTuple):
+  """An open run: its clock, and all that stays the same while it trains."""
 
-  row: int  # Number of the step's row of metrics.
-  what: str
-  is_undone: bool  # Whether the step left weights and moments as they were.
-
-
-def first_bad(rows: list[dict[str, Any]], state: step_lib.State) -> Bad | None:
-  """The first row whose weights are not finite, or else whose gradient is not; None if all are."""
-  is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
-  flat = jax.tree_util.tree_flatten_with_path(state.params, is_leaf=is_packed)[0]
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-  for i, row in enumerate(rows):
-    if (leaf := int(row["bad_weight"])) >= 0:
-      return Bad(i, f"an update too large for the weights, first of {names[leaf]},", False)
-  for i, row in enumerate(rows):
-    if not metrics.is_finite(row["loss"], row["grad_norm"]):
-      leaf = int(row["bad_leaf"])
-      where = f", first in the gradient of {names[leaf]}," if leaf >= 0 else ""
-      return Bad(i, f"loss {row['loss']} and gradient norm {row['grad_norm']}{where}", True)
-  return None
+  config: ml_collections.ConfigDict
+  folder: pathlib.Path
+  tx: Any
+  mesh: Mesh
+  data: shards.Dataset
+  windows: Any  # To train on.
+  held_out: Any  # To validate on.
+  store: Any  # Of checkpoints; None if the run saves none.
+  facts: dict[str, Any]  # See `report.describe_run`.
+  clock: metrics.Clock
+  is_asked_to_stop: Callable[[int], bool]
+  # Of several processes only the first shows and records.
+  show: Callable[[str], None]  # Prints a line.
+  record: Callable[..., None]  # Writes metrics of a step: `record(step, loss=…)`.
 
 
-def report_bad(
-  config: ml_collections.ConfigDict, step: int, what: str, is_undone: bool = True
-) -> str:
-  """A line on what is not finite, or an error where the run has to stop.
+def open_run(
+  config: ml_collections.ConfigDict, folder: pathlib.Path, held: contextlib.ExitStack
+) -> tuple[Run, step_lib.State, int]:
+  """Opens everything a run holds, and restores its last checkpoint or draws its first state.
 
-  Raises:
-    FloatingPointError: naming the step, where `config.nonfinite` is "stop", or "skip" and the step
-      cannot be undone.
+  Args:
+    config: of the run.
+    folder: of this run alone.
+    held: closes what is opened: lock, signal handler, mesh, checkpoints and events.
+
+  Returns:
+    The run, its state, and the number of steps it has made.
   """
-  line = f"{what} at step {step} with method {config.method!r}"
-  if config.nonfinite == "stop" or not (is_undone or config.nonfinite == "record"):
-    raise FloatingPointError(
-      f"{line}: lower config.optimizer.learning_rate, or set config.nonfinite to 'skip' or"
-      " 'record'; what is saved is from before that step"
-    )
-  return f"{line}: {config.nonfinite}"
+  tx, mesh = prepare(config)
+  is_main = jax.process_index() == 0
+  if is_main:
+    held.enter_context(jobs.only_one(folder))
+  is_asked_to_stop = held.enter_context(jobs.until_sigterm())
+  held.enter_context(jax.set_mesh(mesh))
+
+  data = load_data(config)
+  windows = pipeline.train_windows(data.train, config.length, config.seed)
+  held_out = pipeline.validation_windows(data.validation, config.length)
+  pipeline.batch_count(held_out, config.batch_size)  # Raises where they do not fill a batch.
+
+  target = step_lib.abstract_state(config, tx, mesh)
+  store = saved = None
+  if config.checkpoint.every:
+    where = config.checkpoint.folder or folder / "checkpoints"
+    store = held.enter_context(checkpoints.manager(where, config.checkpoint.keep))
+    saved = checkpoints.restore(store, target, config, data.manifest)
+  step = saved.step if saved else 0
+  state = saved.state if saved else step_lib.init_state(config, tx, mesh)
+  clock = metrics.Clock(config.batch_size * config.length, saved.clock if saved else None)
+
+  facts = report.describe_run(config, state, data.manifest)
+  show, record = (lambda text: None), (lambda step, **values: None)
+  if is_main:
+    show = lambda text: print(text, flush=True)
+    record = metrics.open_log(folder, step, facts, config.tensorboard, held)
+  run = Run(
+    config, folder, tx, mesh, data, windows, held_out, store, facts, clock, is_asked_to_stop,
+    show, record,
+  )  # fmt: skip
+  return run, state, step
+
+
+def opening_line(run: Run, step: int) -> str:
+  """What a run trains, on what data and devices, and from which step."""
+  config, devices = run.config, run.mesh.size
+  return (
+    f"{config.method}: {transformer.count_params(config_lib.model(config)):,} non-embedding"
+    f" parameters, {len(run.data.train):,} tokens of {run.data.manifest['source']},"
+    f" {config.steps} steps of {config.batch_size} × {config.length} tokens"
+    f" on {devices} {jax.devices()[0].device_kind} device{'s' if devices > 1 else ''}"
+    + (f", from step {step}" if step else "")
+  )
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -172,120 +226,117 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
       `config.nonfinite` is "stop"; nothing of that step is saved.
     SystemExit: with code 0 after SIGTERM, once all is saved.
   """
-  tx, mesh = prepare(config)
-  folder, is_main = pathlib.Path(workdir), jax.process_index() == 0  # Of several only one writes.
-  show = lambda text: print(text, flush=True) if is_main else None
   with contextlib.ExitStack() as held:
-    if is_main:
-      held.enter_context(jobs.only_one(folder))
-    is_asked_to_stop = held.enter_context(jobs.until_sigterm())
-    held.enter_context(jax.set_mesh(mesh))
-
-    data = load_data(config)
-    windows = pipeline.train_windows(data.train, config.length, config.seed)
-    held_out = pipeline.validation_windows(data.validation, config.length)
-    pipeline.batch_count(held_out, config.batch_size)
-
-    target = step_lib.abstract_state(config, tx, mesh)
-    store = saved = None
-    if config.checkpoint.every:
-      where = config.checkpoint.folder or folder / "checkpoints"
-      store = held.enter_context(checkpoints.manager(where, config.checkpoint.keep))
-      saved = checkpoints.restore(store, target, config, data.manifest)
-    step = saved.step if saved else 0
-    state = saved.state if saved else step_lib.init_state(config, tx, mesh)
-    clock = metrics.Clock(config.batch_size * config.length, saved.clock if saved else None)
-
-    run, log = report.describe_run(config, state, data.manifest), folder / "metrics.jsonl"
-    if is_main:
-      metrics.cut_metrics(log, step)
-      metrics.write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
-    events = None
-    if config.tensorboard and is_main:
-      events = held.enter_context(metrics.tensorboard(folder / "tensorboard", log))
-
-    def record(step: int, **values: float) -> None:
-      if is_main:
-        metrics.append_metrics(log, step, **values)
-        if events:
-          events(step, **values)
-
-    def save(validation_loss: float | None) -> None:
-      checkpoints.save(
-        store, step, state, config, data.manifest, run["versions"], clock.saved(), validation_loss
-      )
-
-    show(
-      f"{config.method}: {transformer.count_params(config_lib.model(config)):,} non-embedding"
-      f" parameters, {len(data.train):,} tokens of {data.manifest['source']},"
-      f" {config.steps} steps of {config.batch_size} × {config.length} tokens"
-      f" on {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}"
-      + (f", from step {step}" if step else "")
-    )
-    schedule = methods.schedule(config)
-    train_step = step_lib.make_train_step(config, tx, mesh)
-    loss = step_lib.make_eval_step(config)
-    batches = pipeline.batches(windows, step, config.batch_size, sharding.batch_sharding(mesh))
-    unread, is_first = [], True
-    while step < config.steps:
-      state, result = train_step(state, next(batches))
-      unread.append(result)
-      step += 1
-      if is_first:
-        jax.block_until_ready(result)  # The first step compiles, so the clock starts behind it.
-        clock.resume(step)
-        is_first = False
-      is_last, stops = step == config.steps, is_asked_to_stop(step)
-      evaluates = is_last or step % config.evaluate_every == 0
-      logs = evaluates or step % config.log_every == 0
-      saves = store is not None and (is_last or stops or step % config.checkpoint.every == 0)
-      if not (logs or saves or stops):
-        continue
-      # All at once, because reading each step would stall the next.
-      rows = jax.device_get(unread)
-      unread = []
-      clock.pause(step)
-      speed, rate = clock.tokens_per_second, float(schedule(step - 1))
-      timing = {"tokens_per_second": speed, "seconds": clock.seconds}
-      if bad := first_bad(rows, state):
-        at = step - len(rows) + 1 + bad.row
-        show(report_bad(config, at, bad.what, bad.is_undone))
-        if config.nonfinite == "record":
-          record(at, **_shown(rows[bad.row]), diverged=True, **timing)
+    run, state, done = open_run(config, pathlib.Path(workdir), held)
+    run.show(opening_line(run, done))
+    train_step = step_lib.make_train_step(config, run.tx, run.mesh)
+    eval_step = step_lib.make_eval_step(config)
+    split = sharding.batch_sharding(run.mesh)
+    batches = pipeline.batches(run.windows, done, config.batch_size, split)
+    rows: list[Any] = []  # Metrics of the steps since the last boundary, still on the devices.
+    for step in range(done + 1, config.steps + 1):
+      state, row = train_step(state, next(batches))
+      rows.append(row)
+      if step == done + 1:
+        jax.block_until_ready(row)  # The first step compiles; the clock starts after it.
+        run.clock.resume(step)
+      if due := what_is_due(config, step, run.is_asked_to_stop(step)):
+        if not at_boundary(run, state, step, rows, due, eval_step):
           break
-      validation = None
-      if logs:
-        record(step, **_shown(rows[-1]), learning_rate=rate, **timing)
-        show(report.progress_line(step, config, float(rows[-1]["loss"]), rate, speed))
-      if evaluates:
-        limit = None if is_last else config.evaluate_batches
-        validation = evaluate(loss, state.params, held_out, config.batch_size, mesh, limit)
-        record(step, validation_loss=validation)
-        if not metrics.is_finite(validation):
-          show(report_bad(config, step, f"validation loss {validation}"))
-          if config.nonfinite == "record":
-            record(step, diverged=True)
-            break
-      if saves:
-        save(validation)
-      if stops and not is_last:
-        if store is not None:
-          checkpoints.finish(store)
-        show(
-          f"asked to stop at step {step}: "
-          + ("saved, the same command goes on" if store else "nothing saved, checkpoint.every is 0")
-        )
-        raise SystemExit(0)
-      clock.resume(step)
-    if store is not None:
-      checkpoints.finish(store)
-    if not is_main:
-      return run
-    summary = report.summarize(folder)
-    show(report.closing_table(summary))
-    return summary
+        rows = []
+        run.clock.resume(step)
+    return close_run(run)
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-  """What is recorded of a step."""
+def what_is_due(config: ml_collections.ConfigDict, step: int, is_asked_to_stop: bool) -> set[str]:
+  """What has to be done after a step: "log", "evaluate", "save", "stop", or nothing."""
+  is_last = step == config.steps
+  due = set()
+  if is_last or step % config.evaluate_every == 0:
+    due |= {"evaluate", "log"}
+  if step % config.log_every == 0:
+    due.add("log")
+  every = config.checkpoint.every
+  if every and (is_last or is_asked_to_stop or step % every == 0):
+    due.add("save")
+  if is_asked_to_stop and not is_last:
+    due.add("stop")
+  return due
+
+
+def at_boundary(
+  run: Run, state: step_lib.State, step: int, rows: list[Any], due: set[str], eval_step: Any
+) -> bool:
+  """Does what is due after a step, in the order log, evaluate, save, stop.
+
+  Args:
+    run: that pauses here.
+    state: after the step.
+    step: number of steps made.
+    rows: metrics of the steps since the last boundary, on the devices.
+    due: see `what_is_due`.
+    eval_step: from `step.make_eval_step`.
+
+  Returns:
+    Whether the run goes on; not if it is recorded as diverged.
+
+  Raises:
+    FloatingPointError: see `nonfinite.report`.
+    SystemExit: with code 0, if it is to stop.
+  """
+  config = run.config
+  rows = jax.device_get(rows)  # All at once: to read each step would stall the next.
+  run.clock.pause(step)  # The steps are over only now that their metrics are here.
+  speed, rate = run.clock.tokens_per_second, float(methods.schedule(config)(step - 1))
+  timing = {"tokens_per_second": speed, "seconds": run.clock.seconds}
+  if bad := nonfinite.first(rows, state.params):
+    at = step - len(rows) + 1 + bad.row
+    run.show(nonfinite.report(config, at, bad.what, bad.is_undone))
+    if config.nonfinite == "record":
+      run.record(at, **shown(rows[bad.row]), diverged=True, **timing)
+      return False
+  if "log" in due:
+    run.record(step, **shown(rows[-1]), learning_rate=rate, **timing)
+    run.show(report.progress_line(step, config, float(rows[-1]["loss"]), rate, speed))
+  validation = None
+  if "evaluate" in due:
+    limit = None if step == config.steps else config.evaluate_batches
+    validation = evaluate(eval_step, state.params, run.held_out, config.batch_size, run.mesh, limit)
+    run.record(step, validation_loss=validation)
+    if not metrics.is_finite(validation):
+      run.show(nonfinite.report(config, step, f"validation loss {validation}"))
+      if config.nonfinite == "record":
+        run.record(step, diverged=True)
+        return False
+  if "save" in due:
+    versions, saved = run.facts["versions"], run.clock.saved()
+    checkpoints.save(run.store, step, state, config, run.data.manifest, versions, saved, validation)
+  if "stop" in due:
+    stop(run, step)
+  return True
+
+
+def stop(run: Run, step: int) -> None:
+  """Ends the process with code 0, once the last checkpoint is whole."""
+  how = "nothing saved, checkpoint.every is 0"
+  if run.store is not None:
+    checkpoints.finish(run.store)
+    how = "saved, the same command goes on"
+  run.show(f"asked to stop at step {step}: {how}")
+  raise SystemExit(0)
+
+
+def close_run(run: Run) -> dict[str, Any]:
+  """Waits for the last checkpoint, then writes and shows the summary."""
+  if run.store is not None:
+    checkpoints.finish(run.store)
+  if jax.process_index() != 0:
+    return run.facts
+  summary = report.summarize(run.folder)
+  run.show(report.closing_table(summary))
+  return summary
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+  """The metrics of a step that are recorded."""
   return {name: value for name, value in row.items() if name not in ("bad_leaf", "bad_weight")}

@@ -1,4 +1,4 @@
-"""What a run's state takes, by kind, from live arrays or from their shapes."""
+"""Bytes of a run's state by kind, from live arrays or from their shapes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,16 @@
-"""The runs that are compared: each is an expression of the library's public names."""
+"""The methods that are compared, in one registry, and the optimizer that each one makes.
+
+A method is a value. Configs name one by `config.method` and the keys beside it, studies and the
+benchmark by its label; nothing else knows what a name means. Optimizers are expressions of the
+library's public names, with two exceptions: `until` makes a quantizer out of two, which takes
+`PackedTransformation`, and `with_master` fills the residual of a `MasterWeightsState`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +19,112 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
-from eco_optax.fused.transformation import scale_gradients
-from eco_optax.quantized_array import Rounding
 from eco_optax.transforms.master_weights import MasterWeightsState
-from eco_optax.transforms.quantize_params import PackedTransformation
+from eco_optax.transforms.packed import PackedTransformation
 
-_ROUNDING: dict[str, Rounding] = {"rtn": "nearest", "sr": "stochastic"}
+Rounding = Literal["nearest", "stochastic"]
+
+# Where a method keeps what rounding loses: it rounds no weights, keeps it in master weights, drops
+# it, or adds it to the momentum.
+FLOAT, MASTER_WEIGHTS, NAIVE, ECO = "float", "master weights", "naive", "ECO"
+
+
+class Moments(NamedTuple):
+  """Dtypes that an optimizer's moments are stored in, see `eco.low_bit_moments`."""
+
+  mu: str = "float32"
+  nu: str = "float32"
+
+
+FLOAT32_MOMENTS, FP8_MOMENTS = Moments(), Moments("float8_e4m3fn", "float8_e4m3fn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to train; the fields below `rounding` are the keys of a config that go with its name."""
+
+  label: str  # In tables and in results, where its runs are found by it.
+  name: str  # In `config.method`.
+  family: str  # FLOAT, MASTER_WEIGHTS, NAIVE or ECO.
+  rounding: Rounding | None = None  # None: its weights stay in float32.
+  schedule_aware: bool = True  # Of ECO; False is the paper's rule.
+  residual: str = "float32"  # Of master weights.
+  moments: Moments = FLOAT32_MOMENTS
+  stochastic_after: float = 1.0  # Share of the steps after which it rounds stochastically.
+  short: str = ""  # Its label in tables where every rule follows the schedule; "" is `label`.
+
+  def __post_init__(self) -> None:
+    """Fills in the short label."""
+    object.__setattr__(self, "short", self.short or self.label)
+
+  @property
+  def stores_float32(self) -> bool:
+    """Whether its residual and moments are float32."""
+    return self.residual == "float32" and self.moments == FLOAT32_MOMENTS
+
+  @property
+  def changes(self) -> dict[str, Any]:
+    """The keys that make a config of default values train with this method."""
+    usual, changes = Method("", self.name, self.family), {"method": self.name}
+    for key in ("schedule_aware", "residual", "stochastic_after"):
+      if getattr(self, key) != getattr(usual, key):
+        changes[key] = getattr(self, key)
+    for name, dtype in self.moments._asdict().items():
+      if dtype != getattr(usual.moments, name):
+        changes[f"moments.{name}"] = dtype
+    return changes
+
+  def but(self, label: str, **fields: Any) -> Method:
+    """The same with another label and other fields."""
+    return dataclasses.replace(self, label=label, short="", **fields)
+
+
+def _registry() -> list[Method]:
+  """All methods, in the order of tables and colours."""
+  master, eco_nearest, eco_stochastic = (
+    Method("master weights + RTN", "mw_rtn", MASTER_WEIGHTS, "nearest"),
+    Method("ECO + RTN, schedule-aware", "eco_rtn", ECO, "nearest", short="ECO + RTN"),
+    Method("ECO + SR, schedule-aware", "eco_sr", ECO, "stochastic", short="ECO + SR"),
+  )
+  int8_residual = master.but("int8 residual + RTN", residual="int8")
+  return [
+    Method("BF16 master weights", "bf16_mw", FLOAT),
+    master,
+    Method("master weights + SR", "mw_sr", MASTER_WEIGHTS, "stochastic"),
+    Method("naive RTN", "naive_rtn", NAIVE, "nearest"),
+    Method("naive SR", "naive_sr", NAIVE, "stochastic"),
+    eco_nearest.but("ECO + RTN, paper's rule", schedule_aware=False),
+    eco_nearest,
+    eco_stochastic.but("ECO + SR, paper's rule", schedule_aware=False),
+    eco_stochastic,
+    int8_residual,
+    eco_stochastic.but("ECO + SR, FP8 moments", moments=FP8_MOMENTS),
+    int8_residual.but("int8 residual + RTN, FP8 moments", moments=FP8_MOMENTS),
+  ]
+
+
+METHODS: dict[str, Method] = {method.label: method for method in _registry()}
+# Those that `config.method` selects by itself, by that name.
+BY_NAME: dict[str, Method] = {
+  method.name: method for method in METHODS.values() if set(method.changes) == {"method"}
+}
+
+
+def of(config: ml_collections.ConfigDict) -> Method:
+  """The method that a config's keys select."""
+  return dataclasses.replace(
+    BY_NAME[config.method],
+    schedule_aware=config.schedule_aware,
+    residual=config.residual,
+    moments=Moments(**config.moments),
+    stochastic_after=config.stochastic_after,
+  )
 
 
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
   """Linear warm-up to the peak, then a cosine; the paper's is 0.01× → 1× (10%) → 0.1×."""
   optimizer, peak = config.optimizer, config.optimizer.learning_rate
+  # 1e-6 of a step makes good binary fractions: 0.29 × 100 steps is 28.999999999999996.
   warmup = max(int(optimizer.warmup_fraction * config.steps + 1e-6), 1)
   return optax.warmup_cosine_decay_schedule(
     optimizer.start_fraction * peak,
@@ -39,41 +141,65 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def clip_factor(max_norm: float, grad_norm: jax.Array) -> jax.Array:
-  """What gradients of a norm are multiplied by, so that it is `max_norm` at most."""
+  """The factor that brings gradients of norm `grad_norm` down to `max_norm`; 1 if they are below.
+
+  1e-30 stands in for a norm of zero: any positive float32 below every `max_norm` would do.
+  """
   return jnp.minimum(1.0, max_norm / jnp.maximum(grad_norm, 1e-30))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.clip_by_global_norm` that is told the norm: `update(…, grad_norm=…)`, see `global_norm`.
+  """`optax.clip_by_global_norm` for a norm that the caller has: `update(…, grad_norm=…)`.
 
-  Optax would sum bfloat16 gradients in bfloat16.
+  Optax would sum bfloat16 gradients in bfloat16; see `global_norm`.
   """
 
   def update(
     grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
   ) -> tuple[Any, Any]:
     del params, extra_args
-    return scale_gradients(grads, clip_factor(max_norm, grad_norm)), state
+    factor = clip_factor(max_norm, grad_norm)
+    clip = lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype)
+    return jax.tree.map(clip, grads), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def fold_clip(
+  max_norm: float, tx: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """Folds `clip_by_global_norm` into `tx`, a fused step; makes no clipped copy of the gradients."""
+  inner = optax.with_extra_args_support(tx)
+
+  def update(
+    grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    scale = clip_factor(max_norm, grad_norm)
+    return inner.update(grads, state, params, gradient_scale=scale, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+# Optimizers by `config.optimizer.name`: the direction of their steps, from b1, b2 and eps.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adamw": optax.scale_by_adam,
+  "nadamw": lambda **adam: optax.scale_by_adam(**adam, nesterov=True),
+  "amsgrad": optax.scale_by_amsgrad,
+  # Optax's b3 of 0.9999 remembers 10⁴ steps. 0.99 remembers 100, so that the slow momentum forgets
+  # within the 500 steps that the study of optimizers trains for.
+  "ademamix": lambda **adam: optax.contrib.scale_by_ademamix(**adam, b3=0.99, alpha=2.0),
+  "yogi": optax.scale_by_yogi,
+  "radam": optax.scale_by_radam,
+  "sgd": lambda b1, **unused: optax.trace(b1),
+}
+_FUSED = ("adamw", "nadamw")  # Those that `eco.adamw` fuses with the rule.
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """Optax's optimizer of the config's name, with decoupled weight decay."""
   o = config.optimizer
-  adam = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
-  directions: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adamw": lambda: optax.scale_by_adam(**adam),
-    "nadamw": lambda: optax.scale_by_adam(**adam, nesterov=True),
-    "amsgrad": lambda: optax.scale_by_amsgrad(**adam),
-    # Its slow momentum forgets within a short run too.
-    "ademamix": lambda: optax.contrib.scale_by_ademamix(**adam, b3=0.99, alpha=2.0),
-    "yogi": lambda: optax.scale_by_yogi(**adam),
-    "radam": lambda: optax.scale_by_radam(**adam),
-    "sgd": lambda: optax.trace(o.b1),
-  }
   return optax.chain(
-    directions[o.name](),
+    OPTIMIZERS[o.name](b1=o.b1, b2=o.b2, eps=o.eps),
     optax.add_decayed_weights(o.weight_decay),
     optax.scale_by_learning_rate(schedule(config)),
   )
@@ -91,7 +217,7 @@ def until(
     choose = lambda a, b: jnp.where(state.step < step, a, b)
 
     def leaf(old: Any, a: Any, b: Any) -> Any:
-      if a is old:  # What no quantizer moves has to be handed on as it is.
+      if a is old:  # No quantizer moves this leaf; the object itself must be handed on.
         return a
       return jax.tree.map(choose, a, b)
 
@@ -100,34 +226,25 @@ def until(
   return PackedTransformation(first.init, update)
 
 
-def _quantizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def quantizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """The quantizer of `config.method`, which must round weights."""
+  method = of(config)
   make = lambda rounding: eco.quantize_params(rounding=rounding, seed=config.seed)
-  quantizer = make(_ROUNDING[config.method.split("_")[1]])
-  if config.stochastic_after < 1:
-    quantizer = until(int(config.stochastic_after * config.steps), quantizer, make("stochastic"))
-  return quantizer
+  if method.stochastic_after < 1:
+    switch = int(method.stochastic_after * config.steps)
+    return until(switch, make(method.rounding), make("stochastic"))
+  return make(method.rounding)
 
 
-def clip_on_the_way(
-  max_norm: float, tx: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-  """`tx`, a fused one, behind `clip_by_global_norm`, of which no array is made."""
-  inner = optax.with_extra_args_support(tx)
-
-  def update(
-    grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    scale = clip_factor(max_norm, grad_norm)
-    return inner.update(grads, state, params, gradient_scale=scale, **extra_args)
-
-  return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-_FUSED = ("adamw", "nadamw")
+def _low_bit(method: Method, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The optimizer with its moments stored as the method says."""
+  if method.moments == FLOAT32_MOMENTS:
+    return tx
+  return eco.low_bit_moments(tx, **method.moments._asdict())  # type: ignore[arg-type]
 
 
 def _fused(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
-  """ECO over `stock_optimizer`, with the step of a leaf in one pass where there is a kernel."""
+  """ECO over `stock_optimizer`, with a leaf's step in one pass where the device has a kernel."""
   o = config.optimizer
   return eco.adamw(
     schedule(config),
@@ -136,68 +253,65 @@ def _fused(config: ml_collections.ConfigDict) -> optax.GradientTransformationExt
     o.eps,
     weight_decay=o.weight_decay,
     nesterov=o.name == "nadamw",
-    rounding=_ROUNDING[config.method.split("_")[1]],
+    rounding=of(config).rounding,  # type: ignore[arg-type]
     seed=config.seed,
   )
 
 
-def _low_bit(
-  config: ml_collections.ConfigDict, tx: optax.GradientTransformation
-) -> optax.GradientTransformation:
-  """The optimizer with its moments stored as the config says."""
-  if set(config.moments.values()) == {"float32"}:
-    return tx
-  return eco.low_bit_moments(tx, **config.moments)
+def _can_fuse(config: ml_collections.ConfigDict) -> bool:
+  """Whether `eco.adamw` is what the config's method and optimizer come to."""
+  method = of(config)
+  one_rounding = method.stochastic_after == 1
+  return config.optimizer.name in _FUSED and method.schedule_aware and one_rounding
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of `config.method`, layer by layer behind a clip by global norm.
+  """The optimizer of `config.method`, layer by layer, behind a clip by global norm.
 
   Its update takes the norm of the gradients too: `tx.update(…, grad_norm=global_norm(grads))`.
   """
-  inner = stock_optimizer(config)
+  method, inner = of(config), stock_optimizer(config)
   clip = clip_by_global_norm(config.optimizer.max_norm)
-  if config.method == "bf16_mw":
-    return optax.with_extra_args_support(optax.chain(clip, _low_bit(config, inner)))
-  family, quantizer = config.method.split("_")[0], _quantizer(config)
-  if family == "mw":
-    tx = eco.master_weights(inner, quantizer, config.residual)
-  elif family == "naive":
-    tx = eco.chain(inner, quantizer)
-  elif config.optimizer.name in _FUSED and config.schedule_aware and config.stochastic_after == 1:
-    tx = eco.layer_by_layer(_low_bit(config, _fused(config)))
-    # All states have the clip's place.
-    return optax.chain(optax.identity(), clip_on_the_way(config.optimizer.max_norm, tx))
+  if method.family == FLOAT:
+    return optax.with_extra_args_support(optax.chain(clip, _low_bit(method, inner)))
+  if method.family == MASTER_WEIGHTS:
+    tx = eco.master_weights(inner, quantizer(config), method.residual)  # type: ignore[arg-type]
+  elif method.family == NAIVE:
+    tx = eco.chain(inner, quantizer(config))
+  elif _can_fuse(config):
+    tx = eco.layer_by_layer(_low_bit(method, _fused(config)))
+    # The identity keeps the clip's place in the state, which checkpoints of all methods share.
+    return optax.chain(optax.identity(), fold_clip(config.optimizer.max_norm, tx))
   else:
-    learning_rate = schedule(config) if config.schedule_aware else None
-    tx = eco.error_feedback_to_momentum(inner, quantizer, learning_rate)
-  tx = eco.layer_by_layer(_low_bit(config, tx))
+    learning_rate = schedule(config) if method.schedule_aware else None
+    tx = eco.error_feedback_to_momentum(inner, quantizer(config), learning_rate)
+  tx = eco.layer_by_layer(_low_bit(method, tx))
   return optax.with_extra_args_support(optax.chain(clip, tx))
 
 
 def with_master(
   config: ml_collections.ConfigDict, params: Any, opt_state: Any, master: Any
 ) -> tuple[Any, Any]:
-  """What a run with master weights starts from if these are given in float.
+  """Starts a run with master weights from given float32 weights.
 
-  A step of an optimizer that changes nothing, from any stored weights to the master weights, leaves
-  the latter's rounding in the one and the rest in the residual.
+  One step of `eco.master_weights` over the identity moves the stored weights onto the given ones:
+  it rounds them into the parameters and puts the rest in the residual.
 
   Args:
     config: of the run.
-    params: packed, as `opt_state` was made from.
-    opt_state: of `optimizer`, no step made.
+    params: packed parameters, from which `opt_state` was made.
+    opt_state: of `optimizer`, before any step.
     master: float32 weights in the tree of `eco.dequantize(params)`.
 
   Returns:
     Parameters and state.
   """
   move = eco.layer_by_layer(
-    eco.master_weights(optax.identity(), _quantizer(config), config.residual)
+    eco.master_weights(optax.identity(), quantizer(config), config.residual)
   )
   way = jax.tree.map(jnp.subtract, master, eco.dequantize(params))
   updates, moved = move.update(way, move.init(params), params)
-  kept = lambda state: isinstance(state, MasterWeightsState)
-  (start,) = [x for x in jax.tree.leaves(moved, is_leaf=kept) if kept(x)]
-  put = lambda x: x._replace(residual=start.residual) if kept(x) else x
-  return eco.apply_updates(params, updates), jax.tree.map(put, opt_state, is_leaf=kept)
+  is_master = lambda state: isinstance(state, MasterWeightsState)
+  (start,) = [x for x in jax.tree.leaves(moved, is_leaf=is_master) if is_master(x)]
+  put = lambda x: x._replace(residual=start.residual) if is_master(x) else x
+  return eco.apply_updates(params, updates), jax.tree.map(put, opt_state, is_leaf=is_master)

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: a JSONL of metrics, TensorBoard if wanted, and its clock."""
+"""The files that a run writes as it goes, metrics.jsonl and TensorBoard events, and its clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-TIMING = ("tokens_per_second", "seconds")  # The metrics that are not the same in every run.
+TIMING = ("tokens_per_second", "seconds")  # The only metrics that differ between equal runs.
 
 
 def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
@@ -20,7 +20,7 @@ def append_metrics(path: pathlib.Path, step: int, **values: float) -> None:
   Args:
     path: of the metrics file.
     step: that the values belong to.
-    **values: numbers; those that are not finite become null, because JSON has no NaN.
+    **values: numbers; a value that is not finite becomes null, because JSON has no NaN.
   """
   numbers = {name: float(value) for name, value in values.items()}
   row = {"step": step} | {n: x if math.isfinite(x) else None for n, x in numbers.items()}
@@ -39,7 +39,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: pathlib.Path, step: int) -> None:
-  """Leaves the rows up to a step, to which a run goes back; the file is whole at every moment."""
+  """Drops the rows after a step, from which a run resumes; replaces the file atomically."""
   if not path.exists():
     return
   kept = [row for row in read_metrics(path) if row["step"] <= step]
@@ -92,13 +92,47 @@ def tensorboard(folder: pathlib.Path, log: pathlib.Path) -> Iterator[Callable[..
     yield write
 
 
+def open_log(
+  folder: pathlib.Path,
+  step: int,
+  facts: Mapping[str, Any],
+  with_tensorboard: bool,
+  held: contextlib.ExitStack,
+) -> Callable[..., None]:
+  """Writes run.json, and cuts metrics.jsonl to the step from which a run goes on.
+
+  Args:
+    folder: of the run.
+    step: number of steps it has made.
+    facts: for run.json.
+    with_tensorboard: whether to write TensorBoard events too.
+    held: closes the events.
+
+  Returns:
+    A function of step and metrics that records them.
+  """
+  log = folder / "metrics.jsonl"
+  cut_metrics(log, step)
+  write_whole(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+  events = (
+    held.enter_context(tensorboard(folder / "tensorboard", log)) if with_tensorboard else None
+  )
+
+  def record(step: int, **values: float) -> None:
+    append_metrics(log, step, **values)
+    if events:
+      events(step, **values)
+
+  return record
+
+
 def clock(seconds: float) -> str:
   """Minutes and seconds, as a progress line shows them."""
   return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 class Clock:
-  """Time of a run over all its parts, and tokens per second apart from what is not training.
+  """Time of a run across restarts, and its tokens per second of training alone.
 
   Training is what happens between `resume` and `pause`: compiling, evaluating and saving are not.
   """
@@ -119,7 +153,7 @@ class Clock:
 
   @property
   def seconds(self) -> float:
-    """Since the run began, without what was lost when it died."""
+    """Since the run began, without the time lost when it died."""
     return self._saved["seconds"] + time.perf_counter() - self._started
 
   @property
@@ -129,7 +163,7 @@ class Clock:
     return self._tokens_per_step * steps / self._saved["timed_seconds"] if steps else 0.0
 
   def saved(self) -> dict[str, float]:
-    """What another process needs to go on."""
+    """The counters that another process needs to go on."""
     return self._saved | {"seconds": self.seconds}
 
 

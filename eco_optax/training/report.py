@@ -1,11 +1,13 @@
-"""What is said of a run: its progress, and from its files its summary, table and loss curve."""
+"""Reports on a run: its progress, and from its files its summary, table and loss curve."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import platform
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -24,7 +26,7 @@ from eco_optax.training.step import State
 
 
 def describe_machine() -> dict[str, Any]:
-  """What is needed to make a figure again: command, versions and machine."""
+  """The command, versions and machine that a figure was made with."""
   modules = (jax, optax, flax, grain, ml_dtypes, orbax.checkpoint)
   versions = {module.__name__: module.__version__ for module in modules}
   machine = {
@@ -32,9 +34,24 @@ def describe_machine() -> dict[str, Any]:
     "devices": jax.device_count(),
     "cpu": _processor(),
   }
-  command = " ".join(["python", *sys.argv])
   versions["python"] = platform.python_version()
-  return {"command": command, "versions": versions, "machine": machine}
+  return {"command": command(sys.orig_argv), "versions": versions, "machine": machine}
+
+
+def command(arguments: Sequence[str]) -> str:
+  """A command line to paste into a shell at the root of the repository.
+
+  Args:
+    arguments: as the interpreter was given them, see `sys.orig_argv`.
+  """
+  root = pathlib.Path(__file__).parents[2]
+
+  def from_root(argument: str) -> str:
+    path = pathlib.Path(argument).absolute()
+    is_script = path.suffix == ".py" and path.is_file() and path.is_relative_to(root)
+    return path.relative_to(root).as_posix() if is_script else argument
+
+  return shlex.join(["python", *map(from_root, arguments[1:])])
 
 
 def _processor() -> str:
@@ -47,12 +64,12 @@ def _processor() -> str:
 def describe_run(
   config: ml_collections.ConfigDict, state: State, manifest: dict[str, Any]
 ) -> dict[str, Any]:
-  """What does not change while a run goes on.
+  """Describes a run by everything that does not change while it trains.
 
   Args:
     config: of the run.
     state: of the run, live or abstract.
-    manifest: of what it reads.
+    manifest: of the data it reads.
 
   Returns:
     A dictionary for JSON.
@@ -72,7 +89,7 @@ def describe_run(
 def progress_line(
   step: int, config: ml_collections.ConfigDict, loss: float, rate: float, speed: float
 ) -> str:
-  """What is shown of a running run: loss, speed, share of the chips' peak, and time left."""
+  """A line on a running run: loss, speed, share of the chips' peak, and time left."""
   line = f"step {step:>5}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}"
   if not speed:  # Before a step has been timed.
     return line
@@ -156,7 +173,7 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
     runs: metrics file by the name that the legend gives the run.
     out: the PNG to write.
   """
-  # Without pyplot, whose backend is the notebook's or whoever else's that trains.
+  # Without pyplot, whose backend belongs to the caller, such as a notebook.
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 4.3), layout="constrained")

@@ -1,6 +1,6 @@
 """Where arrays live on a mesh: one table from parameters to axes by name, one to mesh axes.
 
-Under `jax.set_mesh` the constraints below say what the compiler may not choose by itself; without a
+Under `jax.set_mesh` the constraints below fix layouts that the compiler must not choose. Without a
 mesh they do nothing, and everything runs on one device.
 """
 
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# The mesh axes that each logical axis is split over; what is not named here is not split.
+# The mesh axes that each logical axis is split over; other logical axes are not split.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp", "expert"),
   "expert_batch": ("data", "fsdp"),  # Of rows that have been sent to their experts.
@@ -54,7 +54,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
   """A mesh with the axes data, fsdp, tensor and expert.
 
   Args:
-    sizes: of the axes by name; one may be −1, which takes the devices that are left.
+    sizes: of the axes by name. −1 takes the devices that are left; of several axes of −1 `fsdp`
+      takes them, or else the first, and the others have size 1.
     devices: in the order of the mesh; None takes all of them.
 
   Returns:
@@ -67,8 +68,11 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     raise ValueError(f"unknown mesh axes {sorted(unknown)}: use {', '.join(AXES)}")
   found = np.asarray(jax.devices() if devices is None else devices)
   shape = [sizes.get(axis, 1) for axis in AXES]
-  if shape.count(-1) == 1:
-    shape[shape.index(-1)] = max(1, found.size // -math.prod(shape))
+  if rest := [axis for axis, n in zip(AXES, shape, strict=True) if n == -1]:
+    rest.sort(key=lambda axis: axis != "fsdp")
+    for axis in rest[1:]:
+      shape[AXES.index(axis)] = 1
+    shape[AXES.index(rest[0])] = max(1, found.size // -math.prod(shape))
   if any(n < 1 for n in shape) or math.prod(shape) != found.size:
     given = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
     raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,22 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import methods, sharding
 from eco_optax.training.data.pipeline import Batch
 from eco_optax.training.models import transformer
+from eco_optax.training.models.config import TransformerConfig
+
+
+def accumulation(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+  """Parts in which a batch's gradients are computed: `config.accumulation`, or fewer.
+
+  Where a part has fewer sequences than there are devices, parts are joined until every device has a
+  sequence of its own: that takes no more memory on a device. With `config.reduction_groups` the
+  number stays what it is, because the weights must not depend on the devices.
+  """
+  devices = mesh.size // mesh.shape["tensor"]
+  wanted, batch = config.accumulation, config.batch_size
+  if config.reduction_groups:
+    return wanted
+  fits = [n for n in range(1, wanted + 1) if wanted % n == 0 and batch // n % devices == 0]
+  return max(fits, default=wanted)
 
 
 class State(NamedTuple):
@@ -23,18 +40,33 @@ class State(NamedTuple):
 
   params: Any  # Packed and float32 leaves.
   opt_state: Any
-  skipped: Any  # int32 scalar: steps whose update was not made, because it was no number.
+  skipped: Any  # int32 scalar: steps skipped because loss or gradient was not finite.
 
 
 def make_init(config: ml_collections.ConfigDict, tx: optax.GradientTransformation) -> Any:
   """A function of no arguments that returns a run's first state."""
-  model, (weight_format, _) = config_lib.model(config), config_lib.formats(config)
+  return _make_init(config_lib.model(config), config.seed, config_lib.formats(config)[0], tx)
 
+
+def _make_init(
+  model: TransformerConfig,
+  seed: int,
+  weight_format: eco.Format | None,
+  tx: optax.GradientTransformation,
+) -> Any:
   def init() -> State:
-    params = transformer.init(model, config.seed, weight_format)
+    params = transformer.init(model, seed, weight_format)
     return State(params, tx.init(params), jnp.zeros([], jnp.int32))
 
   return init
+
+
+@functools.lru_cache(maxsize=8)  # A run asks three times, and a trace of `tx.init` takes seconds.
+def _shapes(
+  model: TransformerConfig, weight_format: eco.Format | None, tx: optax.GradientTransformation
+) -> State:
+  """Shapes and dtypes of a first state, which depend on no seed."""
+  return jax.eval_shape(_make_init(model, 0, weight_format, tx))
 
 
 def abstract_state(
@@ -45,7 +77,7 @@ def abstract_state(
   Raises:
     ValueError: naming any large array that the mesh would leave whole on every device.
   """
-  shapes = jax.eval_shape(make_init(config, tx))
+  shapes = _shapes(config_lib.model(config), config_lib.formats(config)[0], tx)
   sharding.check_sharded(shapes, mesh, config.replicated_limit_mib * 2**20)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -57,7 +89,7 @@ def abstract_state(
 def init_state(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-  """A run's first state, each device making or reading its own part of it, layer by layer."""
+  """A run's first state; each device makes or reads its own part, layer by layer."""
   target = abstract_state(config, tx, mesh)
   in_place = jax.tree.map(lambda x: x.sharding, target)
   with jax.set_mesh(mesh):
@@ -66,8 +98,8 @@ def init_state(
     model = config_lib.model(config)
     params = hugging_face.load(config.init_from, target.params, model)
     opt_state = jax.jit(tx.init, out_shardings=in_place.opt_state)(params)
-    if config.method.startswith("mw_"):
-      # Master weights are the checkpoint's own, and not what is left of them.
+    if methods.of(config).family == methods.MASTER_WEIGHTS:
+      # Master weights start from the checkpoint's own values, not from their rounded ones.
       dense = jax.eval_shape(eco.dequantize, target.params)
       place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
       dense = jax.tree.map(place, dense, sharding.shardings(dense, mesh))
@@ -125,7 +157,7 @@ def make_train_step(
 
   def accumulated(params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
     """Means over parts of the batch, one after another, summed in float32."""
-    parts = config.accumulation
+    parts = accumulation(config, mesh)
     if parts == 1:
       return gradients(params, batch)
     # Every part takes rows from all devices.
@@ -146,7 +178,7 @@ def make_train_step(
       mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)  # A batch may have no target at all.
       batch = batch._replace(weights=batch.weights / mean)
     metrics, grads = accumulated(state.params, batch)
-    # A norm of parts depends on what the parts are.
+    # A sum over the devices' parts would depend on how many there are.
     norm = (
       sharding.on_each_device(methods.global_norm)
       if config.reduction_groups
@@ -164,11 +196,11 @@ def make_train_step(
       )
       return State(eco.apply_updates(state.params, updates), opt_state, state.skipped)
 
-    # Of a leaf without a norm, some element is not finite, or their squares' sum is not.
+    # A norm that is not finite: some element is not, or their sum of squares overflows.
     metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     state = jax.lax.cond(is_finite, update, lambda: state._replace(skipped=state.skipped + 1))
-    # Codes are finite; what is not shows in their scales.
+    # Codes are always finite; a bad weight shows in its scale.
     is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
     leaves = jax.tree.leaves(state.params, is_leaf=is_packed)
     values = [leaf.float_scale() if is_packed(leaf) else leaf for leaf in leaves]

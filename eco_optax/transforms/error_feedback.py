@@ -40,11 +40,14 @@ from eco_optax import trees
 from eco_optax.quantized_array import dequantize, is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.momentum import Leaves, Momentum
-from eco_optax.transforms.quantize_params import (
+from eco_optax.transforms.packed import (
+  Context,
   PackedTransformation,
   add_update,
   float_gradients,
+  is_packed_transformation,
   require_params,
+  run,
   stored_weight,
 )
 
@@ -82,7 +85,7 @@ class Observation(NamedTuple):
 
 
 def moved_paths(
-  quantizer: optax.GradientTransformationExtraArgs, state: Any, params: Any
+  quantizer: optax.GradientTransformation, state: Any, params: Any
 ) -> tuple[str, ...]:
   """Paths of the leaves that the quantizer moves: it hands back all others untouched."""
   moved: list[str] = []
@@ -208,8 +211,7 @@ def build(
 ) -> PackedTransformation:
   """`error_feedback_to_momentum` whose update may also hand out what it did (`diagnostics`)."""
   inner = optax.with_extra_args_support(inner)
-  packed_quantizer = isinstance(quantizer, PackedTransformation)
-  quantizer = optax.with_extra_args_support(quantizer)
+  packed_quantizer = is_packed_transformation(quantizer)
   aware = learning_rate is not None
   probes: dict[Any, tuple[str, ...]] = {}
 
@@ -241,9 +243,10 @@ def build(
     return ErrorFeedbackState(jnp.zeros([], jnp.int32), inner.init(dense), quantizer_state, error)
 
   def update(
-    updates: Any, state: ErrorFeedbackState, params: Any = None, **extra_args: Any
+    updates: Any, state: ErrorFeedbackState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, Any]:
     require_params(params)
+    updates, context = context.scale(updates)
     updates = float_gradients(updates, params)
     paths, early = plan(state.quantizer, params)
     dense = dequantize(params)
@@ -252,8 +255,8 @@ def build(
     step = momentum_lib.differentiate(
       inner, where, updates, state.inner, dense, extra_args, by_weight=aware and keep_error
     )
-    quantized, quantizer_state = quantizer.update(
-      step.updates, state.quantizer, params, **extra_args
+    quantized, quantizer_state = run(
+      quantizer, step.updates, state.quantizer, params, context, extra_args
     )
 
     error = {}
@@ -293,7 +296,7 @@ def build(
         error[path] = jnp.where(usable, error[path], old)
       dtype = where.get(step.state)[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
-      bits = rounding_lib.counter_bits(key, weights[path].shape, extra_args.get("layer"))
+      bits = rounding_lib.counter_bits(key, weights[path].shape, context.layer)
       stored[path] = rounding_lib.stochastic_cast(
         step.momentum[path] + injection[path], dtype, bits
       )

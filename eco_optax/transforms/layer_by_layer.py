@@ -13,7 +13,12 @@ import optax
 from eco_optax import trees
 from eco_optax.quantized_array import as_parameter, dequantize, is_quantized, quantize_array
 from eco_optax.transforms import eager, stacks
-from eco_optax.transforms.quantize_params import PackedTransformation, require_params
+from eco_optax.transforms.packed import (
+  Context,
+  PackedTransformation,
+  require_params,
+  run,
+)
 
 _Leaves = dict[str, Any]  # Leaves of a tree by path.
 
@@ -123,7 +128,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     >>> eco.apply_updates(params, updates)["blocks"].shape
     (12, 4, 4)
   """
-  inner = optax.with_extra_args_support(inner)
+  takes_whole = inner.takes_whole if isinstance(inner, PackedTransformation) else lambda *_: ()
 
   def init(params: Any) -> optax.OptState:
     if _stacks(_flatten(params)[0]):
@@ -131,38 +136,39 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return inner.init(params)
 
   def update(
-    updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
+    updates: Any, state: optax.OptState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, optax.OptState]:
     require_params(params)
     weights, grads = _flatten(params)[0], _flatten(updates)[0]
     states, treedef = _flatten(state)
     owners = {path: _owner(path, weights) for path in states}
-    whole = inner.takes_whole(state, params) if isinstance(inner, PackedTransformation) else ()
+    whole = takes_whole(state, params, context.moments is not None)
     groups = _stacks({path: leaf for path, leaf in weights.items() if path not in whole})
     stacked = [path for paths in groups.values() for path in paths]
     pick = lambda leaves, paths: {path: leaves[path] for path in paths}
 
-    def run(
-      grads: _Leaves, weights: _Leaves, state: _Leaves, **layer: Any
+    def run_on(
+      grads: _Leaves, weights: _Leaves, state: _Leaves, layer: jax.Array | None = context.layer
     ) -> tuple[_Leaves, _Leaves]:
       """One step of `inner` where all other leaves are masked."""
       masked = jax.tree.unflatten(treedef, [state.get(p, optax.MaskedNode()) for p in states])
-      new_updates, new_state = inner.update(
-        _keep(updates, grads), masked, _keep(params, weights), **extra_args, **layer
+      own_context = context._replace(layer=layer)
+      new_updates, new_state = run(
+        inner, _keep(updates, grads), masked, _keep(params, weights), own_context, extra_args
       )
       new_weights = jax.tree.map(as_parameter, new_updates, is_leaf=is_quantized)
       return _flatten(new_weights)[0], _flatten(new_state)[0]
 
     rest = [path for path in weights if path not in stacked]
     rest_states = pick(states, [path for path in states if owners[path] not in stacked])
-    new_updates, new_states = run(pick(grads, rest), pick(weights, rest), rest_states)
+    new_updates, new_states = run_on(pick(grads, rest), pick(weights, rest), rest_states)
     shared = pick(states, [path for path in states if owners[path] is None])  # The step count.
 
     for paths in groups.values():
 
       def step(i: jax.Array, layer: Any, grads: Any) -> tuple[_Leaves, _Leaves]:
         weights, own_state = layer
-        new_weights, new_state = run(grads, weights, shared | own_state, layer=i)
+        new_weights, new_state = run_on(grads, weights, shared | own_state, i)
         return new_weights, pick(new_state, own_state)
 
       own = [path for path in states if owners[path] in paths]

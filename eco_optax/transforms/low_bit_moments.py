@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +10,10 @@ import optax
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
-from eco_optax.fused.transformation import FusedTransformation
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.momentum import shapes_of
-from eco_optax.transforms.quantize_params import PackedTransformation, require_params
+from eco_optax.transforms.packed import Context, PackedTransformation, require_params, run
 from eco_optax.transforms.stored_moments import DTYPES, Kind, MomentDtype, read, store
 
 # Of the random bits with which moments are rounded.
@@ -29,47 +27,55 @@ class LowBitMomentsState(NamedTuple):
   inner: optax.OptState  # With QuantizedArray, SecondMoment or bfloat16 leaves as moments.
 
 
-class Codec(NamedTuple):
-  """How an optimizer's state is stored and read back; shapes are of the parameters, by path."""
+class MomentStorage(NamedTuple):
+  """How an optimizer's moments are stored between its steps, and at which step."""
 
-  store: Callable[..., Any]  # (state, parameters, step, layer) → state
-  read: Callable[[Any, Any], Any]  # (state, shapes) → state
-  keys: Callable[..., Any]  # (state, shapes, step) → state with keys of random bits as moments
+  mu: MomentDtype  # Of first moments.
+  nu: MomentDtype  # Of second moments.
+  step: jax.Array  # int32: it numbers the random bits.
 
+  def _dtype(self, kind: Kind) -> MomentDtype:
+    return self.mu if kind == "first" else self.nu
 
-def codec(mu: MomentDtype, nu: MomentDtype) -> Codec:
-  """Stores first moments as `mu` and second ones as `nu`; see `low_bit_moments`."""
-  for name, dtype in (("mu", mu), ("nu", nu)):
-    if dtype not in DTYPES:
-      raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}")
-  dtypes = {"first": mu, "second": nu}
-  key = lambda step, path: rounding_lib.stream_key(_SEED, step, path)
+  def key(self, path: str) -> jax.Array:
+    """Of the random bits of the moment at a path of the optimizer's state."""
+    return rounding_lib.stream_key(_SEED, self.step, path)
 
-  def store_state(state: Any, params: Any, step: jax.Array, layer: Any = None) -> Any:
+  def keys(self, state: Any, shapes: Any) -> Any:
+    """The state with keys of random bits in place of moments; shapes are the parameters'."""
+    return momentum_lib.map_moments(lambda path, kind, x: self.key(path), state, shapes)
+
+  def store(self, state: Any, params: Any, layer: jax.Array | None = None) -> Any:
+    """The state with float32 moments stored."""
     weights = momentum_lib.flat(params)
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
-      if dtypes[kind] == "float32" or not x.ndim or not trees.is_float(x):
+      dtype = self._dtype(kind)
+      if dtype == "float32" or not x.ndim or not trees.is_float(x):
         return x
-      bits = rounding_lib.counter_bits(key(step, path), x.shape, layer)
+      bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
       # The longest end of the moment's path that is one of a parameter.
       owner = next(end for end in trees.path_ends(path) if end in weights)
-      return store(x, kind, dtypes[kind], bits, is_quantized(weights[owner]))
+      return store(x, kind, dtype, bits, is_quantized(weights[owner]))
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
-  def read_state(state: Any, shapes: Any) -> Any:
+  def read(self, state: Any, shapes: Any) -> Any:
+    """The state with stored moments as float32; shapes are the parameters'."""
+
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
       del path
-      is_low = is_quantized(x) or (dtypes[kind] == "bfloat16" and trees.is_float(x))
+      is_low = is_quantized(x) or (self._dtype(kind) == "bfloat16" and trees.is_float(x))
       return read(x) if is_low else x
 
     return momentum_lib.map_moments(read_leaf, state, shapes)
 
-  def keys(state: Any, shapes: Any, step: jax.Array) -> Any:
-    return momentum_lib.map_moments(lambda path, kind, x: key(step, path), state, shapes)
 
-  return Codec(store_state, read_state, keys)
+def check_moment_dtypes(mu: MomentDtype, nu: MomentDtype) -> None:
+  """Raises `ValueError` for a dtype that moments cannot be stored in."""
+  for name, dtype in (("mu", mu), ("nu", nu)):
+    if dtype not in DTYPES:
+      raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def low_bit_moments(
@@ -116,8 +122,7 @@ def low_bit_moments(
     Dettmers et al, `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
-  inner_update = optax.with_extra_args_support(inner).update
-  moments = codec(mu, nu)
+  check_moment_dtypes(mu, nu)
 
   def init(params: Any) -> LowBitMomentsState:
     step, state = jnp.zeros([], jnp.int32), inner.init(params)
@@ -129,25 +134,31 @@ def low_bit_moments(
       )
     # Under `jit` they are constants, whose codes XLA would work out as it compiles, for minutes.
     state = jax.lax.optimization_barrier(state)
-    return LowBitMomentsState(step, moments.store(state, params, step))
+    return LowBitMomentsState(step, MomentStorage(mu, nu, step).store(state, params))
 
   def update(
-    updates: Any, state: LowBitMomentsState, params: Any = None, **extra_args: Any
+    updates: Any, state: LowBitMomentsState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, LowBitMomentsState]:
     require_params(params)
-    if isinstance(inner, FusedTransformation):
-      updates, stored = inner.update(
-        updates, state.inner, params, codec=moments, codec_step=state.step, **extra_args
-      )
+    moments = MomentStorage(mu, nu, state.step)
+    if getattr(inner, "takes_stored_moments", False):
+      context = context._replace(moments=moments)
+      updates, stored = run(inner, updates, state.inner, params, context, extra_args)
     else:
       unpacked = moments.read(state.inner, shapes_of(params))
-      updates, inner_state = inner_update(updates, unpacked, params, **extra_args)
-      stored = moments.store(inner_state, params, state.step, extra_args.get("layer"))
+      updates, inner_state = run(inner, updates, unpacked, params, context, extra_args)
+      stored = moments.store(inner_state, params, context.layer)
     return updates, LowBitMomentsState(optax.safe_increment(state.step), stored)
 
-  if isinstance(inner, FusedTransformation):
-    takes_whole = lambda state, params: inner.takes_whole(state.inner, params, rounds=True)
+  if not isinstance(inner, PackedTransformation):
+
+    def stock_update(
+      updates: Any, state: LowBitMomentsState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, LowBitMomentsState]:
+      return update(updates, state, params, Context(), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, stock_update)
+  if inner.takes_stored_moments:
+    takes_whole = lambda state, params, _: inner.takes_whole(state.inner, params, True)
     return PackedTransformation(init, update, takes_whole)
-  if isinstance(inner, PackedTransformation):
-    return PackedTransformation(init, update)
-  return optax.GradientTransformationExtraArgs(init, update)
+  return PackedTransformation(init, update)

@@ -13,11 +13,14 @@ from eco_optax import rounding as rounding_lib
 from eco_optax import trees
 from eco_optax.quantized_array import QuantizedArray, dequantize, is_quantized
 from eco_optax.transforms.error_feedback import moved_paths, refuse_packed
-from eco_optax.transforms.quantize_params import (
+from eco_optax.transforms.packed import (
+  Context,
   PackedTransformation,
   add_update,
   float_gradients,
+  is_packed_transformation,
   require_params,
+  run,
   stored_weight,
 )
 
@@ -134,9 +137,8 @@ def master_weights(
   if residual not in KINDS:
     raise ValueError(f"residual must be one of {', '.join(KINDS)}, got {residual!r}")
   inner = optax.with_extra_args_support(inner)
-  packed_quantizer = isinstance(quantizer, PackedTransformation)
-  largest_error = quantizer.largest_error if packed_quantizer else 1.0
-  quantizer = optax.with_extra_args_support(quantizer)
+  packed_quantizer = is_packed_transformation(quantizer)
+  largest_error = getattr(quantizer, "largest_error", 1.0)
 
   def init(params: Any) -> MasterWeightsState:
     if not packed_quantizer:
@@ -161,9 +163,10 @@ def master_weights(
     )
 
   def update(
-    updates: Any, state: MasterWeightsState, params: Any = None, **extra_args: Any
+    updates: Any, state: MasterWeightsState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, MasterWeightsState]:
     require_params(params)
+    updates, context = context.scale(updates)
     updates = float_gradients(updates, params)
     is_leaf = lambda x: is_quantized(x) or isinstance(x, optax.MaskedNode)
     stored = dequantize(params)
@@ -193,7 +196,9 @@ def master_weights(
       updates,
       is_leaf=is_leaf,
     )
-    quantized, quantizer_state = quantizer.update(updates, state.quantizer, params, **extra_args)
+    quantized, quantizer_state = run(
+      quantizer, updates, state.quantizer, params, context, extra_args
+    )
 
     def keep(path: str, r: Any, leaf: Any, new: Any, proposed: Any) -> Any:
       if not keeps(r):
@@ -202,7 +207,7 @@ def master_weights(
       bits = rounding_lib.counter_bits(
         rounding_lib.stream_key(_RESIDUAL_SEED, state.step, path),
         error.shape,
-        extra_args.get("layer"),
+        context.layer,
       )
       return _encode(new, error, residual, largest_error, bits)
 

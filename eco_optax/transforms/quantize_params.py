@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -13,44 +12,22 @@ from eco_optax import rounding as rounding_lib
 from eco_optax import trees
 from eco_optax.formats import Format
 from eco_optax.quantized_array import (
-  QuantizedArray,
   Rounding,
   Where,
-  as_update,
   default_where,
   dequantize,
   is_quantized,
   quantize_array,
 )
-
-
-class PackedTransformation(optax.GradientTransformationExtraArgs):
-  """A transformation that takes packed parameters as they are.
-
-  All others are stock transformations and must see float32 in place of a packed leaf.
-  """
-
-  # How far from its proposal it may put a weight, in steps of the grid.
-  largest_error = 1.0
-
-  # (state, params) → paths of leaves whose stacks a step takes whole, in temporaries of one layer.
-  takes_whole: Callable[..., Collection[str]]
-
-  def __new__(
-    cls,
-    init: Any,
-    update: Any,
-    takes_whole: Callable[..., Collection[str]] = lambda state, params: (),
-  ) -> PackedTransformation:
-    """Updates of packed leaves say that they are updates, so that nothing adds them."""
-
-    def update_that_says_so(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-      updates, state = update(*args, **kwargs)
-      return jax.tree.map(as_update, updates, is_leaf=is_quantized), state
-
-    tx = super().__new__(cls, init, update_that_says_so)
-    tx.takes_whole = takes_whole
-    return tx
+from eco_optax.transforms.packed import (
+  Context,
+  PackedTransformation,
+  add_update,
+  float_gradients,
+  is_packed_transformation,
+  require_params,
+  run,
+)
 
 
 class _Nearest(PackedTransformation):
@@ -61,34 +38,6 @@ class QuantizeParamsState(NamedTuple):
   """State of `quantize_params`."""
 
   step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
-
-
-def require_params(params: Any) -> None:
-  """Raises `ValueError` where a caller forgot the parameters."""
-  if params is None:
-    raise ValueError("params are missing: call tx.update(grads, state, params)")
-
-
-def add_update(stored: jax.Array, update: jax.Array) -> jax.Array:
-  """`stored + update` in float32; for a dense stored weight the proposal θ̃ = θ̂ + u.
-
-  The select keeps compilers from fusing the update's last product with this sum, which would round
-  once instead of twice in some programs only: the proposal must be one number everywhere.
-  """
-  stored = stored.astype(jnp.float32)
-  return stored + jnp.where(jnp.isnan(stored), stored, update.astype(jnp.float32))
-
-
-def float_gradients(updates: Any, params: Any) -> Any:
-  """The updates with those of packed leaves in float32, as the dense view that they belong to."""
-  if params is None:
-    return updates
-  return jax.tree.map(
-    lambda leaf, update: update.astype(jnp.float32) if is_quantized(leaf) else update,
-    params,
-    updates,
-    is_leaf=is_quantized,
-  )
 
 
 def quantize_params(
@@ -180,8 +129,9 @@ def quantize_params(
     return QuantizeParamsState(step=jnp.zeros([], jnp.int32))
 
   def update(
-    updates: Any, state: QuantizeParamsState, params: Any = None, **extra_args: Any
+    updates: Any, state: QuantizeParamsState, params: Any, context: Context, **extra_args: Any
   ) -> Any:
+    del extra_args
     require_params(params)
 
     def put_on_grid(path: str, leaf: Any, update: Any) -> Any:
@@ -192,7 +142,7 @@ def quantize_params(
       bits = None
       if rounding == "stochastic":
         key = rounding_lib.stream_key(seed, state.step, path)
-        bits = rounding_lib.counter_bits(key, leaf.shape, extra_args.get("layer"))
+        bits = rounding_lib.counter_bits(key, leaf.shape, context.layer)
       packed = quantize_array(add_update(stored, update), leaf_format, rounding, bits)
       if is_quantized(leaf):
         return packed
@@ -221,38 +171,28 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> state[0][0].mu["w"].dtype
     dtype('float32')
   """
-  runs = [optax.with_extra_args_support(link) for link in links]
-  packed = [isinstance(link, PackedTransformation) for link in links]
+  packed = [is_packed_transformation(link) for link in links]
 
   def init(params: Any) -> tuple:
     dense = dequantize(params)
-    return tuple(run.init(params if own else dense) for run, own in zip(runs, packed, strict=True))
+    return tuple(
+      link.init(params if own else dense) for link, own in zip(links, packed, strict=True)
+    )
 
   def update(
-    updates: Any, state: tuple, params: Any = None, **extra_args: Any
+    updates: Any, state: tuple, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, tuple]:
-    if len(state) != len(runs):
-      raise ValueError(f"the state is of {len(state)} links, the chain has {len(runs)}: init again")
+    if len(state) != len(links):
+      raise ValueError(
+        f"the state is of {len(state)} links, the chain has {len(links)}: init again"
+      )
+    updates, context = context.scale(updates)
     updates, dense = float_gradients(updates, params), dequantize(params)
     new_state = []
-    for run, own, link_state in zip(runs, packed, state, strict=True):
-      updates, link_state = run.update(updates, link_state, params if own else dense, **extra_args)
+    for link, own, link_state in zip(links, packed, state, strict=True):
+      view = params if own else dense
+      updates, link_state = run(link, updates, link_state, view, context, extra_args)
       new_state.append(link_state)
     return updates, tuple(new_state)
 
   return PackedTransformation(init, update)
-
-
-def stored_weight(path: str, leaf: Any, update: Any) -> jax.Array:
-  """The float32 weight that is stored at `leaf` once its quantized `update` is applied.
-
-  An error must be measured against this, as it will be read back, and nothing else.
-  """
-  if isinstance(update, QuantizedArray):
-    return update.dequantize()
-  if is_quantized(leaf):
-    raise ValueError(
-      f"{trees.leaf_name(path)} is packed, but the quantizer gave it a float update: use"
-      " eco.quantize_params, or keep this leaf float"
-    )
-  return optax.apply_updates(leaf, update).astype(jnp.float32)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,17 @@ import numpy as np
 
 from eco_optax import rounding as rounding_lib
 from eco_optax.formats import Format, grid_smallest
-from eco_optax.quantized_array import QuantizedArray, is_quantized, pack, quantize_array, scaled
+from eco_optax.quantized_array import (
+  IEEE,
+  Division,
+  Groups,
+  QuantizedArray,
+  Rounding,
+  groups_of,
+  is_quantized,
+  pack,
+  scaled,
+)
 
 Kind = Literal["first", "second"]  # Momenta; second moments, which are not negative.
 MomentDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
@@ -86,12 +97,97 @@ def root(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.maximum(x, 0))
 
 
-def _store_root(x: jax.Array, format: Format, bits: jax.Array) -> SecondMoment:
-  """The nearest codes above and below √x, each as often as keeps the mean of their squares at x."""
-  holder, y = scaled(root(x), format, "stochastic")
-  y = root_on_grid(y, x, format.dtype)
-  qvalue, odd = pack(rounding_lib.code_bits(y, format.dtype, bits), format)
-  return SecondMoment(qvalue, holder.scale, format, holder.tensor_scale, None, odd)
+class Codes(NamedTuple):
+  """Codes on their way through a step: unpacked, with the float32 factors of their groups."""
+
+  code: jax.Array  # int32, see `rounding.code_bits`.
+  scale: jax.Array
+
+
+class Rounded(NamedTuple):
+  """Values on the grid of their format."""
+
+  code: jax.Array  # int32, see `rounding.code_bits`.
+  scale: jax.Array  # float32 as stored; see `quantized_array.Scaled`.
+  factor: jax.Array  # float32 that the codes are multiplied by.
+
+
+class Stored(NamedTuple):
+  """How an array that a step changes, or a part of it, is stored: a weight or a moment."""
+
+  dtype: np.dtype
+  format: Format | None = None  # Of codes; None for floats.
+  groups: Groups | None = None  # Of codes; None for floats.
+  is_root: bool = False  # Whether the codes are those of its square root.
+
+  def read(self, stored: Codes | jax.Array) -> jax.Array:
+    """The float32 values."""
+    if not isinstance(stored, Codes):
+      return stored.astype(jnp.float32)
+    assert self.groups is not None
+    value = self.groups.times(rounding_lib.decode(stored.code, self.dtype), stored.scale)
+    return jnp.square(value) if self.is_root else value
+
+  def rounded(
+    self,
+    x: jax.Array,
+    rounding: Rounding,
+    bits: jax.Array | None,
+    largest: jax.Array | None = None,
+    unit: jax.Array | None = None,
+    division: Division = IEEE,
+  ) -> Rounded:
+    """Codes of float32 values; arguments as in `quantized_array.scaled`.
+
+    With stochastic rounding their mean over the random bits is x, also where the codes are those
+    of its square root: the nearest codes above and below √x, each as often as that takes.
+    """
+    assert self.format is not None
+    assert self.groups is not None
+    value = root(x) if self.is_root else x
+    y, scale, factor = scaled(value, self.format, self.groups, rounding, largest, unit, division)
+    if self.is_root:
+      y = root_on_grid(y, x, self.dtype)
+    return Rounded(rounding_lib.code_bits(y, self.dtype, bits), scale, factor)
+
+  def write(
+    self, x: jax.Array, bits: Callable[[], jax.Array], division: Division = IEEE
+  ) -> Codes | jax.Array:
+    """What is stored of a moment's float32 values, rounded stochastically where it is in few bits.
+
+    Args:
+      x: the values.
+      bits: gives uint32 random bits of x's shape, where there is rounding.
+      division: of the device.
+    """
+    if self.format is None:
+      return x if self.dtype == np.float32 else rounding_lib.stochastic_cast(x, self.dtype, bits())
+    code, scale, _ = self.rounded(x, "stochastic", bits(), division=division)
+    return Codes(code, scale)
+
+
+def stored_as(array: Any) -> Stored:
+  """How an array, packed or not, is stored."""
+  if not is_quantized(array):
+    return Stored(array.dtype)
+  groups = groups_of(array.format, array.shape)
+  return Stored(array.format.dtype, array.format, groups, isinstance(array, SecondMoment))
+
+
+def unpack(array: Any) -> Any:
+  """An array as a step reads it: `Codes` if it is packed, itself if not."""
+  if not is_quantized(array):
+    return array
+  return Codes(array.code_bits.astype(jnp.int32), array.float_scale())
+
+
+def pack_like(old: Any, new: Codes | jax.Array) -> Any:
+  """The reverse of `unpack`; `old` tells how it is stored."""
+  if not isinstance(new, Codes):
+    return new
+  qvalue, odd = pack(new.code, old.format)
+  scale = new.scale.astype(old.format.scale_dtype)
+  return dataclasses.replace(old, qvalue=qvalue, scale=scale, odd=odd)
 
 
 def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False) -> Any:
@@ -110,19 +206,12 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = 
   x = x.astype(jnp.float32)
   if dtype == "bfloat16":
     return rounding_lib.stochastic_cast(x, jnp.dtype(dtype), bits)
-  format = block_format(x.shape, dtype, packed)
-  if kind == "second":
-    return _store_root(x, format, bits)
-  return quantize_array(x, format, "stochastic", bits)
-
-
-def store_like(old: Any, x: jax.Array, bits: jax.Array) -> Any:
-  """`store` as `old` is stored."""
-  if isinstance(old, SecondMoment):
-    return _store_root(x, old.format, bits)
-  if is_quantized(old):
-    return quantize_array(x, old.format, "stochastic", bits)
-  return rounding_lib.stochastic_cast(x, old.dtype, bits)
+  format, is_root = block_format(x.shape, dtype, packed), kind == "second"
+  stored = Stored(format.dtype, format, groups_of(format, x.shape), is_root)
+  code, scale, _ = stored.rounded(x, "stochastic", bits)
+  qvalue, odd = pack(code, format)
+  array = SecondMoment if is_root else QuantizedArray
+  return array(qvalue, scale.astype(format.scale_dtype), format, odd=odd)
 
 
 def read(stored: Any) -> jax.Array:

@@ -104,7 +104,7 @@ def measure(
   that the run visits.
 
   The bounds for stochastic rounding are on expectations, which means over chains estimate; those
-  for nearest rounding hold for each chain, of which the worst counts.
+  for nearest rounding hold for each chain; the worst chain counts.
 
   Args:
     problem: to fit.

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from eco_optax.training import methods
 from experiments import figures
 from experiments.studies import storage, sweep
 from experiments.studies.sweep import Run
@@ -21,29 +22,15 @@ LEARNING_RATES = (2e-3, 6e-4, 6e-3)
 SEEDS = (0, 1, 2)
 LONGER = 4  # Times the tokens, for the methods that matter most.
 
-_FP8_MOMENTS = storage.MOMENTS["FP8 moments"]
-
-# Methods by name: what they change in the config.
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "naive RTN": {"method": "naive_rtn"},
-  "naive SR": {"method": "naive_sr"},
-  "ECO + RTN, paper's rule": {"method": "eco_rtn", "schedule_aware": False},
-  "ECO + RTN, schedule-aware": {"method": "eco_rtn"},
-  "ECO + SR, paper's rule": {"method": "eco_sr", "schedule_aware": False},
-  "ECO + SR, schedule-aware": {"method": "eco_sr"},
-  "int8 residual + RTN": {"method": "mw_rtn", "residual": "int8"},
-  "ECO + SR, FP8 moments": {"method": "eco_sr"} | _FP8_MOMENTS,
-  "int8 residual + RTN, FP8 moments": {"method": "mw_rtn", "residual": "int8"} | _FP8_MOMENTS,
-}
+# Those that round weights; the one that does not is in no format.
+METHODS = {label: method for label, method in methods.METHODS.items() if method.rounding}
 # Methods that take another's best learning rate, for they differ in storage alone.
 TUNED_AS = {
   "ECO + SR, FP8 moments": "ECO + SR, schedule-aware",
   "int8 residual + RTN, FP8 moments": "int8 residual + RTN",
 }
-BF16 = "BF16 master weights"
-BASELINE, NAIVE = "master weights + RTN", "naive RTN"
+BF16 = methods.BY_NAME["bf16_mw"].label
+BASELINE, NAIVE = (methods.BY_NAME[name].label for name in ("mw_rtn", "naive_rtn"))
 # Whose differences are claims: these have three seeds.
 DECIDING = (
   "master weights + RTN",
@@ -75,7 +62,8 @@ class Key(NamedTuple):
 
 
 def _run(key: Key, steps: int) -> Run:
-  own = {"method": "bf16_mw"} if key.method == BF16 else METHODS[key.method] | FORMATS[key.format]
+  own = methods.METHODS[key.method].changes
+  own |= {} if key.method == BF16 else FORMATS[key.format]
   return Run(
     key.name,
     own
@@ -133,7 +121,11 @@ def longer(rows: Rows, format: str) -> list[str]:
 
   None until all have been tried.
   """
-  memory_free = [name for name in METHODS if name.startswith("ECO") and name not in TUNED_AS]
+  memory_free = [
+    label
+    for label, method in METHODS.items()
+    if method.family == methods.ECO and label not in TUNED_AS
+  ]
   losses = {}
   for method in memory_free:
     if (rate := best(rows, method, format)) is None:
@@ -256,18 +248,20 @@ def plot(rows: Rows, folder: pathlib.Path) -> None:
   _plot_training(plt, rows, folder / "curves.png")
 
 
-_MARKERS = {BF16: "D", "naive RTN": "v", "naive SR": "v"}
+_MARKERS = {methods.FLOAT: "D", methods.NAIVE: "v"}
 
 
-def _style(method: str) -> dict[str, Any]:
+def _style(label: str) -> dict[str, Any]:
   """Filled and solid for stochastic rounding, open and dashed for nearest; thin for the paper's."""
-  nearest = "RTN" in method
+  method = methods.METHODS[label]
+  nearest = method.rounding == "nearest"
+  small_moments = method.moments != methods.FLOAT32_MOMENTS
   return {
     "color": figures.color(method),
-    "marker": _MARKERS.get(method, "s" if "FP8 moments" in method else "o"),
+    "marker": _MARKERS.get(method.family, "s" if small_moments else "o"),
     "mfc": "white" if nearest else figures.color(method),
     "ls": "--" if nearest else "-",
-    "lw": 0.9 if "paper's" in method else 1.6,
+    "lw": 1.6 if method.schedule_aware else 0.9,
   }
 
 
@@ -277,7 +271,7 @@ def _panels(plt: Any) -> Any:
 
 def _plot_bytes(plt: Any, rows: Rows, path: pathlib.Path) -> None:
   """Loss against bytes: each method at its best learning rate, the rule schedule-aware."""
-  shown = [method for method in (BF16, *METHODS) if "paper's" not in method]
+  shown = [label for label, method in methods.METHODS.items() if method.schedule_aware]
   figure, axes = _panels(plt)
   for ax, format in zip(axes[0], FORMATS, strict=True):
     figures.band(ax, figures.noise(_gaps(rows, method, format) for method in shown))
@@ -291,11 +285,11 @@ def _plot_bytes(plt: Any, rows: Rows, path: pathlib.Path) -> None:
       bar = 0.0 if math.isnan(error) else 2 * error
       style = _style(method) | {
         "ls": "",
-        "ms": 11 if "naive" in method else 8,
+        "ms": 11 if methods.METHODS[method].family == methods.NAIVE else 8,
         "mew": 1.6,
         "capsize": 3,
       }
-      ax.errorbar(used, gap, bar, label=method.removesuffix(", schedule-aware"), **style)
+      ax.errorbar(used, gap, bar, label=methods.METHODS[method].short, **style)
     ax.set(title=f"{format} weights", xlabel="bytes per parameter: weights, moments, residual")
     ax.set_xlim(0, 14)
     ax.grid(alpha=0.25)

@@ -9,18 +9,13 @@ from typing import Any
 
 import ml_collections
 
-from eco_optax.training import loop, metrics, report
+from eco_optax.training import loop, methods, metrics, report
 
-# Name of a run → what it changes in the config; the first is what the others are held against.
+# Those that round weights and store everything else in float32; the first is the reference.
 METHODS: dict[str, dict[str, Any]] = {
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "naive RTN": {"method": "naive_rtn"},
-  "naive SR": {"method": "naive_sr"},
-  "ECO + RTN, paper's rule": {"method": "eco_rtn", "schedule_aware": False},
-  "ECO + RTN, schedule-aware": {"method": "eco_rtn", "schedule_aware": True},
-  "ECO + SR, paper's rule": {"method": "eco_sr", "schedule_aware": False},
-  "ECO + SR, schedule-aware": {"method": "eco_sr", "schedule_aware": True},
+  method.label: method.changes | {"schedule_aware": method.schedule_aware}
+  for method in methods.METHODS.values()
+  if method.rounding and method.stores_float32
 }
 
 

@@ -1,4 +1,4 @@
-"""ECO beside master weights on a small model of each family: what having no memory costs there."""
+"""ECO against master weights on a small model of each family."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 import ml_collections
 
 from eco_optax.training import config as config_lib
+from eco_optax.training import methods
 from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
 FAMILIES = ("llama_3m", "gemma_3m", "smoe_3m", "deepseek_3m")  # Configs by name.
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights": {"method": "mw_sr"},
-  "ECO": {"method": "eco_sr"},
-}
+METHODS = {methods.BY_NAME[name].family: methods.BY_NAME[name] for name in ("mw_sr", "eco_sr")}
 SEEDS = (0, 1, 2)
 
 
@@ -39,11 +37,11 @@ def runs(configs: Mapping[str, ml_collections.ConfigDict]) -> list[Run]:
   return [
     Run(
       _name(family, method, seed),
-      config_lib.flat(configs[family]) | {"nonfinite": "record", "seed": seed} | changes,
+      config_lib.flat(configs[family]) | {"nonfinite": "record", "seed": seed} | own.changes,
     )
     for seed in SEEDS
     for family in FAMILIES
-    for method, changes in METHODS.items()
+    for method, own in METHODS.items()
   ]
 
 
@@ -74,11 +72,11 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   )  # fmt: skip
   gaps = {}
   for ax, family in zip(axes, FAMILIES, strict=False):
-    for method in METHODS:
+    for method, own in METHODS.items():
       done = [rows[name]["validation_curve"] for name in names(family, method) if name in rows]
       for i, curve in enumerate(curve for curve in done if curve):
         label = None if i else method
-        ax.plot(*zip(*curve, strict=True), color=figures.color(method), lw=1, label=label)
+        ax.plot(*zip(*curve, strict=True), color=figures.color(own), lw=1, label=label)
     ax.set(title=family, xlabel="step")
     ax.sharey(axes[0])
     ax.grid(alpha=0.3)

@@ -12,22 +12,15 @@ from typing import Any
 
 import ml_collections
 
-from eco_optax.training import evaluation, export, loop
+from eco_optax.training import evaluation, export, loop, methods
 from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
 LEARNING_RATES = (3e-4, 1e-3)
 BEFORE = "INT4 before fine-tuning"
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights + RTN": {"method": "mw_rtn"},
-  "master weights + SR": {"method": "mw_sr"},
-  "naive RTN": {"method": "naive_rtn"},
-  "naive SR": {"method": "naive_sr"},
-  "ECO + RTN": {"method": "eco_rtn"},
-  "ECO + SR": {"method": "eco_sr"},
-}
-BASELINE = "master weights + RTN"
+METHODS = {method.short: method for method in methods.BY_NAME.values() if method.rounding}
+BASELINE = methods.BY_NAME["mw_rtn"].short
 BASE_STEPS = 400
 
 
@@ -56,14 +49,14 @@ def _name(method: str, rate: float) -> str:
 
 
 def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
-  """The weights as they are rounded, and every method at every learning rate."""
+  """The rounded weights before fine-tuning, and every method at every learning rate."""
   del rows
-  still = {"method": "naive_rtn", "steps": 1, "evaluate_every": 1}
+  still = methods.BY_NAME["naive_rtn"].changes | {"steps": 1, "evaluate_every": 1}
   found = [Run(BEFORE, still | {"optimizer.learning_rate": 1e-30})]
   for rate in LEARNING_RATES:
-    for method, changes in METHODS.items():
+    for label, method in METHODS.items():
       own = {"optimizer.learning_rate": rate, "steps": steps}
-      found.append(Run(_name(method, rate), changes | own))
+      found.append(Run(_name(label, rate), method.changes | own))
   return found
 
 
@@ -87,7 +80,7 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def gap(rows: Mapping[str, Any], method: str) -> float | None:
-  """A method's best loss less that of master weights; None until all of their runs are finished."""
+  """A method's best loss minus the baseline's; None until all their runs are finished."""
   own, reference = (
     sweep.losses(rows, [_name(each, rate) for rate in LEARNING_RATES])
     for each in (method, BASELINE)
@@ -102,15 +95,15 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws the loss of each method at each learning rate (finetune.png)."""
   plt = figures.pyplot()
   figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
-  for method in METHODS:
+  for label, method in METHODS.items():
     points = [
       (rate, loss)
       for rate in LEARNING_RATES
-      if (loss := sweep.losses(rows, [_name(method, rate)])[0]) is not None
+      if (loss := sweep.losses(rows, [_name(label, rate)])[0]) is not None
     ]
     if points:
-      style = "o--" if "RTN" in method else "o-"
-      ax.plot(*zip(*points, strict=True), style, label=method, color=figures.color(method))
+      style = "o--" if method.rounding == "nearest" else "o-"
+      ax.plot(*zip(*points, strict=True), style, label=label, color=figures.color(method))
   ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats per token)")
   ax.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
   ax.minorticks_off()

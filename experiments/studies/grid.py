@@ -169,7 +169,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def failures(rows: list[dict[str, Any]], tolerance: float = TOLERANCE) -> list[str]:
-  """The rows of the smallest learning rate that are not what is predicted for small ones."""
+  """The rows of the smallest learning rate that miss the prediction for small rates."""
   smallest = min(row["learning_rate"] for row in rows)
   return [
     _line(row)
@@ -205,7 +205,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
-  """Draws what was measured, what is predicted for small rates, and white noise.
+  """Draws measurements, predictions for small rates, and white noise.
 
   Args:
     rows: of `study`.

@@ -25,43 +25,44 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from eco_optax.training import methods
+from eco_optax.training.methods import Moments
 from experiments import figures
-from experiments.studies import storage, sweep
+from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
 SEEDS = (0, 1, 2)
 LEARNING_RATE = 2e-4  # Low: most updates are far below the grid's spacing.
 
-_AWARE = {"method": "eco_rtn"}
-_BFLOAT16_MOMENTUM = {"moments.mu": "bfloat16"}
-_FP8_MOMENTS = storage.MOMENTS["FP8 moments"]
+_MASTER = methods.BY_NAME["mw_rtn"]
+_AWARE = methods.BY_NAME["eco_rtn"].changes
+_PAPER = methods.METHODS["ECO + RTN, paper's rule"].changes
 
 # What they change in the config; the first is what the others are held against.
 RULES: dict[str, dict[str, Any]] = {
-  "master weights": {"method": "mw_rtn"},
-  "naive": {"method": "naive_rtn"},
-  "paper's rule": {"method": "eco_rtn", "schedule_aware": False},
+  "master weights": _MASTER.changes,
+  "naive": methods.BY_NAME["naive_rtn"].changes,
+  "paper's rule": _PAPER,
   "schedule-aware rule": _AWARE,
   "schedule-aware, b1 0.8": _AWARE | {"optimizer.b1": 0.8},
   "schedule-aware, b1 0.5": _AWARE | {"optimizer.b1": 0.5},
-  "master weights, b1 0.5": {"method": "mw_rtn", "optimizer.b1": 0.5},
+  "master weights, b1 0.5": _MASTER.changes | {"optimizer.b1": 0.5},
   "schedule-aware, warm-up from 1×": _AWARE | {"optimizer.start_fraction": 1.0},
   "schedule-aware, warm-up of half the run": _AWARE | {"optimizer.warmup_fraction": 0.5},
   "schedule-aware, flat after warm-up": _AWARE | {"optimizer.end_fraction": 1.0},
-  "master weights, flat after warm-up": {"method": "mw_rtn", "optimizer.end_fraction": 1.0},
+  "master weights, flat after warm-up": _MASTER.changes | {"optimizer.end_fraction": 1.0},
   "schedule-aware, decay to zero": _AWARE | {"optimizer.end_fraction": 0.0},
-  "paper's rule, decay to zero": {
-    "method": "eco_rtn",
-    "schedule_aware": False,
-    "optimizer.end_fraction": 0.0,
-  },
-  "master weights, decay to zero": {"method": "mw_rtn", "optimizer.end_fraction": 0.0},
+  "paper's rule, decay to zero": _PAPER | {"optimizer.end_fraction": 0.0},
+  "master weights, decay to zero": _MASTER.changes | {"optimizer.end_fraction": 0.0},
   "schedule-aware, scales of powers of two": _AWARE | {"format": "FP8_POWER_OF_TWO"},
-  "schedule-aware, stochastic in the last tenth": _AWARE | {"stochastic_after": 0.9},
-  "stochastic throughout": {"method": "eco_sr"},
-  "bfloat16 momentum, int16 residual": {"method": "mw_rtn", "residual": "int16"}
-  | _BFLOAT16_MOMENTUM,
-  "FP8 moments, int8 residual": {"method": "mw_rtn", "residual": "int8"} | _FP8_MOMENTS,
+  "schedule-aware, stochastic in the last tenth": methods.BY_NAME["eco_rtn"]
+  .but("", stochastic_after=0.9)
+  .changes,
+  "stochastic throughout": methods.BY_NAME["eco_sr"].changes,
+  "bfloat16 momentum, int16 residual": _MASTER.but(
+    "", residual="int16", moments=Moments("bfloat16", "float32")
+  ).changes,
+  "FP8 moments, int8 residual": methods.METHODS["int8 residual + RTN, FP8 moments"].changes,
 }
 
 
@@ -95,6 +96,11 @@ def table(rows: Mapping[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def _color(changes: Mapping[str, Any]) -> str:
+  method, residual = methods.BY_NAME[changes["method"]], changes.get("residual", "float32")
+  return figures.color(method.but("", residual=residual))
+
+
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws each rule's difference to master weights: seeds, mean, two errors (nearest.png)."""
   plt = figures.pyplot()
@@ -102,7 +108,7 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   first = next(iter(RULES))
   gaps = {rule: figures.paired(rows, _names(rule), _names(first)) for rule in RULES}
   figures.band(ax, figures.noise(gaps.values()), "x")
-  figures.dots(ax, gaps)
+  figures.dots(ax, gaps, colors={rule: _color(changes) for rule, changes in RULES.items()})
   ax.set_xlabel(f"validation loss minus {first} with the usual schedule (nats per byte)")
   ax.set_title(f"FP8 weights rounded to nearest, peak learning rate {LEARNING_RATE:g}")
   figures.legend(ax, loc="upper left")

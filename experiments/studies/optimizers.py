@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from eco_optax.training import methods
 from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.storage import FORMATS
@@ -25,10 +26,8 @@ from experiments.studies.sweep import Run
 SEEDS = (0, 1, 2)
 # Where three do not tell: seeds of sgd differ by five times as much as those of adamw.
 MORE_SEEDS = {("sgd", "FP8"): tuple(range(9))}
-METHODS: dict[str, dict[str, Any]] = {
-  "master weights": {"method": "mw_sr"},
-  "ECO": {"method": "eco_sr"},
-  "naive": {"method": "naive_sr"},
+METHODS = {
+  methods.BY_NAME[name].family: methods.BY_NAME[name] for name in ("mw_sr", "eco_sr", "naive_sr")
 }
 _TUNED_IN = "FP8"
 
@@ -97,7 +96,7 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     Run(
       _name(optimizer, method, format, rate, seed),
       {
-        **METHODS[method],
+        **METHODS[method].changes,
         **FORMATS[format],
         "optimizer.name": optimizer.split(",")[0],
         "optimizer.learning_rate": rate,
@@ -151,10 +150,10 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
     }
     figures.band(ax, figures.noise(own for each in gaps.values() for own in each.values()), "x")
     for i, method in enumerate(compared):
-      own = dict.fromkeys(RATES, figures.color(method))
+      own = dict.fromkeys(RATES, figures.color(METHODS[method]))
       shift = 0.3 * (i - 0.5)
       figures.dots(ax, gaps[method], limits=(-0.15, 0.15), colors=own, shift=shift)
-      ax.plot([], [], "o", color=figures.color(method), label=method)
+      ax.plot([], [], "o", color=figures.color(METHODS[method]), label=method)
     ax.set(title=f"{format} weights, stochastic rounding")
     ax.set_xlabel("validation loss minus the optimizer's\nown master weights (nats per byte)")
     figures.legend(ax, fontsize=8, loc="upper left", ncol=3)

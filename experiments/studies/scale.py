@@ -7,23 +7,24 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from eco_optax.training import methods
 from experiments import figures
-from experiments.studies import claims, finetune, sweep
+from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
 # The paper's own first.
 LEARNING_RATES = (1.2e-3, 2.4e-3)
-METHODS = {claims.BF16: {"method": "bf16_mw"}} | finetune.METHODS
-BASELINE = claims.BF16
-# Losses after 3B tokens of C4, from the paper's table of 30M parameters.
+METHODS = {method.short: method for method in methods.BY_NAME.values()}
+BASELINE = methods.BY_NAME["bf16_mw"].short
+# Losses after 3B tokens of C4 by `config.method`, from the paper's table of 30M parameters.
 PAPER = {
-  "BF16 master weights": 3.3238,
-  "master weights + RTN": 3.3248,
-  "master weights + SR": 3.3309,
-  "naive RTN": math.inf,
-  "naive SR": 3.4008,
-  "ECO + RTN": 3.3640,
-  "ECO + SR": 3.3317,
+  "bf16_mw": 3.3238,
+  "mw_rtn": 3.3248,
+  "mw_sr": 3.3309,
+  "naive_rtn": math.inf,
+  "naive_sr": 3.4008,
+  "eco_rtn": 3.3640,
+  "eco_sr": 3.3317,
 }
 
 
@@ -35,14 +36,14 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
   """Every method at the paper's learning rate, then at the others."""
   del rows, steps
   return [
-    Run(_name(method, rate), changes | {"optimizer.learning_rate": rate})
+    Run(_name(label, rate), method.changes | {"optimizer.learning_rate": rate})
     for rate in LEARNING_RATES
-    for method, changes in METHODS.items()
+    for label, method in METHODS.items()
   ]
 
 
 def best(rows: Mapping[str, Any], method: str) -> str:
-  """The name of a method's run with the lowest loss, of those that are finished."""
+  """The name of a method's finished run with the lowest loss."""
   names = [_name(method, rate) for rate in LEARNING_RATES]
   losses = [math.inf if loss is None else loss for loss in sweep.losses(rows, names)]
   return names[losses.index(min(losses))]
@@ -56,12 +57,12 @@ def table(rows: Mapping[str, Any]) -> str:
     " | the paper, 3B tokens |",
     "|---" * (4 + len(LEARNING_RATES)) + "|",
   ]
-  for method in METHODS:
-    names = [_name(method, rate) for rate in LEARNING_RATES]
-    cells = [method, sweep.used_bytes(rows, names)]
+  for label, method in METHODS.items():
+    names = [_name(label, rate) for rate in LEARNING_RATES]
+    cells = [label, sweep.used_bytes(rows, names)]
     cells += [sweep.compared(rows, [name], [name])[0] for name in names]
-    cells.append(sweep.compared(rows, [best(rows, method)], [best(rows, BASELINE)])[1])
-    gap = PAPER[method] - PAPER[BASELINE]
+    cells.append(sweep.compared(rows, [best(rows, label)], [best(rows, BASELINE)])[1])
+    gap = PAPER[method.name] - PAPER[METHODS[BASELINE].name]
     cells.append(f"{gap:+.4f}" if math.isfinite(gap) else "diverged")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
@@ -71,18 +72,18 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws training at each method's best learning rate, and less the baseline's (scale.png)."""
   plt = figures.pyplot()
   figure, (whole, gaps) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-  curve = lambda method: dict(rows.get(best(rows, method), {}).get("training_curve", ()))
+  curve = lambda label: dict(rows.get(best(rows, label), {}).get("training_curve", ()))
   reference = curve(BASELINE)
-  for method in METHODS:
-    own = curve(method)
+  for label, method in METHODS.items():
+    own = curve(label)
     if not own:
       continue
     style = {
-      "color": "black" if method == BASELINE else figures.color(method),
-      "ls": "--" if "RTN" in method else "-",
+      "color": "black" if label == BASELINE else figures.color(method),
+      "ls": "--" if method.rounding == "nearest" else "-",
       "lw": 1.6,
     }
-    whole.plot(own.keys(), own.values(), label=method, **style)
+    whole.plot(own.keys(), own.values(), label=label, **style)
     shared = [step for step in own if step in reference]
     gaps.plot(shared, [own[step] - reference[step] for step in shared], **style)
   whole.set_ylabel("training loss (nats per token)")

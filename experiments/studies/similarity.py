@@ -1,4 +1,4 @@
-"""How alike consecutive quantization errors are in training, which the paper derives ECO from."""
+"""The similarity of consecutive quantization errors, from which the paper derives ECO."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import methods, report, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline
+from eco_optax.training.methods import Method
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.master_weights import MasterWeightsState
 
-# Name of a run → its method; the first is how the paper measures it.
+# The paper measures it on the first.
 RUNS = {
-  "master weights + RTN": "mw_rtn",
-  "ECO + RTN": "eco_rtn",
-  "ECO + SR": "eco_sr",
+  methods.BY_NAME[name].short: methods.BY_NAME[name] for name in ("mw_rtn", "eco_rtn", "eco_sr")
 }
 
 Series = dict[str, list[float | None]]  # By metric, a value per step; None where there is none.
@@ -35,14 +34,13 @@ Series = dict[str, list[float | None]]  # By metric, a value per step; None wher
 
 def watched_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
   """The optimizer of `config.method`, with its last quantization error in its state."""
-  family, rounding = config.method.split("_")
-  if family == "mw":
+  method = methods.of(config)
+  if method.family == methods.MASTER_WEIGHTS:
     return methods.optimizer(config)  # Its residual is the error.
-  quantizer = eco.quantize_params(
-    rounding="nearest" if rounding == "rtn" else "stochastic", seed=config.seed
+  learning_rate = methods.schedule(config) if method.schedule_aware else None
+  watch = eco.diagnostics.watch(
+    methods.stock_optimizer(config), methods.quantizer(config), learning_rate
   )
-  learning_rate = methods.schedule(config) if config.schedule_aware else None
-  watch = eco.diagnostics.watch(methods.stock_optimizer(config), quantizer, learning_rate)
   clip = methods.clip_by_global_norm(config.optimizer.max_norm)
   return optax.with_extra_args_support(optax.chain(clip, watch))
 
@@ -149,7 +147,7 @@ def _line(series: Series) -> str:
 
 def study(
   config: ml_collections.ConfigDict,
-  runs: Mapping[str, str] = RUNS,
+  runs: Mapping[str, Method] = RUNS,
   show: Callable[[str], Any] = print,
 ) -> dict[str, Series]:
   """`measure` for each run, by name.
@@ -163,7 +161,7 @@ def study(
     What `measure` returns, by name.
   """
   return {
-    name: measure(ml_collections.ConfigDict(config.to_dict() | {"method": method}), show)
+    name: measure(ml_collections.ConfigDict(config.to_dict() | method.changes), show)
     for name, method in runs.items()
   }
 
@@ -261,13 +259,13 @@ def failures(series: dict[str, Series]) -> list[str]:
     if not abs(_median(own["norm_ratio"][last]) - 1) <= 0.05:
       found.append(f"{name}: norm ratio {_median(own['norm_ratio'][last]):.3f} at the end")
     cosines = _median(own["cosine"][around]), _median(own["cosine"][last])
-    if RUNS[name].endswith("rtn") and not cosines[1] > cosines[0]:
+    if RUNS[name].rounding == "nearest" and not cosines[1] > cosines[0]:
       found.append(f"{name}: cosine {cosines[0]:.3f} at the peak, {cosines[1]:.3f} at the end")
   return found
 
 
 def run(
-  config: ml_collections.ConfigDict, out: pathlib.Path, runs: Mapping[str, str] = RUNS
+  config: ml_collections.ConfigDict, out: pathlib.Path, runs: Mapping[str, Method] = RUNS
 ) -> list[str]:
   """Runs the study and writes similarity.json, similarity.md and similarity.png.
 

@@ -89,7 +89,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def failures(rows: list[dict[str, Any]], tolerance: float = TOLERANCE) -> list[str]:
-  """The rows whose 99% interval leaves the tolerance, or whose closed form is not what is seen."""
+  """The rows whose 99% interval leaves the tolerance, or whose closed form is off."""
   return [
     _line(row)
     for row in rows
@@ -149,7 +149,7 @@ def plot(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     line = np.geomspace(low, min(high, 0.97 * limit), 400)
     for method, (label, color, marker) in STYLES.items():
       own = [row for row in rows if row["method"] == method and row["beta"] == beta]
-      if method != "eco_keep_error":  # Its line is that of master weights.
+      if method != "eco_keep_error":  # Its line coincides with master weights.
         axes.plot(line, theory.stationary_second_moment(method, line, beta, 1.0), color, lw=1.4)
       axes.plot(
         [row["learning_rate"] * row["curvature"] for row in own],

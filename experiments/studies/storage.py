@@ -1,4 +1,4 @@
-"""What moments and residuals may be stored in: losses by bytes, at two learning rates."""
+"""Dtypes to store moments and residuals in: losses by bytes, at two learning rates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from eco_optax.training import methods
+from eco_optax.training.methods import Method, Moments
 from experiments import figures
 from experiments.studies import sweep
 from experiments.studies.sweep import Run
@@ -18,21 +20,23 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 # What they change in the config; the first of each is what the others are held against.
-MOMENTS: dict[str, dict[str, Any]] = {
-  "float32 moments": {},
-  "bfloat16 moments": {"moments.mu": "bfloat16", "moments.nu": "bfloat16"},
-  "FP8 moments": {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"},
-  "INT8 and FP8 moments": {"moments.mu": "int8", "moments.nu": "float8_e4m3fn"},
+MOMENTS: dict[str, Method] = {
+  label: methods.BY_NAME["eco_sr"].but(label, moments=moments)
+  for label, moments in {
+    "float32 moments": methods.FLOAT32_MOMENTS,
+    "bfloat16 moments": Moments("bfloat16", "bfloat16"),
+    "FP8 moments": methods.FP8_MOMENTS,
+    "INT8 and FP8 moments": Moments("int8", "float8_e4m3fn"),
+  }.items()
 }
-RESIDUALS: dict[str, dict[str, Any]] = {
-  "float32 residual": {"method": "mw_rtn"},
-  "int16 residual": {"method": "mw_rtn", "residual": "int16"},
-  "bfloat16 residual": {"method": "mw_rtn", "residual": "bfloat16"},
-  "int12 residual": {"method": "mw_rtn", "residual": "int12"},
-  "int8 residual": {"method": "mw_rtn", "residual": "int8"},
-  "no residual: ECO + SR": {"method": "eco_sr"},
-  "no residual: ECO + RTN": {"method": "eco_rtn"},
-  "nothing: naive SR": {"method": "naive_sr"},
+_KINDS = ("float32", "int16", "bfloat16", "int12", "int8")
+RESIDUALS: dict[str, Method] = {
+  f"{kind} residual": methods.BY_NAME["mw_rtn"].but(f"{kind} residual", residual=kind)
+  for kind in _KINDS
+} | {
+  "no residual: ECO + SR": methods.BY_NAME["eco_sr"],
+  "no residual: ECO + RTN": methods.BY_NAME["eco_rtn"],
+  "nothing: naive SR": methods.BY_NAME["naive_sr"],
 }
 
 
@@ -48,22 +52,22 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     steps: of the config; the many runs of residuals take half.
 
   Returns:
-    The runs: those of moments, then those of residuals, one seed after another.
+    The runs of moments, then of residuals, one seed after another.
   """
   del rows
   found = {}
   for seed in SEEDS:
-    for what, changes in MOMENTS.items():
-      own = {"method": "eco_sr", **FORMATS["FP8"], **changes}
+    for what, method in MOMENTS.items():
+      own = method.changes | FORMATS["FP8"]
       found[_name(what, "FP8", LEARNING_RATES[0], seed)] = own | {
         "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
       }  # fmt: skip
   for seed in SEEDS:
     for rate in LEARNING_RATES:
       for format, weights in FORMATS.items():
-        for what, changes in RESIDUALS.items():
+        for what, method in RESIDUALS.items():
           found[_name(what, format, rate, seed)] = {
-            **weights, **changes, "optimizer.learning_rate": rate, "seed": seed,
+            **weights, **method.changes, "optimizer.learning_rate": rate, "seed": seed,
             "steps": steps // 2,
           }  # fmt: skip
   return [Run(name, changes) for name, changes in found.items()]
@@ -113,15 +117,14 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   first = next(iter(RESIDUALS))
   for line, rate in zip(axes, LEARNING_RATES, strict=True):
     for ax, format in zip(line, FORMATS, strict=True):
-      gaps = {}
-      for what in RESIDUALS:
+      gaps, colors = {}, {}
+      for what, method in RESIDUALS.items():
         names, references = (runs_of(x, format, rate) for x in (what, first))
-        label = f"{what.removeprefix('no residual: ').removeprefix('nothing: ')}"
-        gaps[f"{label}, {sweep.used_bytes(rows, names)} bytes"] = figures.paired(
-          rows, names, references
-        )
+        label = f"{method.short}, {sweep.used_bytes(rows, names)} bytes"
+        gaps[label] = figures.paired(rows, names, references)
+        colors[label] = figures.color(method)
       figures.band(ax, figures.noise(gaps.values()), "x")
-      figures.dots(ax, gaps, limits=(-0.08, 0.08))
+      figures.dots(ax, gaps, colors=colors, limits=(-0.08, 0.08))
       ax.set_xticks((-0.06, -0.03, 0, 0.03, 0.06))
       ax.set(title=f"{format} weights, peak rate {rate:g}")
       ax.set_xlabel(f"validation loss minus {first}")

@@ -1,7 +1,7 @@
 """Many runs, each in a process on cores of its own, one line of results per finished run.
 
-The lines are all that a sweep needs to go on: on another day or machine, runs that have one are not
-run again, and those that were cut short go on from their checkpoints where these are at hand.
+The lines are all that a sweep needs to resume, on another day or machine: a run with a line is not
+run again, and an interrupted run resumes from its checkpoints if they are there.
 """
 
 from __future__ import annotations
@@ -119,13 +119,13 @@ def compared(
 
 
 def used_bytes(rows: Mapping[str, Any], names: Sequence[str]) -> str:
-  """A cell of a table: bytes per quantized parameter, of the first of these runs that there is."""
+  """A cell of a table: bytes per quantized parameter, of the first finished run."""
   own = [rows[name] for name in names if name in rows]
   return f"{own[0]['bytes_per_parameter']['total']:.2f}" if own else "–"
 
 
 def _settings(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
-  """Everything that a run's numbers depend on but its data, as it comes back from JSON."""
+  """The settings that a run's numbers depend on, without its data, as JSON returns them."""
   flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
   return _kept(flat)
 
@@ -154,7 +154,7 @@ def sweep(
     workdir: one folder per run is made in it, and removed once its line is written.
     results: the file of lines: a run's name, settings, losses over time, bytes, versions, machine.
     processes: at a time; each has its share of the cores, so that none waits for another.
-    minutes: after which no more are begun, and those that run are asked to stop and save.
+    minutes: after which no run is started, and running ones are asked to stop and save.
     show: is given a line whenever a run begins or ends.
 
   Returns:
@@ -165,7 +165,7 @@ def sweep(
   """
   workdir, results = pathlib.Path(workdir), pathlib.Path(results)
   results.parent.mkdir(parents=True, exist_ok=True)
-  # Whoever ends the sweep ends its runs too, which save what they have.
+  # SIGTERM to the sweep ends its runs too; they save first.
   previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
   end = time.monotonic() + 60 * minutes
   cores = sorted(os.sched_getaffinity(0))
@@ -235,7 +235,7 @@ def _start(
 
 
 def _row(config: ml_collections.ConfigDict, run: Run, folder: pathlib.Path) -> dict[str, Any]:
-  """What is kept of a run."""
+  """The line of results of a run."""
   summary = json.loads((folder / "summary.json").read_text())
   rows = metrics.read_metrics(folder / "metrics.jsonl")
   kept = "validation_loss diverged_at_step tokens seconds parameters quantized_parameters"

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from eco_optax import diagnostics
+from eco_optax.training import methods
 from experiments import results
 from experiments.studies import bounds, grid, similarity, stationary
 
@@ -143,7 +144,7 @@ def test_similarity_is_measured_along_a_real_run(tmp_path):
   config.model.layers = 1
   config.steps = 4
   config.mesh.data = 1
-  series = similarity.study(config, {"master weights + RTN": "mw_rtn"})
+  series = similarity.study(config, {"master weights + RTN": methods.BY_NAME["mw_rtn"]})
   (own,) = series.values()
   assert own["norm_ratio"][0] is None  # Before the first step there is no error.
   norm = np.array(own["norm"])

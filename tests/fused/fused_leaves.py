@@ -11,17 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax import rounding
-from eco_optax.fused import fused_update, steps
-from eco_optax.fused import gpu as triton_update
-from eco_optax.fused import mesh as parts
-from eco_optax.fused import tpu as pallas_update
+from eco_optax.fused import cpu, gpu, mesh, tpu
+from eco_optax.fused.leaf import Leaf
+from eco_optax.fused.step import by_layers, definition
+from eco_optax.optimizers import adamw, sgd
 from eco_optax.transforms import stored_moments
 
 STEPS = {
-  "adamw": steps.ADAMW,
-  "nadamw": steps.NADAMW,
-  "sgd": steps.SGD,
-  "nesterov": steps.NESTEROV,
+  "adamw": adamw.ADAMW,
+  "nadamw": adamw.NADAMW,
+  "sgd": sgd.SGD,
+  "nesterov": sgd.NESTEROV,
 }
 FORMATS = {
   name: getattr(eco, name)
@@ -35,7 +35,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
   draw = lambda key, scale: scale * jax.random.normal(key, shape)
   weight = eco.quantize({"w": draw(keys[0], 0.02)}, format)["w"]
   moments = (draw(keys[1], 1e-3), draw(keys[2], 1e-3) ** 2)
-  if step.scalars is steps.SgdScalars:
+  if step.scalars is sgd.SgdScalars:
     scalars, moments = (0.5, 0.9, 1e-1, -3.0), moments[:1]
   else:
     scalars = (0.5, 0.1, 0.9, 0.01, 0.99, 2.4, 0.7, 25.0, 0.0, 1e-8, 0.1, 1e-3, -100.0, 1e20)
@@ -48,7 +48,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
       stored_moments.store(x, kind, moments_in, bits, packed=True)
       for x, kind in zip(moments, kinds, strict=True)
     )
-  return fused_update.Leaf(
+  return Leaf(
     step.scalars(*(jnp.float32(x) for x in scalars)),
     rounding.stream_key(3, 7, "w"),
     None if layer is None else jnp.int32(layer),
@@ -72,20 +72,27 @@ def equal(found, wanted):
 
 
 def by_interpreted_panels(step, how, leaf):
-  return pallas_update.by_panels(step, how, leaf, interpret=True)
+  return tpu.by_panels(step, how, leaf, interpret=True)
 
 
 def by_interpreted_tiles(step, how, leaf):
-  return triton_update.by_tiles(step, how, leaf, interpret=True)
+  return gpu.by_tiles(step, how, leaf, interpret=True)
+
+
+def on_mesh(step, how, leaf, sharding, implementation):
+  """The step of each device's part, where there are parts."""
+  if (split := mesh.split_of(leaf, sharding)) is None:
+    return implementation(step, how, leaf)
+  return mesh.on_parts(implementation, step, how, leaf, sharding.mesh, split)
 
 
 def spread(leaf, sharding):
   """A leaf, or its shapes, split over a mesh: what has its axes, where they are longer than 1."""
-  mesh, spec = sharding.mesh, sharding.spec
+  spec = sharding.spec
 
   def place(x):
     own = P(*(axes if n > 1 else None for n, axes in zip(x.shape, spec, strict=False)))
-    own = NamedSharding(mesh, own if x.ndim == leaf.weight.ndim else P())
+    own = NamedSharding(sharding.mesh, own if x.ndim == leaf.weight.ndim else P())
     if isinstance(x, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
     return jax.device_put(x, own)
@@ -108,10 +115,10 @@ def main():
     ("adamw", "INT8", "int8"),
     ("adamw", "FP8", "bfloat16"),
   ]
-  triton_update._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
+  gpu._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
   differ = []
-  mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
-  of_layer, of_stack = (NamedSharding(mesh, P(*lead, None, "x", "y")) for lead in ((), (None,)))
+  devices = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+  of_layer, of_stack = (NamedSharding(devices, P(*lead, None, "x", "y")) for lead in ((), (None,)))
   for name, preset, moments_in in cases:
     # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically, on
     # four devices, each of which has half of the rows and of the columns.
@@ -120,9 +127,9 @@ def main():
       ("stochastic", (2, 512, 256), 5, jnp.bfloat16),
     ):
       leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
-      assert pallas_update.applies(leaf)
-      wanted = run(fused_update.definition, STEPS[name], how, leaf)
-      others = [fused_update.by_rows, by_interpreted_panels]
+      assert tpu.applies(leaf)
+      wanted = run(definition, STEPS[name], how, leaf)
+      others = [cpu.by_rows, by_interpreted_panels]
       on_tiles = preset in ON_TILES and name in ("adamw", "sgd")
       if on_tiles and (how == "stochastic" or moments_in == "float32"):
         others.append(by_interpreted_tiles)
@@ -131,17 +138,15 @@ def main():
         if layer is None or other is by_interpreted_tiles:
           found = run(other, STEPS[name], how, leaf)
         else:
-          split = functools.partial(parts.fused_update, sharding=of_stack, implementation=other)
+          split = functools.partial(on_mesh, sharding=of_stack, implementation=other)
           found = run(split, STEPS[name], how, spread(leaf, of_layer))
         if not equal(found, wanted):
           differ.append(f"{name} {preset} {moments_in} {how} {other.__name__}")
     # Where no kernel fits a stack goes layer by layer, on one device and on four.
     leaf = make(STEPS[name], FORMATS[preset], (3, 256, 256), None, jnp.bfloat16, moments_in)
-    wanted = run(fused_update.definition, STEPS[name], "stochastic", leaf)
-    split = functools.partial(
-      parts.fused_update, sharding=of_stack, implementation=fused_update.by_layers
-    )
-    for other, own in ((fused_update.by_layers, leaf), (split, spread(leaf, of_stack))):
+    wanted = run(definition, STEPS[name], "stochastic", leaf)
+    split = functools.partial(on_mesh, sharding=of_stack, implementation=by_layers)
+    for other, own in ((by_layers, leaf), (split, spread(leaf, of_stack))):
       if not equal(run(other, STEPS[name], "stochastic", own), wanted):
         differ.append(f"{name} {preset} {moments_in} by layers")
   sys.exit("\n".join(differ) or None)

@@ -11,22 +11,23 @@ import ptx
 import pytest
 
 import eco_optax as eco
-from eco_optax.fused import fused_update, steps
-from eco_optax.fused import gpu as triton_update
+from eco_optax.fused import dispatch, gpu
+from eco_optax.fused.step import definition
+from eco_optax.optimizers.adamw import ADAMW
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
 
 
 def shapes_of(format, shape, **kwargs):
-  return jax.eval_shape(lambda: fused_leaves.make(steps.ADAMW, format, shape, **kwargs))
+  return jax.eval_shape(lambda: fused_leaves.make(ADAMW, format, shape, **kwargs))
 
 
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)
 def test_every_format_has_a_kernel_for_whole_tiles(format):
   preset = fused_leaves.FORMATS[format]
   for moments_in in ("float32", "bfloat16", "float8_e4m3fn"):
-    assert triton_update.applies(shapes_of(preset, (11008, 4096), moments_in=moments_in))
+    assert gpu.applies(shapes_of(preset, (11008, 4096), moments_in=moments_in))
 
 
 def test_shapes_that_do_not_tile_keep_to_the_definition():
@@ -39,8 +40,8 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
     (eco.Format("int8", (48, 1)), (96, 128)),
     (eco.Format("float8_e4m3fn", contraction_axis=-1), (256, 128)),
   ]:
-    assert not triton_update.applies(shapes_of(format, shape))
-  step = lambda leaf: triton_update.by_tiles(steps.ADAMW, "stochastic", leaf)
+    assert not gpu.applies(shapes_of(format, shape))
+  step = lambda leaf: gpu.by_tiles(ADAMW, "stochastic", leaf)
   has_kernel = lambda shape: "pallas_call" in str(jax.make_jaxpr(step)(shapes_of(eco.FP8, shape)))
   assert has_kernel((96, 128))
   assert not has_kernel((100, 128))
@@ -48,9 +49,7 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
 
 def test_a_chunk_is_read_again_before_the_cache_has_lost_it():
   chunk = lambda format, shape: (
-    triton_update._plan(
-      steps.ADAMW, "nearest", shapes_of(format, shape, gradient_dtype=jnp.bfloat16)
-    ).chunk
+    gpu._plan(ADAMW, "nearest", shapes_of(format, shape, gradient_dtype=jnp.bfloat16)).chunk
   )
   matrices, panels = chunk(eco.FP8, (4096, 14336))
   assert matrices == 1
@@ -90,8 +89,8 @@ def compiled_for_an_h100(leaf, how, **options):
 
   (h100,) = compile_lib.topology_devices("h100:1")
   here = compile_lib.on_device(h100, leaf)
-  step = lambda weight, moments, rest: fused_update.fused_update(
-    steps.ADAMW, how, rest._replace(weight=weight, moments=moments)
+  step = lambda weight, moments, rest: dispatch.take_step(
+    ADAMW, how, rest._replace(weight=weight, moments=moments)
   )
   with compile_lib.abstractly(h100):
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
@@ -115,7 +114,7 @@ def test_kernels_compile_for_an_h100_and_work_in_place(format, moments_in):
 
 
 def on_the_host(kernel):
-  """`triton_update._launch` by a compiled kernel whose instructions are run one by one."""
+  """`gpu._launch` by a compiled kernel whose instructions are run one by one."""
 
   def launch(plan, interpret, turn, given, changed):
     arrays = changed[2 * plan.finds :]
@@ -154,16 +153,16 @@ def test_compiled_kernels_take_the_step_of_the_definition(
 ):
   """The instructions for an H100, run on this machine, in several chunks."""
   pytest.importorskip("jax_cuda12_plugin", reason="that for CUDA 13 does not write its PTX")
-  monkeypatch.setattr(triton_update, "_REREAD", 2**15)
+  monkeypatch.setattr(gpu, "_REREAD", 2**15)
   preset = fused_leaves.FORMATS[format]
   layer = 5 if len(shape) > 2 else None
-  leaf = fused_leaves.make(steps.ADAMW, preset, shape, layer, jnp.bfloat16, moments_in)
-  wanted = fused_leaves.run(fused_update.definition, steps.ADAMW, how, leaf)
+  leaf = fused_leaves.make(ADAMW, preset, shape, layer, jnp.bfloat16, moments_in)
+  wanted = fused_leaves.run(definition, ADAMW, how, leaf)
   compiled_for_an_h100(jax.eval_shape(lambda: leaf), how, xla_dump_to=str(tmp_path))
-  (text,) = (x for f in tmp_path.glob("*.ptx") if ".entry fused_update(" in (x := f.read_text()))
-  monkeypatch.setattr(triton_update, "_launch", on_the_host(ptx.parse(text, "fused_update")))
+  (text,) = (x for f in tmp_path.glob("*.ptx") if ".entry fused_step(" in (x := f.read_text()))
+  monkeypatch.setattr(gpu, "_launch", on_the_host(ptx.parse(text, "fused_step")))
   with jax.disable_jit():
-    found = jax.tree.leaves(triton_update.by_tiles(steps.ADAMW, how, leaf))
+    found = jax.tree.leaves(gpu.by_tiles(ADAMW, how, leaf))
   for a, b in zip(found, wanted, strict=True):
     a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
     # Last places differ by the multiply-adds that this machine's compiler fuses.
@@ -171,7 +170,7 @@ def test_compiled_kernels_take_the_step_of_the_definition(
 
 
 @pytest.fixture
-def gpu():
+def on_gpu():
   """With JAX_PLATFORMS=cuda,cpu where there is an NVIDIA GPU."""
   if jax.default_backend() != "gpu":
     pytest.skip("runs on a GPU")
@@ -187,16 +186,16 @@ def gpu():
     *(("sgd", name, "float32", "stochastic", (1024, 768)) for name in ("FP8", "NVFP4")),
   ],
 )
-def test_a_gpu_takes_the_step_of_the_definition(gpu, step, format, moments_in, how, shape):
+def test_a_gpu_takes_the_step_of_the_definition(on_gpu, step, format, moments_in, how, shape):
   """Its kernel, held against the definition on the same GPU and on the CPU."""
   step, layer = fused_leaves.STEPS[step], 5 if len(shape) > 2 else None
   preset = fused_leaves.FORMATS[format]
   leaf = fused_leaves.make(step, preset, shape, layer, jnp.bfloat16, moments_in)
-  fused = jax.jit(functools.partial(fused_update.fused_update, step, how))
+  fused = jax.jit(functools.partial(dispatch.take_step, step, how))
   assert "triton" in fused.lower(leaf).as_text()
   found = jax.tree.leaves(fused(leaf))
   for device in (jax.devices()[0], jax.devices("cpu")[0]):
-    wanted = fused_leaves.run(fused_update.definition, step, how, jax.device_put(leaf, device))
+    wanted = fused_leaves.run(definition, step, how, jax.device_put(leaf, device))
     for a, b in zip(found, wanted, strict=True):
       a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
       # Last places differ by the multiply-adds that compilers fuse, and what is rounded where that

@@ -46,9 +46,20 @@ def tiny(**changes):
   return config
 
 
+_targets = {}
+
+
+def target_of(config):
+  """The mesh of a config and its state's shapes, dtypes and shardings, traced once for each."""
+  key = json.dumps(config_lib.flat(config), sort_keys=True)
+  if key not in _targets:
+    tx, mesh = loop.prepare(config)
+    _targets[key] = mesh, step_lib.abstract_state(config, tx, mesh)
+  return _targets[key]
+
+
 def filled(config):
   """A state of random numbers in its own shapes, dtypes and shardings; nothing is trained."""
-  tx, mesh = loop.prepare(config)
   draw = np.random.default_rng(0)
 
   def fill(x):
@@ -58,7 +69,7 @@ def filled(config):
       values = draw.standard_normal(x.shape, np.float32).astype(x.dtype)
     return jax.device_put(values, x.sharding)
 
-  return jax.tree.map(fill, step_lib.abstract_state(config, tx, mesh))
+  return jax.tree.map(fill, target_of(config)[1])
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +87,8 @@ def save(folder, state, config, steps=(2,), keep=2, losses=None):
 
 
 def restore(folder, config, data=DATA):
-  tx, mesh = loop.prepare(config)
+  mesh, target = target_of(config)
   with checkpoints.manager(folder, 2) as store, jax.set_mesh(mesh):
-    target = step_lib.abstract_state(config, tx, mesh)
     return checkpoints.restore(store, target, config, data)
 
 
@@ -102,12 +112,8 @@ def test_what_comes_back_is_what_was_saved_on_any_mesh(mesh, state, tmp_path):
   found = restore(tmp_path, tiny(**mesh))
   assert (found.step, found.clock) == (2, {"seconds": 1.0})
   assert_equal(found.state, state)
-  tx, on = loop.prepare(tiny(**mesh))
-  for x, y in zip(
-    jax.tree.leaves(found.state),
-    jax.tree.leaves(step_lib.abstract_state(tiny(**mesh), tx, on)),
-    strict=True,
-  ):
+  wanted = jax.tree.leaves(target_of(tiny(**mesh))[1])
+  for x, y in zip(jax.tree.leaves(found.state), wanted, strict=True):
     assert x.sharding == y.sharding
 
 

@@ -1,6 +1,8 @@
 """Configs: every file is in order, and what is out of order is named."""
 
+import ast
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -8,9 +10,11 @@ import sys
 import jax
 import pytest
 
+import eco_optax as eco
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
-from eco_optax.training import loop, methods
+from eco_optax.training import loop, methods, sharding
+from eco_optax.training import step as step_lib
 from eco_optax.training.models import transformer
 
 # Optax's schedules compare an int32 count with Python floats.
@@ -25,7 +29,7 @@ def load(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", config_lib.METHODS)
+@pytest.mark.parametrize("method", methods.BY_NAME)
 def test_every_config_is_in_order_with_every_method(name, method):
   config = load(name)
   config.method = method
@@ -79,6 +83,49 @@ def test_the_other_runs_numbers(name, total, rates):
 def test_every_run_of_the_paper_has_a_topology():
   assert set(compile_lib.TOPOLOGIES) <= set(NAMES)
   assert {f"llama_{size}" for size in STUDY} < set(compile_lib.TOPOLOGIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_runs_on_whatever_devices_there_are(name):
+  config = load(name)
+  model, (weights, _) = config_lib.model(config), config_lib.formats(config)
+  params = jax.eval_shape(lambda: transformer.init(model, config.seed, weights))
+  moments = jax.eval_shape(eco.dequantize, params)
+  for devices in (1, 4):
+    _, mesh = loop.prepare(config, jax.devices()[:devices])
+    assert mesh.shape["fsdp"] == devices
+    limit = config.replicated_limit_mib * 2**20
+    sharding.check_sharded((params, moments), mesh, limit)
+
+
+def test_a_dry_run_takes_the_devices_it_is_given():
+  assert "mesh data 1 × fsdp 4 × tensor 1" in loop.dry_run(load("tiny"), jax.devices()[:4])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_opens_with_its_command_its_machine_and_its_result(name):
+  head = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
+  command = f"python scripts/train.py --config=configs/{name}.py --workdir=runs/{name}"
+  assert head.split("\n\n")[1].startswith(command)
+  assert "\nMachine: " in head
+  assert "\nResult: " in head
+  # Every loss is in a file that the text names.
+  files = [(ROOT / file).read_text() for file in re.findall(r"[\w/]+/\w+\.(?:md|py)", head)]
+  for loss in re.findall(r"\d\.\d{4}", head):
+    assert any(loss in text for text in files), loss
+
+
+def test_parts_of_a_batch_are_joined_until_every_device_has_a_sequence():
+  config = load("deepseek_3m_chat")
+  count = lambda config, n: step_lib.accumulation(
+    config, loop.prepare(config, jax.devices()[:n])[1]
+  )
+  assert [count(config, n) for n in (1, 2, 4, 8)] == [16, 8, 4, 2]
+  config.batch_size = 64  # Parts of four sequences are enough for four devices.
+  assert [count(config, n) for n in (1, 2, 4, 8)] == [16, 16, 16, 8]
+  config.batch_size, config.reduction_groups = 16, 1
+  with pytest.raises(ValueError, match="not a multiple of the 4 devices"):
+    loop.prepare(config, jax.devices()[:4])
 
 
 def changed(changes):

@@ -60,7 +60,7 @@ STORAGE = {
 }
 
 
-@pytest.mark.parametrize("method", config_lib.METHODS)
+@pytest.mark.parametrize("method", methods.BY_NAME)
 def test_one_step_of_each_method(method):
   config = get_config(method=method)
   tx, mesh = loop.prepare(config)
@@ -103,7 +103,7 @@ def test_one_step_of_each_method(method):
   assert used == pytest.approx((codes + scales, moments, residual))
 
 
-@pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
+@pytest.mark.parametrize("name", methods.OPTIMIZERS)
 def test_every_optimizer_is_optaxs_own(name):
   """ECO takes it, and float parameters take the steps of Optax's optimizer of the same name."""
   config = get_config(**{"optimizer.name": name, "optimizer.max_norm": 1e9})

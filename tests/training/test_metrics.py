@@ -1,12 +1,13 @@
 """Metrics on disk, which a run that died goes on with, and the clock."""
 
 import json
+import pathlib
 import struct
 
 import pytest
 from tensorboardX.proto import event_pb2
 
-from eco_optax.training import metrics
+from eco_optax.training import metrics, report
 
 
 @pytest.fixture
@@ -15,6 +16,20 @@ def log(tmp_path):
   for step in (10, 20, 30):
     metrics.append_metrics(path, step, loss=step / 10)
   return path
+
+
+def test_a_command_can_be_pasted_at_the_root(monkeypatch, tmp_path):
+  root = pathlib.Path(__file__).parents[2]
+  script = str(root / "scripts" / "train.py")
+  monkeypatch.chdir(tmp_path)
+  assert report.command(["/usr/bin/python3", script, "--config.steps=3", "--workdir=my runs"]) == (
+    "python scripts/train.py --config.steps=3 '--workdir=my runs'"
+  )
+  assert report.command(["python3", "-c", "import sys; print(1)", "2 3"]) == (
+    "python -c 'import sys; print(1)' '2 3'"
+  )
+  monkeypatch.chdir(root / "scripts")
+  assert report.command(["python3", "-u", "train.py"]) == "python -u scripts/train.py"
 
 
 def test_rows_come_back(log):

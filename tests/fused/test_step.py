@@ -15,9 +15,11 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
-from eco_optax.fused import fused_update, steps
-from eco_optax.fused import mesh as parts
-from eco_optax.fused import tpu as pallas_update
+from eco_optax.fused import tpu as tpu_kernels
+from eco_optax.fused.dispatch import take_step
+from eco_optax.fused.step import definition
+from eco_optax.optimizers.adamw import ADAMW
+from eco_optax.optimizers.sgd import SGD
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -192,12 +194,12 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
     (eco.Format("int8", (4, 4)), (256, 128)),
     (eco.Format("float8_e4m3fn", contraction_axis=-1), (256, 128)),
   ]:
-    leaf = jax.eval_shape(lambda f=format, s=shape: fused_leaves.make(steps.SGD, f, s))
-    assert not pallas_update.applies(leaf)
-  leaf = fused_leaves.make(steps.ADAMW, eco.FP8, (100, 128))
+    leaf = jax.eval_shape(lambda f=format, s=shape: fused_leaves.make(SGD, f, s))
+    assert not tpu_kernels.applies(leaf)
+  leaf = fused_leaves.make(ADAMW, eco.FP8, (100, 128))
   found, wanted = (
-    fused_leaves.run(f, steps.ADAMW, "stochastic", leaf)
-    for f in (fused_leaves.by_interpreted_panels, fused_update.definition)
+    fused_leaves.run(f, ADAMW, "stochastic", leaf)
+    for f in (fused_leaves.by_interpreted_panels, definition)
   )
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
@@ -216,14 +218,14 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
 )
 def test_a_sharded_leaf_takes_the_same_step(format, spec, told):
   """In a program of several devices, told of its parts or not: the same codes where they were."""
-  leaf = fused_leaves.make(steps.ADAMW, format, (64, 32))
-  wanted, _ = jax.jit(lambda x: parts.fused_update(steps.ADAMW, "stochastic", x))(leaf)
+  leaf = fused_leaves.make(ADAMW, format, (64, 32))
+  wanted, _ = jax.jit(lambda x: take_step(ADAMW, "stochastic", x))(leaf)
   mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
   where = NamedSharding(mesh, spec)
   given = leaf._replace(gradient=jax.device_put(leaf.gradient, where))
   given = given._replace(weight=jax.device_put(leaf.weight, NamedSharding(mesh, P())))
   sharding = where if told else None
-  step = jax.jit(lambda x: parts.fused_update(steps.ADAMW, "stochastic", x, sharding))
+  step = jax.jit(lambda x: take_step(ADAMW, "stochastic", x, sharding))
   found, moments = step(given)
   assert len(moments[0].sharding.device_set) == 8
   differ = np.asarray(found.qvalue).view(np.uint8) != np.asarray(wanted.qvalue).view(np.uint8)
@@ -277,8 +279,8 @@ def compile_for(where, leaf):
     here = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(where)), leaf
     )
-  step = lambda weight, moments, rest: parts.fused_update(
-    steps.ADAMW, "stochastic", rest._replace(weight=weight, moments=moments), sharding
+  step = lambda weight, moments, rest: take_step(
+    ADAMW, "stochastic", rest._replace(weight=weight, moments=moments), sharding
   )
   lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
     here.weight, here.moments, here._replace(weight=None, moments=None)
@@ -297,7 +299,7 @@ def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once
   shape = (4096, 16384)
   leaf = jax.eval_shape(
     lambda: fused_leaves.make(
-      steps.ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
+      ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
     )
   )
   size = shape[0] * shape[1]
@@ -318,7 +320,7 @@ def test_kernels_compile_for_several_tpus(compile_lib, tpus, spec, moments_in, w
   shape = (4096, 16384)
   leaf = jax.eval_shape(
     lambda: fused_leaves.make(
-      steps.ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
+      ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
     )
   )
   size = shape[0] * shape[1] // len(tpus)
@@ -365,10 +367,10 @@ def test_kernels_compile_for_tpus_and_work_in_place(tpu, format):
   shape = (4096, 16384)
   preset = fused_leaves.FORMATS[format]
   leaf = jax.eval_shape(
-    lambda: fused_leaves.make(steps.ADAMW, preset, shape, gradient_dtype=jnp.bfloat16)
+    lambda: fused_leaves.make(ADAMW, preset, shape, gradient_dtype=jnp.bfloat16)
   )
   size = shape[0] * shape[1]
-  moved = pallas_update.bytes_moved(steps.ADAMW, "stochastic", leaf) / size
+  moved = tpu_kernels.bytes_moved(ADAMW, "stochastic", leaf) / size
   scale_bytes = 8 * leaf.weight.scale.size / size
   once = 18 + 2 * preset.bits / 8  # Gradient; moments and codes, read and written.
   if preset.granularity == "tensor" or preset.two_level:  # Read once more, for the largest.

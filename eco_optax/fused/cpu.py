@@ -1,0 +1,182 @@
+"""The fused step for CPUs: in place, chunk by chunk of rows, in the caches.
+
+XLA's compiler for CPUs makes a loop over memory for each array. A chunk of rows is small enough
+that everything between its gradient and its new codes stays in the caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eco_optax.fused.leaf import (
+  Leaf,
+  Matrices,
+  largest_proposal,
+  matrices,
+  matrix_numbers,
+  origin,
+  tile_bits,
+)
+from eco_optax.fused.step import (
+  Moments,
+  Plan,
+  Proposal,
+  Step,
+  by_layers,
+  plan_of,
+  propose,
+  settle,
+)
+from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
+from eco_optax.transforms.stored_moments import Codes, pack_like, unpack
+
+Arrays = dict[str, jax.Array]  # The arrays of a weight or of a moment, by the name of their field.
+
+# Elements of a chunk. A CPU's caches hold a few float32 arrays of the larger number (1 MiB each);
+# below the smaller, XLA's loops no longer repay starting their threads. Both were read from timings
+# of 4096 × 4096 weights on two cores of a server. On other CPUs measure `scripts/benchmark.py`.
+_CHUNK = 2**18
+_SMALLEST_CHUNK = 2**14
+
+
+def _chunk_rows(m: Matrices) -> int | None:
+  """Rows of the largest chunk of whole units that divides a matrix, if there is a good one."""
+  fits = [n for n in range(m.unit, m.rows, m.unit) if m.rows % n == 0]
+  fits = [n for n in fits if _SMALLEST_CHUNK <= n * m.columns <= _CHUNK]
+  return max(fits, default=None)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+  """Short floats as integers: XLA's CPU compiler widens all of what a loop holds of them."""
+  if x.dtype.itemsize > 2:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _arrays(leaf: Any) -> Arrays:
+  """The arrays that a weight or a moment is stored in."""
+  if not is_quantized(leaf):
+    return {"value": leaf}
+  fields = {name: getattr(leaf, name) for name in ("qvalue", "scale", "tensor_scale")}
+  return {name: x for name, x in fields.items() if x is not None}
+
+
+def _with_arrays(like: Any, arrays: Arrays) -> Any:
+  """A weight or moment stored like another in other arrays, which may be given as bits."""
+  typed: dict[str, Any] = {
+    name: x if x.dtype == old.dtype else jax.lax.bitcast_convert_type(x, old.dtype)
+    for (name, old), x in ((item, arrays[item[0]]) for item in _arrays(like).items())
+  }
+  return dataclasses.replace(like, **typed) if is_quantized(like) else typed["value"]
+
+
+def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """`step.definition` for CPUs, where a chunk of rows suits the leaf.
+
+  Where scales depend on a whole column or matrix, a first loop over the chunks finds its largest
+  proposal.
+
+  Args:
+    step: as in `step.definition`.
+    rounding: as in `step.definition`.
+    leaf: as in `step.definition`.
+
+  Returns:
+    As `step.definition`.
+  """
+  format = leaf.weight.format
+  m = matrices(leaf)
+  size = _chunk_rows(m) if m else None
+  if m is None or size is None:
+    return by_layers(step, rounding, leaf)
+  chunks, shape = m.rows // size, (size, m.columns)
+  numbers, at = matrix_numbers(leaf), origin(leaf)
+  keys = (leaf.key, *leaf.moment_keys)
+
+  # Arrays with rows of their own for each chunk, and the scales of whole columns or matrices.
+  flat = lambda x: _as_bits(x).reshape(-1, x.shape[-1])
+  fields = _arrays(leaf.weight)
+  per_chunk = {"qvalue", "scale"} if isinstance(format.granularity, tuple) else {"qvalue"}
+  weight = {name: flat(x) for name, x in fields.items() if name in per_chunk}
+  whole = {
+    name: x.reshape(m.stack, 1, x.shape[-1]) for name, x in fields.items() if name not in per_chunk
+  }
+  moments = tuple({name: flat(x) for name, x in _arrays(m).items()} for m in leaf.moments)
+  gradient = flat(leaf.gradient)
+
+  def place(x: jax.Array, matrix: jax.Array, i: jax.Array) -> tuple[jax.Array, int]:
+    """The first row of a chunk of an array, and how many it has."""
+    rows = x.shape[0] // m.stack
+    return matrix * rows + i * (rows // chunks), rows // chunks
+
+  def propose_chunk(stored: Any, matrix: jax.Array, i: jax.Array) -> tuple[Plan, Proposal, Leaf]:
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
+    weight, moments = jax.tree.map(part, stored)
+    old = _with_arrays(leaf.weight, weight | {name: x[matrix] for name, x in whole.items()})
+    old_moments = [_with_arrays(*pair) for pair in zip(leaf.moments, moments, strict=True)]
+    own_gradient = jax.lax.bitcast_convert_type(part(gradient), leaf.gradient.dtype)
+    chunk = leaf._replace(weight=old, moments=tuple(old_moments))
+    plan = plan_of(step, rounding, chunk)
+    unpacked = unpack(old), tuple(map(unpack, old_moments))
+    return plan, propose(plan, leaf.scalars, own_gradient, *unpacked), chunk
+
+  def largest_proposals(matrix: jax.Array, stored: Any) -> jax.Array:
+    def chunk(i: jax.Array, largest: jax.Array) -> jax.Array:
+      _, proposal, _ = propose_chunk(stored, matrix, i)
+      # Magnitudes are in the order of their bits, with NaN above all.
+      return jnp.maximum(largest, jax.lax.bitcast_convert_type(jnp.abs(proposal.value), jnp.int32))
+
+    largest = jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(shape, jnp.int32))
+    return largest_proposal(leaf, jax.lax.bitcast_convert_type(largest, jnp.float32))
+
+  def one_matrix(matrix: jax.Array, carry: Any) -> Any:
+    stored, new_whole = carry
+    # Block scales alone do without.
+    largest = largest_proposals(matrix, stored) if whole else None
+    unit = None
+    if format.two_level and largest is not None:
+      unit, largest = matrix_scale(largest, format), None
+
+    def new_chunk(stored: Any, i: jax.Array) -> tuple[Arrays, tuple[Arrays, ...], Arrays]:
+      plan, proposal, chunk = propose_chunk(stored, matrix, i)
+      number = None if numbers is None else numbers[matrix]
+      bits = lambda k: tile_bits(keys[k], number, at.columns, at.row + i * size, at.column, shape)
+      code, scale, moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
+      old = dataclasses.replace(chunk.weight, tensor_scale=unit)
+      new = _arrays(pack_like(old, Codes(code, scale)))
+      new_moments = tuple(
+        jax.tree.map(_as_bits, _arrays(pack_like(*pair)))
+        for pair in zip(chunk.moments, moments, strict=True)
+      )
+      own = {name: _as_bits(new[name]) for name in weight}
+      return own, new_moments, {name: new[name] for name in whole}
+
+    # Each turn writes the chunk that the one before it computed, and then reads: an array of which
+    # nothing else is read while it changes is one that the compiler does not copy.
+    def turn(i: jax.Array, carry: Any) -> Any:
+      stored, (*new, _) = carry
+      put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
+        x, part, place(x, matrix, i - 1)[0], 0
+      )
+      stored = jax.tree.map(put, stored, tuple(new))
+      return stored, new_chunk(stored, jnp.minimum(i, chunks - 1))
+
+    first = new_chunk(stored, jnp.zeros([], jnp.int32))
+    stored, (*_, of_matrix) = jax.lax.fori_loop(1, chunks + 1, turn, (stored, first))
+    return stored, {name: x.at[matrix].set(of_matrix[name]) for name, x in new_whole.items()}
+
+  carry = (weight, moments), whole
+  if m.stack == 1:
+    carry = one_matrix(jnp.zeros([], jnp.int32), carry)
+  else:
+    carry = jax.lax.fori_loop(0, m.stack, one_matrix, carry)
+  (weight, moments), new_whole = carry
+  shaped = lambda like, arrays: _with_arrays(
+    like, {name: arrays[name].reshape(x.shape) for name, x in _arrays(like).items()}
+  )
+  new_moments = tuple(shaped(*pair) for pair in zip(leaf.moments, moments, strict=True))
+  return shaped(leaf.results[0], weight | new_whole), new_moments

@@ -1,0 +1,129 @@
+"""Takes a leaf's fused step by the kernel that suits the device.
+
+A device by itself runs the step as a kernel that touches memory as little as that device allows.
+Where no kernel fits, and in programs of several devices that were not told their parts of the leaf
+(see `mesh`), the definition stands, a stack layer by layer, for XLA to partition. The choice is a
+matter of lowering: a traced program serves every platform.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from eco_optax.fused import cpu, mesh, step, tpu
+from eco_optax.fused.leaf import Leaf
+from eco_optax.fused.step import Moments, Step
+from eco_optax.quantized_array import QuantizedArray, Rounding
+
+Implementation = Callable[[Step, Rounding, Leaf], tuple[QuantizedArray, Moments]]
+
+try:
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    from eco_optax.fused import gpu
+except ImportError:  # A JAX without that backend.
+  gpu = None  # type: ignore[assignment]
+
+
+def take_step(
+  step: Step, rounding: Rounding, leaf: Leaf, sharding: Any = None
+) -> tuple[QuantizedArray, Moments]:
+  """One leaf's step, see `step.definition`.
+
+  Args:
+    step: of the optimizer.
+    rounding: of the codes.
+    leaf: that may be split over the devices of a mesh.
+    sharding: of the leaf's codes, or of the stack that it is one layer of. Without a
+      `NamedSharding`, or where this would cut a block, a program of several devices keeps to the
+      definition.
+
+  Returns:
+    The new weight and the new moments.
+  """
+  split = mesh.split_of(leaf, sharding)
+  if split is not None:
+    return mesh.on_parts(on_one_device, step, rounding, leaf, sharding.mesh, split)
+  return on_one_device(step, rounding, leaf)
+
+
+_take_step_p = Primitive("eco_fused_step")
+_take_step_p.multiple_results = True
+
+
+def on_one_device(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """The step of a leaf, or of a device's part of it."""
+  flat, treedef = jax.tree.flatten(leaf)
+  results = _take_step_p.bind(*flat, step=step, rounding=rounding, treedef=treedef)
+  return jax.tree.unflatten(jax.tree.structure(leaf.results), results)
+
+
+def _flat(implementation: Implementation) -> Any:
+  """An implementation as a function of flat operands."""
+
+  def fn(*flat: jax.Array, step: Step, rounding: Rounding, treedef: Any) -> list[jax.Array]:
+    return jax.tree.leaves(implementation(step, rounding, jax.tree.unflatten(treedef, flat)))
+
+  return fn
+
+
+@functools.cache
+def _compiled(**params: Any) -> Any:
+  return jax.jit(functools.partial(_take_step_p.bind, **params))
+
+
+@_take_step_p.def_impl
+def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
+  return _compiled(**params)(*flat)
+
+
+@_take_step_p.def_abstract_eval
+def _abstract_eval(*flat: Any, treedef: Any, **params: Any) -> list[Any]:
+  del params
+  out = jax.tree.leaves(jax.tree.unflatten(treedef, flat).results)
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in out]
+
+
+def _batched(flat: Any, axes: Any, **params: Any) -> tuple[list[jax.Array], list[int]]:
+  results = jax.vmap(functools.partial(_flat(step.definition), **params), in_axes=axes)(*flat)
+  return results, [0] * len(results)
+
+
+batching.primitive_batchers[_take_step_p] = _batched
+
+
+def _lowering(implementation: Implementation) -> Any:
+  """Lowers to an implementation where a device is by itself, and to `step.by_layers` elsewhere.
+
+  A kernel sees local indices and is not partitioned; the definition is, with the bits of global
+  indices. Inside `jax.shard_map` over all axes of a mesh each device is by itself.
+  """
+
+  def lower(ctx: Any, *args: Any, **params: Any) -> Any:
+    axes = ctx.module_context.axis_context
+    devices, mesh = getattr(axes, "num_devices", None), getattr(axes, "mesh", None)
+    alone = devices == 1 or (mesh and set(axes.manual_axes) == set(mesh.axis_names))
+    chosen = implementation if alone else step.by_layers
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+      return mlir.lower_fun(_flat(chosen), multiple_results=True)(ctx, *args, **params)
+
+  return lower
+
+
+def _on_cuda(own: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  chosen = gpu.by_tiles if gpu is not None and gpu.available() else step.by_layers
+  return chosen(own, rounding, leaf)
+
+
+mlir.register_lowering(_take_step_p, _lowering(step.by_layers))
+mlir.register_lowering(_take_step_p, _lowering(cpu.by_rows), platform="cpu")
+mlir.register_lowering(_take_step_p, _lowering(tpu.by_panels), platform="tpu")
+mlir.register_lowering(_take_step_p, _lowering(_on_cuda), platform="cuda")

@@ -1,0 +1,274 @@
+"""A leaf whose whole step is taken at once: its arrays, where they lie, and its random bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eco_optax import rounding as rounding_lib
+from eco_optax.quantized_array import (
+  QuantizedArray,
+  is_quantized,
+  largest_magnitude,
+  matrix_scale,
+)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["first"],
+  meta_fields=["shape", "sharing"],
+)
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A device's part of a leaf."""
+
+  first: tuple[jax.Array, ...]  # int32: index of its first element, on each axis of the leaf.
+  shape: tuple[int, ...]  # Of the whole leaf.
+  sharing: tuple[str, ...]  # Mesh axes along which parts have weights of one scale.
+
+
+class Leaf(NamedTuple):
+  """Operands of one leaf's step."""
+
+  scalars: Any  # Of the optimizer's step, float32.
+  key: jax.Array  # Of the random bits, see `rounding.stream_key`.
+  layer: jax.Array | None  # Index of the layer, where the leaf is one layer of a stack.
+  weight: QuantizedArray
+  gradient: jax.Array
+  moments: tuple[Any, ...]  # As stored, see `fits`; the momentum first.
+  moment_keys: tuple[jax.Array, ...] = ()  # Of their random bits, where any is in few bits.
+  part: Part | None = None  # Where the arrays are one device's part of the leaf.
+
+  @property
+  def results(self) -> tuple[QuantizedArray, tuple[Any, ...]]:
+    """The new weight and moments have the structure, shapes and dtypes of these."""
+    return dataclasses.replace(self.weight, sink=None), self.moments
+
+
+def fits(moment: Any, rounds: bool) -> bool:
+  """Whether a fused step reads and writes a moment as it is stored.
+
+  It takes float32; if it `rounds` what it writes also bfloat16 and codes in blocks of rows.
+  """
+  if is_quantized(moment):
+    granularity = moment.format.granularity
+    return rounds and isinstance(granularity, tuple) and granularity[1:] == (1,)
+  return moment.dtype == jnp.float32 or (rounds and moment.dtype == jnp.bfloat16)
+
+
+def block_rows(moment: Any) -> int:
+  """Rows of a moment that share a scale; 1 if it has none."""
+  return int(moment.format.granularity[0]) if is_quantized(moment) else 1
+
+
+class Matrices(NamedTuple):
+  """A leaf as a stack of matrices."""
+
+  stack: int
+  rows: int
+  columns: int
+  unit: int  # Rows that stay together: those of a block, or of the codes in a byte.
+
+
+def matrices(leaf: Leaf) -> Matrices | None:
+  """The leaf as matrices; None unless columns, matrices or blocks of these share scales."""
+  weight = leaf.weight
+  format, shape = weight.format, weight.shape
+  unit = 8 // format.bits
+  if weight.odd or weight.ndim < 2:
+    return None
+  if isinstance(format.granularity, tuple):
+    if len(format.granularity) != 2:
+      return None
+    unit = math.lcm(unit, format.granularity[0])
+  elif format.granularity == "channel" and format.contraction_axis != -2:
+    return None
+  unit = math.lcm(unit, *map(block_rows, leaf.moments))
+  return Matrices(math.prod(shape[:-2]), shape[-2], shape[-1], unit)
+
+
+def matrix_numbers(leaf: Leaf) -> jax.Array | None:
+  """Numbers, int32, of a leaf's matrices in its whole stack; None where there is no stack."""
+  lead = leaf.weight.shape[:-2]
+  if leaf.layer is None and not lead:
+    return None
+  whole = leaf.part.shape[:-2] if leaf.part else lead
+  number = jnp.zeros(lead, jnp.int32)
+  for axis, size in enumerate(whole):
+    index = jax.lax.broadcasted_iota(jnp.int32, lead, axis)
+    index = index + leaf.part.first[axis] if leaf.part else index
+    number = number * np.int32(size) + index
+  if leaf.layer is not None:
+    number = number + leaf.layer.astype(jnp.int32) * np.int32(math.prod(whole))
+  return number.reshape(-1)
+
+
+class Origin(NamedTuple):
+  """The place of a leaf's matrices in the whole ones, and the width of these."""
+
+  row: jax.Array | int
+  column: jax.Array | int
+  columns: int
+
+
+def origin(leaf: Leaf) -> Origin:
+  """The place of a part, or of a whole leaf."""
+  if leaf.part is None:
+    return Origin(0, 0, leaf.weight.shape[-1])
+  return Origin(leaf.part.first[-2], leaf.part.first[-1], leaf.part.shape[-1])
+
+
+def tile_bits(
+  key: Any,
+  matrix: jax.Array | None,
+  columns: int,
+  row: jax.Array | int,
+  column: jax.Array | int,
+  shape: tuple[int, ...],
+) -> jax.Array:
+  """`rounding.counter_bits` of a tile, which starts at `row` and `column` of each matrix."""
+  row, column = (
+    jax.lax.broadcasted_iota(jnp.int32, shape, axis) + first
+    for axis, first in zip((len(shape) - 2, len(shape) - 1), (row, column), strict=True)
+  )
+  unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+  element = unsigned(row * np.int32(columns) + column)
+  return rounding_lib.element_bits(key, element, None if matrix is None else unsigned(matrix))
+
+
+def random_bits(leaf: Leaf, k: int) -> jax.Array:
+  """`rounding.counter_bits` of a leaf, or of its part: of the weight, 0, or of a moment, from 1."""
+  key, shape = (leaf.key, *leaf.moment_keys)[k], leaf.weight.shape
+  if leaf.part is None:
+    return rounding_lib.counter_bits(key, shape, leaf.layer)
+  numbers, at = matrix_numbers(leaf), origin(leaf)
+  numbers = None if numbers is None else numbers.reshape(*shape[:-2], 1, 1)
+  return tile_bits(key, numbers, at.columns, at.row, at.column, shape)
+
+
+def over_parts(leaf: Leaf, largest: jax.Array) -> jax.Array:
+  """The largest magnitudes of whole groups from those of a part, the same on all devices."""
+  if not (leaf.part and leaf.part.sharing):
+    return largest
+  # Magnitudes are in the order of their bits, with NaN above all.
+  bits = jax.lax.pmax(jax.lax.bitcast_convert_type(largest, jnp.int32), leaf.part.sharing)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def largest_proposal(leaf: Leaf, proposal: jax.Array) -> jax.Array:
+  """The largest magnitude of each whole column or matrix that shares a scale, on all devices."""
+  axes = (-2,) if leaf.weight.format.granularity == "channel" else (-2, -1)
+  return over_parts(leaf, largest_magnitude(proposal, axes, keepdims=True))
+
+
+class Stream(NamedTuple):
+  """The static part of a leaf's place in the streams of random bits."""
+
+  columns: int  # Of whole matrices; the leaf may have parts of these.
+  numbers: int  # Of matrices that the bits depend on; 0 of a single matrix.
+
+
+def stream(leaf: Leaf) -> Stream:
+  """The place of a leaf's matrices."""
+  stacked = leaf.layer is not None or leaf.weight.ndim > 2
+  return Stream(origin(leaf).columns, math.prod(leaf.weight.shape[:-2]) if stacked else 0)
+
+
+def operands(leaf: Leaf) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+  """A leaf as a kernel takes it.
+
+  Returns:
+    int32 numbers (first row and column, numbers of the matrices, keys of the random bits), the
+    step's float32 scalars, and arrays: scales in float32, codes, gradient, and those that moments
+    are stored in, of codes the scales first.
+  """
+  first = jnp.stack([jnp.asarray(x, jnp.int32) for x in origin(leaf)[:2]])
+  numbers = matrix_numbers(leaf)
+  keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
+  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), *keys])
+  scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])
+  moments = [
+    x
+    for moment in leaf.moments
+    for x in ((moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,))
+  ]
+  weight = leaf.weight
+  return integers, scalars, [weight.float_scale(), weight.qvalue, leaf.gradient, *moments]
+
+
+def kernel_bits(
+  integers: Any,
+  place: Stream,
+  k: int,
+  matrix: jax.Array,
+  row: jax.Array,
+  column: jax.Array,
+  shape: tuple[int, ...],
+) -> jax.Array:
+  """`random_bits` of a tile, in a kernel.
+
+  Args:
+    integers: of `operands`.
+    place: of the leaf.
+    k: 0 for those of the weight, or the number of a moment, from 1 on.
+    matrix: the tile's, in the stack.
+    row: its first.
+    column: its first.
+    shape: its own.
+
+  Returns:
+    uint32 of that shape.
+  """
+  begin = 2 + place.numbers + 2 * k
+  words = (integers[begin + i] for i in (0, 1))
+  first, second = (jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
+  number = integers[2 + matrix] if place.numbers else None
+  row, column = integers[0] + row, integers[1] + column
+  return tile_bits((first, second), number, place.columns, row, column, shape)
+
+
+def results(
+  leaf: Leaf,
+  scale: jax.Array,
+  qvalue: jax.Array,
+  moments: Sequence[jax.Array],
+  largest: jax.Array | None,
+) -> tuple[QuantizedArray, tuple[Any, ...]]:
+  """New weight and moments from what a kernel made of `operands`' arrays, in any stacked shape.
+
+  Args:
+    leaf: the old.
+    scale: float32, of the weight.
+    qvalue: its codes; these and those of moments may be given as bytes.
+    moments: the arrays they are stored in.
+    largest: the largest proposal of each matrix, which scales of scales follow.
+  """
+  typed = lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
+  weight, format = leaf.weight, leaf.weight.format
+  tensor_scale = weight.tensor_scale
+  if tensor_scale is not None and largest is not None:
+    tensor_scale = matrix_scale(largest, format).reshape(tensor_scale.shape)
+  new = QuantizedArray(
+    typed(qvalue, weight.qvalue),
+    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
+    format,
+    tensor_scale,
+  )
+  arrays = iter(moments)
+  new_moments: list[Any] = []
+  for old in leaf.moments:
+    if is_quantized(old):
+      scale = next(arrays).reshape(old.scale.shape).astype(old.scale.dtype)
+      old = dataclasses.replace(old, scale=scale, qvalue=typed(next(arrays), old.qvalue))
+      new_moments.append(old)
+    else:
+      new_moments.append(next(arrays).reshape(old.shape))
+  return new, tuple(new_moments)

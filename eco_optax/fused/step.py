@@ -1,0 +1,212 @@
+"""The arithmetic of a fused step, written once: optimizer, rounding, error and injection.
+
+`propose` and `settle` say how gradient, moments and weight become code, scale and new moments, of a
+whole leaf as of a tile of it. A backend loads and stores, divides as its device does, and draws
+random bits. `definition` is the whole step in plain `jnp`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eco_optax.formats import Format
+from eco_optax.fused.leaf import Leaf, largest_proposal, random_bits
+from eco_optax.quantized_array import (
+  IEEE,
+  Division,
+  Groups,
+  QuantizedArray,
+  Rounding,
+  unit_of,
+)
+from eco_optax.transforms import stacks
+from eco_optax.transforms.quantize_params import add_update
+from eco_optax.transforms.stored_moments import (
+  Codes,
+  Stored,
+  pack_like,
+  stored_as,
+  unpack,
+)
+
+Moments = tuple[jax.Array, ...]  # float32; the momentum comes first.
+
+
+class Step(NamedTuple):
+  """An optimizer as element-wise functions.
+
+  Numbers that do not depend on the weight are worked out beforehand, in a few float32 scalars.
+  """
+
+  scalars: Callable[..., Any]  # The NamedTuple of its float32 scalars.
+  # (scalars, gradient, moments, θ̂) → (u, new moments)
+  propose: Callable[[Any, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]]
+  # (scalars, new moments, error) → the rule's addition to the momentum
+  inject: Callable[[Any, Moments, jax.Array], jax.Array]
+
+
+class Plan(NamedTuple):
+  """What is known of a step before its numbers are."""
+
+  step: Step
+  rounding: Rounding
+  weight: Stored
+  moments: tuple[Stored, ...]
+  division: Division = IEEE
+
+
+def plan_of(
+  step: Step,
+  rounding: Rounding,
+  leaf: Leaf,
+  groups: Sequence[Groups] | None = None,
+  division: Division = IEEE,
+) -> Plan:
+  """The plan of a leaf's step.
+
+  Args:
+    step: of the optimizer.
+    rounding: of the codes.
+    leaf: of arrays or of their shapes.
+    groups: of a tile of the weight and of each moment; those of the whole leaf if None.
+    division: of the device.
+  """
+  stored = [stored_as(x) for x in (leaf.weight, *leaf.moments)]
+  if groups is not None:
+    stored = [
+      how if how.format is None else how._replace(groups=own)
+      for how, own in zip(stored, groups, strict=True)
+    ]
+  return Plan(step, rounding, stored[0], tuple(stored[1:]), division)
+
+
+class Proposal(NamedTuple):
+  """What the optimizer proposes; all float32."""
+
+  weight: jax.Array  # θ̂
+  update: jax.Array  # u
+  moments: Moments
+
+  @property
+  def value(self) -> jax.Array:
+    """θ̃ = θ̂ + u."""
+    return add_update(self.weight, self.update)
+
+
+class Settled(NamedTuple):
+  """What a step stores."""
+
+  code: jax.Array  # int32, see `rounding.code_bits`.
+  scale: jax.Array  # float32, exact in the format's `scale_dtype`.
+  moments: tuple[Codes | jax.Array, ...]
+
+
+def propose(
+  plan: Plan,
+  scalars: Any,
+  gradient: jax.Array,
+  weight: Codes,
+  moments: tuple[Codes | jax.Array, ...],
+) -> Proposal:
+  """The optimizer's own step on stored arrays."""
+  stored = plan.weight.read(weight)
+  values = tuple(how.read(x) for how, x in zip(plan.moments, moments, strict=True))
+  update, new_moments = plan.step.propose(scalars, gradient, values, stored)
+  return Proposal(stored, update, new_moments)
+
+
+def settle(
+  plan: Plan,
+  scalars: Any,
+  proposal: Proposal,
+  bits: Callable[[int], jax.Array],
+  largest: jax.Array | None = None,
+  unit: jax.Array | None = None,
+) -> Settled:
+  """Rounds a proposal, and puts the error θ̃ − θ̂' in the momentum.
+
+  Args:
+    plan: of the step.
+    scalars: of the optimizer's step.
+    proposal: of the optimizer.
+    bits: uint32 random bits of the weight, 0, and of each moment, from 1 on.
+    largest: the largest proposal of each group, where the tile has only a part of it.
+    unit: the `tensor_scale` of a two-level format.
+  """
+  random = bits(0) if plan.rounding == "stochastic" else None
+  code, scale, factor = plan.weight.rounded(
+    proposal.value, plan.rounding, random, largest, unit, plan.division
+  )
+  stored = plan.weight.read(Codes(code, factor))
+  # In the order that keeps an update far below the weight's own precision.
+  error = add_update(proposal.weight - stored, proposal.update)
+  momentum, *others = proposal.moments
+  moments = momentum + plan.step.inject(scalars, proposal.moments, error), *others
+  new_moments = [
+    how.write(x, functools.partial(bits, k), plan.division)
+    for k, (how, x) in enumerate(zip(plan.moments, moments, strict=True), 1)
+  ]
+  return Settled(code, scale, tuple(new_moments))
+
+
+def arrays(
+  stored: Stored, moment: Codes | jax.Array, pack: Callable[[jax.Array, Format], jax.Array]
+) -> tuple[jax.Array, ...]:
+  """A moment in the order of `leaf.operands`: its scales and packed codes, or itself."""
+  if not isinstance(moment, Codes):
+    return (moment,)
+  assert stored.format is not None
+  return moment.scale, pack(moment.code, stored.format)
+
+
+def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """The step of one leaf in plain `jnp`.
+
+  Args:
+    step: of the optimizer.
+    rounding: of the codes.
+    leaf: a packed weight of any format and shape, its gradient and moments.
+
+  Returns:
+    The new weight and the new moments.
+  """
+  plan = plan_of(step, rounding, leaf)
+  weight, moments = unpack(leaf.weight), tuple(map(unpack, leaf.moments))
+  proposal = propose(plan, leaf.scalars, leaf.gradient, weight, moments)
+  format = leaf.weight.format
+  largest = whole = None
+  if leaf.part and leaf.part.sharing:
+    largest = largest_proposal(leaf, proposal.value)
+  if format.two_level:
+    whole, largest = largest, None
+  unit = unit_of(proposal.value, format, whole)
+  bits = lambda k: random_bits(leaf, k)
+  code, scale, new_moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
+  old = dataclasses.replace(leaf.weight, tensor_scale=unit, sink=None)
+  kept = zip(leaf.moments, new_moments, strict=True)
+  return pack_like(old, Codes(code, scale)), tuple(pack_like(m, x) for m, x in kept)
+
+
+def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """`definition` of a stack's layers one after another, so that no temporary is of its size."""
+  if leaf.layer is not None or leaf.weight.ndim < 3:
+    return definition(step, rounding, leaf)
+  part, first = leaf.part, jnp.zeros([], jnp.int32)
+  if part is not None:
+    first = part.first[0]
+    part = dataclasses.replace(part, first=part.first[1:], shape=part.shape[1:])
+
+  def one(i: jax.Array, layer: Any, gradient: jax.Array) -> tuple[QuantizedArray, Moments]:
+    weight, moments = layer
+    own = leaf._replace(
+      layer=first + i, weight=weight, gradient=gradient, moments=moments, part=part
+    )
+    return definition(step, rounding, own)
+
+  return stacks.each_layer(one, (leaf.weight, leaf.moments), leaf.gradient)

@@ -1,0 +1,82 @@
+"""What fused optimizers have in common: their transformation, and the scalars of the rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eco_optax.formats import Format
+from eco_optax.fused.transformation import Optimizer, fuse
+from eco_optax.quantized_array import Rounding, Where
+from eco_optax.transforms import error_feedback
+from eco_optax.transforms.quantize_params import quantize_params
+
+
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array | None) -> jax.Array:
+  """The learning rate of a step, float32; count is the schedule's."""
+  rate = learning_rate(count) if callable(learning_rate) else learning_rate
+  return jnp.asarray(rate, jnp.float32)
+
+
+def injection_per_error(
+  learning_rate: optax.ScalarOrSchedule,
+  count: jax.Array | None,
+  j: jax.Array,
+  b: jax.Array,
+  bias_count: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The rule's addition to the momentum per error, and whether it adds anything.
+
+  Args:
+    learning_rate: the optimizer's.
+    count: the schedule's.
+    j: J = ∂u/∂m.
+    b: B = ∂m̃/∂m.
+    bias_count: as in `error_feedback.payback`.
+  """
+  count = jnp.zeros([], jnp.int32) if count is None else count
+  rates = error_feedback.rates_ahead(learning_rate, count)
+  steps = error_feedback.payback(rates, b, bias_count)
+  return error_feedback.inject(jnp.ones([], jnp.float32), j, steps)
+
+
+def without_master_weights(
+  optimizer: optax.GradientTransformation,
+  closed: Optimizer | None,
+  learning_rate: optax.ScalarOrSchedule,
+  max_norm: float | None,
+  keep_error: bool,
+  *,
+  format: Format | None,
+  where: Where | None,
+  rounding: Rounding,
+  seed: int,
+  **decay: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """ECO over a stock optimizer, with fused steps where its closed form covers them.
+
+  Args:
+    optimizer: the stock optimizer.
+    closed: its closed form, if it has one with these hyperparameters.
+    learning_rate: the optimizer's.
+    max_norm: clips the gradients' global norm, if given.
+    keep_error: as in `error_feedback_to_momentum`.
+    format: as in `quantize_params`.
+    where: as in `quantize_params`.
+    rounding: as in `quantize_params`.
+    seed: as in `quantize_params`.
+    **decay: `decay` and `mask` as in `fuse`.
+  """
+  # Clipped before the momentum, never after: the momentum also holds what is owed to the weights.
+  if max_norm is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+  quantizer = quantize_params(format, where, rounding, seed)
+  general = error_feedback.error_feedback_to_momentum(
+    optimizer, quantizer, learning_rate, keep_error
+  )
+  if closed is None or keep_error or learning_rate is None:
+    return general
+  return fuse(general, closed, rounding, seed, max_norm, **decay)
