@@ -12,7 +12,6 @@ copyright = author
 extensions = [
   "myst_parser",
   "sphinx.ext.autodoc",
-  "sphinx.ext.mathjax",
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
   "sphinx_copybutton",
@@ -21,6 +20,9 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "eco_optax"
 html_copy_source = False
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -98,8 +100,33 @@ def _find_alias(app, env, node, contnode):
   return domain.resolve_xref(env, page, app.builder, "obj", name, node, contnode)
 
 
+def _mathml(node, display: str) -> str:
+  """A formula as MathML: browsers draw it without a script or a network."""
+  from latex2mathml.converter import convert
+
+  formula = convert(node.astext(), display=display)
+  if "\\" in formula:  # A command that the converter does not know is left as text.
+    raise ValueError(f"no MathML for {node.astext()}")
+  return formula
+
+
+def _visit_inline(translator, node) -> None:
+  from docutils import nodes
+
+  translator.body.append(_mathml(node, "inline"))
+  raise nodes.SkipNode
+
+
+def _visit_block(translator, node) -> None:
+  from docutils import nodes
+
+  translator.body.append(f'<div class="formula">{_mathml(node, "block")}</div>')
+  raise nodes.SkipNode
+
+
 def setup(app) -> None:
-  """Registers the checks, the reading of fields and the search for names."""
+  """Registers the checks, the formulas, the reading of fields and the search for names."""
+  app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
   app.connect("missing-reference", _find_alias)
   app.connect("env-check-consistency", _check_names)
   app.connect("autodoc-process-docstring", _list_fields)

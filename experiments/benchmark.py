@@ -507,6 +507,50 @@ def table(results: pathlib.Path) -> str:
   return "\n".join(lines) + "\n"
 
 
+# The rows of the short table: plain training, the best peer, master weights, ours.
+_SHORT = (
+  REFERENCE,
+  "bfloat16 AdamW",
+  "flashoptim-jax AdamW, 24-bit master",
+  "master weights, SR",
+  "eco.adamw, SR",
+  "eco.adamw, SR, MXFP8",
+  "eco.adamw, SR, FP8 moments",
+)
+
+
+def short_table(results: pathlib.Path) -> str:
+  """The ways of `_SHORT`: bytes at rest, bytes moved on TPUs, times where they were measured.
+
+  Args:
+    results: the folder with `benchmark/*.json`.
+
+  Returns:
+    Markdown; times are in those of the first row.
+  """
+  found = {name: own for name, own in _figures(results).items() if "optimizer_step" in own}
+  rows = lambda file: found[file]["optimizer_step"]
+  moved = [file for file in found if any("moved" in row for row in rows(file).values())]
+  timed = [file for file in found if "compiled_for" not in found[file]]
+  head = ["AdamW step of one matrix", "bytes per parameter"]
+  head += [f"bytes moved, {found[file]['compiled_for']} (compiled)" for file in moved]
+  head += [f"time, {found[file]['machine']['device']}" for file in timed]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for name in _SHORT:
+    own = [rows(file)[name] for file in (*timed, *moved) if name in rows(file)]
+    if not own:
+      continue
+    show = lambda file, key, form, name=name: (
+      format(row[key], form) if key in (row := rows(file).get(name, {})) else "–"
+    )
+    cells = [name, f"{own[0]['bytes_at_rest']:.2f}"]
+    cells += [show(file, "moved", ".1f") for file in moved]
+    times = [show(file, "ratio", ".2f") for file in timed]
+    cells += [time if time == "–" else f"{time}×" for time in times]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
 # Bytes per second of device memory, from the vendors' data sheets.
 _BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
 _CAST = "float32 AdamW, then FP8 cast"

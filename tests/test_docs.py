@@ -3,6 +3,8 @@
 import ast
 import configparser
 import doctest
+import importlib
+import json
 import pathlib
 import re
 import runpy
@@ -54,6 +56,65 @@ def texts(tree):
       )
     elif isinstance(node, ast.Constant) and id(node) not in documentation:
       yield str(node.value)
+
+
+def compiled(results):
+  from eco_optax.training import compile as compile_lib
+
+  load = lambda name: json.loads((results / "compile" / f"{name}.json").read_text())
+  return compile_lib.table(
+    {
+      config: (load(f"{config}_eco_sr"), load(f"{config}_mw_sr"))
+      for config in compile_lib.TOPOLOGIES
+    }
+  )
+
+
+@pytest.mark.parametrize(
+  ("page", "name"),
+  [
+    ("pretraining.md", "compile"),
+    ("pretraining.md", "families"),
+    ("results.md", "scale"),
+    ("memory.md", "storage"),
+    ("rounding.md", "nearest"),
+    ("optimizers.md", "optimizers"),
+    ("performance.md", "benchmark"),
+  ],
+)
+def test_tables_of_pages_are_the_results(page, name):
+  from experiments import benchmark
+  from experiments.studies import sweep
+
+  results = ROOT / "results"
+  if name == "compile":
+    table = compiled(results)
+  elif name == "benchmark":
+    table = benchmark.table(results)
+  else:
+    study = importlib.import_module(f"experiments.studies.{name}")
+    table = study.table(sweep.read(results / name / "runs.jsonl"))
+  assert table == (results / name / "table.md").read_text()
+  assert table.strip() in (DOCS / page).read_text()
+
+
+def test_pages_have_the_summary_of_the_claims():
+  from experiments.studies import claims, sweep
+
+  rows = sweep.read(ROOT / "results" / "claims" / "runs.jsonl")
+  assert claims.summary(rows).strip() in (DOCS / "results.md").read_text()
+  assert claims.short_summary(rows).strip() in (DOCS / "index.md").read_text()
+
+
+def test_pages_open_with_their_use_and_show_pictures_that_exist():
+  pictures = {}
+  for page in PAGES:
+    text = (DOCS / page).read_text()
+    assert page == "index.md" or "\n\nAfter this page you " in text[:200], page
+    pictures[page] = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert [x for x in pictures[page] if not (DOCS / x).exists()] == []
+  assert pictures["index.md"]
+  assert len({x for own in pictures.values() for x in own}) >= 10
 
 
 def test_quoted_messages_are_the_codes():

@@ -1,6 +1,5 @@
 """The package as a user meets it: light to import, typed, with a README that runs."""
 
-import json
 import pathlib
 import re
 import subprocess
@@ -41,34 +40,44 @@ def test_readmes_commands_are_the_makefiles():
   assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 
-def test_readmes_table_is_the_studys():
+def test_readmes_tables_are_the_results():
+  from experiments import benchmark
   from experiments.studies import claims, sweep
 
+  readme = (ROOT / "README.md").read_text()
   rows = sweep.read(ROOT / "results" / "claims" / "runs.jsonl")
-  assert claims.summary(rows).strip() in (ROOT / "README.md").read_text()
+  assert claims.short_summary(rows).strip() in readme
   assert claims.table(rows) == (ROOT / "results" / "claims" / "table.md").read_text()
+  assert benchmark.short_table(ROOT / "results").strip() in readme
 
 
-def test_readmes_other_tables_are_the_studies():
-  from eco_optax.training import compile as compile_lib
-  from experiments.studies import families, sweep
+def test_readmes_choices_are_the_results():
+  """The losses and bytes of the table of choices are the study's."""
+  from experiments import figures
+  from experiments.studies import claims, sweep
 
-  load = lambda path: json.loads(path.read_text())
-  folder = ROOT / "results"
-  tables = {
-    "families": families.table(sweep.read(folder / "families" / "runs.jsonl")),
-    "compile": compile_lib.table(
-      {
-        config: tuple(
-          load(folder / "compile" / f"{config}_{method}.json") for method in ("eco_sr", "mw_sr")
-        )
-        for config in compile_lib.TOPOLOGIES
-      }
-    ),
-  }
-  for name, table in tables.items():
-    assert table == (folder / name / "table.md").read_text()
-    assert table.strip() in (ROOT / "README.md").read_text()
+  readme = (ROOT / "README.md").read_text()
+  rows = sweep.read(ROOT / "results" / "claims" / "runs.jsonl")
+  for method, format in (
+    ("ECO + SR, schedule-aware", "FP8"),
+    ("ECO + SR, FP8 moments", "FP8"),
+    ("int8 residual + RTN, FP8 moments", "FP8"),
+    ("int8 residual + RTN, FP8 moments", "INT4"),
+    ("ECO + SR, schedule-aware", "INT4"),
+  ):
+    own = claims.names(rows, method, format)
+    gap, error, seeds = sweep.mean_and_error(
+      figures.paired(rows, own, claims.names(rows, claims.BASELINE, format))
+    )
+    loss = f"{gap:+.3f} ± {error:.3f}" if seeds > 1 else f"{gap:+.3f}, one seed"
+    assert f"| {sweep.used_bytes(rows, own)} | {loss} |" in readme
+
+
+def test_readme_is_short_and_its_links_exist():
+  readme = (ROOT / "README.md").read_text()
+  assert len(readme.splitlines()) <= 160
+  links = re.findall(r"\]\(([^)#]+)", readme)
+  assert [x for x in links if "://" not in x and not (ROOT / x).exists()] == []
 
 
 @pytest.fixture(scope="module")

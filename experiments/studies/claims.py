@@ -214,7 +214,7 @@ _DEVICES = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100", "cpu": "CPU"
 
 
 def short_summary(rows: Rows) -> str:
-  """The methods of `_SHORT` against master weights, with the machines of their runs, in Markdown."""
+  """The methods of `_SHORT` against master weights, with their machines, in Markdown."""
   head = ["", *(f"{format}: {kind}" for format in FORMATS for kind in ("bytes", "loss"))]
   head += [f"{format}: {LONGER} × tokens" for format in FORMATS]
   head.append("machines")
