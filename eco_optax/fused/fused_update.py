@@ -67,11 +67,11 @@ class Leaf(NamedTuple):
 def fits(moment: Any, rounds: bool) -> bool:
   """Whether a step takes a moment as it is stored; in few bits only if it `rounds` what it writes.
 
-  Those are float32, bfloat16, and codes in blocks of rows.
+  Those are float32, bfloat16, and codes in blocks of rows or columns.
   """
   if is_quantized(moment):
     granularity = moment.format.granularity
-    return rounds and isinstance(granularity, tuple) and granularity[1:] == (1,)
+    return rounds and isinstance(granularity, tuple) and len(granularity) == 2
   return moment.dtype == jnp.float32 or (rounds and moment.dtype == jnp.bfloat16)
 
 

@@ -37,7 +37,18 @@ class SecondMoment(QuantizedArray):
     return jnp.square(super().dequantize()).astype(dtype)
 
 
-def block_format(shape: tuple[int, ...], dtype: str, packed: bool) -> Format:
+def block_axis(format: Format) -> int:
+  """The axis that the blocks of moments lie along, of a parameter packed in a format.
+
+  That which the weight's own scales run over: where a row of the weight is one group, so is a
+  row of a block, and one program of a kernel has both whole.
+  """
+  by_row = format.granularity == "channel" and format.contraction_axis == -1
+  by_row |= isinstance(format.granularity, tuple) and format.granularity[:-1] == (1,)
+  return -1 if by_row else -2
+
+
+def block_format(shape: tuple[int, ...], dtype: str, packed: bool, axis: int = -2) -> Format:
   """The format of a moment of this shape.
 
   Codes of matrices are in blocks of 32 rows, with scales of powers of two in one byte: MXFP8 and
@@ -50,10 +61,13 @@ def block_format(shape: tuple[int, ...], dtype: str, packed: bool) -> Format:
     shape: of the moment, with one axis or more.
     dtype: of the codes, a name.
     packed: whether its parameter is a packed leaf.
+    axis: that the blocks of a packed leaf's moments lie along, see `block_axis`.
 
   Returns:
     A format that fits.
   """
+  if packed and axis == -1 and len(shape) > 1 and shape[-1] % BLOCK == 0:
+    return Format(dtype, (1, BLOCK), "float8_e8m0fnu")
   by_rows = packed or dtype != "int8"
   if by_rows and len(shape) > 1 and shape[-2] % BLOCK == 0:
     return Format(dtype, (BLOCK, 1), "float8_e8m0fnu")
@@ -94,7 +108,9 @@ def _store_root(x: jax.Array, format: Format, bits: jax.Array) -> SecondMoment:
   return SecondMoment(qvalue, holder.scale, format, holder.tensor_scale, None, odd)
 
 
-def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False) -> Any:
+def store(
+  x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False, axis: int = -2
+) -> Any:
   """A moment in few bits, rounded stochastically.
 
   Args:
@@ -103,6 +119,7 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = 
     dtype: of the codes, or "bfloat16".
     bits: uint32 random bits of x's shape.
     packed: whether its parameter is a packed leaf.
+    axis: as in `block_format`.
 
   Returns:
     A QuantizedArray, a SecondMoment or a bfloat16 array, whose mean over the random bits is x.
@@ -110,7 +127,7 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = 
   x = x.astype(jnp.float32)
   if dtype == "bfloat16":
     return rounding_lib.stochastic_cast(x, jnp.dtype(dtype), bits)
-  format = block_format(x.shape, dtype, packed)
+  format = block_format(x.shape, dtype, packed, axis)
   if kind == "second":
     return _store_root(x, format, bits)
   return quantize_array(x, format, "stochastic", bits)

@@ -45,7 +45,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
     bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
     moments = tuple(
-      stored_moments.store(x, kind, moments_in, bits, packed=True)
+      stored_moments.store(x, kind, moments_in, bits, True, stored_moments.block_axis(format))
       for x, kind in zip(moments, kinds, strict=True)
     )
   return fused_update.Leaf(

@@ -1,0 +1,761 @@
+"""The fused update on NVIDIA GPUs in one launch per leaf, or two: Pallas kernels by way of Triton.
+
+Three schedules share one step of a tile:
+
+- *Alone*: a program owns whole groups of weights that share a scale: blocks, or the rows of a
+  weight stored `(…, out, in)`. A row that fits stays in registers between its scale and its codes;
+  a longer one is read twice, the second time from the caches.
+- *In order*: scales of columns. Programs that find the largest proposals of one panel of columns
+  alternate with programs that write an earlier panel, which by then is in the L2 cache. A program
+  takes its place from a counter, so those that it waits for have started.
+- *Two launches*: scales of whole matrices. One finds, one writes.
+
+Each thread has `per` elements side by side, 16 bytes of the widest array: then no array changes its
+layout between threads, and all accesses are coalesced. Arrays are seen as (matrices, rows, columns
+/ per, per). The arithmetic is that of `fused_update.definition`, see `gpu_math`. Triton rounds
+every product and sum, so products need no guard against a compiler that contracts them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from eco_optax import rounding as rounding_lib
+from eco_optax.formats import Format
+from eco_optax.fused import fused_update as fused
+from eco_optax.fused import gpu_math, tiles
+from eco_optax.fused.steps import Moments, Step
+from eco_optax.quantized_array import (
+  QuantizedArray,
+  Rounding,
+  group_scale,
+  is_quantized,
+  matrix_scale,
+  times_scale,
+)
+from eco_optax.transforms import stored_moments
+from eco_optax.transforms.stored_moments import SecondMoment
+
+Schedule = Literal["alone", "in order", "two launches"]
+Group = tuple[int, int]  # Rows and columns that share a scale.
+
+
+class Tuning(NamedTuple):
+  """What is free to choose."""
+
+  elements: int = 16  # Of a tile, for each thread.
+  row: int = 4096  # The longest row that stays in registers.
+  chunk: int = 2048  # Elements of a tile of a longer row, and of columns or blocks.
+  width: int = 64  # Columns of a panel.
+  lag: int = 1024  # Programs between finding a panel and writing it.
+  per: int | None = None  # Elements side by side.
+  warps: int | None = None  # Of a program, instead of as `elements` asks.
+
+
+TUNING = Tuning()
+
+
+class _Stored(NamedTuple):
+  """How a moment is stored."""
+
+  dtype: Any
+  format: Format | None  # Of codes; None for floats.
+  group: Group
+  is_root: bool
+
+
+class _Plan(NamedTuple):
+  """What a kernel is made for."""
+
+  step: Step
+  rounding: Rounding
+  format: Format
+  schedule: Schedule
+  moments: tuple[_Stored, ...]
+  stack: int
+  rows: int
+  columns: int
+  per: int
+  group: Group  # Of the weight's scales; columns or rows of a matrix beyond a tile count as 0.
+  height: int  # Of a tile.
+  width: int
+  turns: int  # Tiles that a program takes one after another to own whole groups.
+  along: int  # The axis on which they follow each other.
+  place: tiles.Place
+  warps: int
+  lag: int
+  how: gpu_math.Arithmetic
+
+  @property
+  def masked(self) -> bool:
+    """Whether tiles reach beyond the rows' end."""
+    return self.columns % self.width != 0
+
+  @property
+  def tiles(self) -> tuple[int, int]:
+    """In a matrix: down and across, each of a program."""
+    down = self.turns if self.along == 0 else 1
+    across = self.turns if self.along == 1 else 1
+    return self.rows // (self.height * down), -(-self.columns // (self.width * across))
+
+
+def _power(n: int) -> int:
+  """The smallest power of two that is no less."""
+  return 1 << max(n - 1, 0).bit_length()
+
+
+def _group(format: Format) -> Group | None:
+  """Rows and columns that share a scale, 0 for all of them; None for what no kernel knows."""
+  if format.granularity == "tensor":
+    return 0, 0
+  if format.granularity == "channel":
+    return {-2: (0, 1), -1: (1, 0)}.get(format.contraction_axis)  # type: ignore[call-overload]
+  if len(format.granularity) == 1:
+    return 1, int(format.granularity[0])
+  if len(format.granularity) == 2:
+    return int(format.granularity[0]), int(format.granularity[1])
+  return None
+
+
+def kinds(leaf: fused.Leaf) -> tuple[_Stored, ...] | None:
+  """How a leaf's moments are stored; None where no kernel reads one."""
+  found = []
+  for x in leaf.moments:
+    if not is_quantized(x):
+      found.append(_Stored(np.dtype(x.dtype), None, (1, 1), False))
+      continue
+    group = _group(x.format) if isinstance(x.format.granularity, tuple) else None
+    if group is None or 0 in group or x.format.scale_dtype.name != "float8_e8m0fnu":
+      return None
+    if x.format.bits != 8:
+      return None
+    found.append(_Stored(x.format.dtype, x.format, group, isinstance(x, SecondMoment)))
+  return tuple(found)
+
+
+def plan(
+  step: Step,
+  rounding: Rounding,
+  leaf: fused.Leaf,
+  how: gpu_math.Arithmetic = gpu_math.Arithmetic(),
+  tuning: Tuning | None = None,
+) -> _Plan | None:
+  """How a leaf's step runs; None where no kernel covers it, which then keeps to the definition."""
+  tuning = TUNING if tuning is None else tuning
+  weight, format = leaf.weight, leaf.weight.format
+  moments, group = kinds(leaf), _group(leaf.weight.format)
+  if weight.ndim < 2 or weight.odd or moments is None or group is None:
+    return None
+  if weight.size >= 2**31:  # Places are computed in 32 bits.
+    return None
+  if leaf.part and leaf.part.sharing:  # Between two launches devices would have to meet.
+    return None
+  *lead, rows, columns = weight.shape
+  stack = math.prod(lead)
+  widest = max(leaf.gradient.dtype.itemsize, *(x.dtype.itemsize for x in moments))
+  per = tuning.per or max(16 // widest, 4)
+  blocks = [x.group for x in moments if x.format]
+  high = max([2 if format.bits == 4 else 1, *(x[0] for x in blocks)])
+  wide = max([per, *(x[1] for x in blocks)])
+
+  schedule: Schedule = "alone"
+  turns, along = 1, 1
+  if group == (1, 0):  # Rows.
+    width = _power(columns)
+    if width > tuning.row or (width - columns) * 8 > columns:
+      width = min(tuning.chunk, width)
+      # Whole tiles, if a division by a few less than that many columns gives them.
+      exact = [n for n in (width, width // 2) if columns % n == 0]
+      width = exact[0] if exact else width
+      turns = -(-columns // width)
+    height = max(high, min(_power(tuning.chunk // width), 8)) if width < tuning.chunk else high
+    while height > high and rows % height:
+      height //= 2
+  elif group == (0, 1) or 0 in group:
+    schedule = "in order" if group == (0, 1) else "two launches"
+    width = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
+    height = max(high, tuning.chunk // max(width, 1))
+  else:
+    height, width = max(high, group[0]), max(wide, group[1])
+    if format.two_level:
+      schedule = "two launches"
+    if group[1] == 1:
+      width = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
+      height = max(height, 32)
+    while height * width > 2 * tuning.chunk and height > max(high, 32) and group[0] == height:
+      height, turns, along = height // 2, turns * 2, 0
+    while height * width < tuning.chunk and columns % (2 * width) == 0 and group[0] == 1:
+      width *= 2
+  sizes = (height, width, *(n for x in (*blocks, group) for n in x if n))
+  if not width or any(n & (n - 1) for n in sizes):
+    return None
+  if rows % (height * (turns if along == 0 else 1)):
+    return None
+  if columns % wide or any(width % n for n in (per, wide)) or any(height % x[0] for x in blocks):
+    return None
+  if any(1 < x[1] < per for x in (*blocks, group)):
+    return None
+  if width * (turns if along == 1 else 1) > columns and not group == (1, 0):
+    return None
+  if schedule != "alone" and columns % width:
+    return None
+  warps = tuning.warps or height * width // (32 * tuning.elements)
+  warps = min(max(warps, 1), 32)
+  return _Plan(
+    step, rounding, format, schedule, moments, stack, rows, columns, per, group, height, width,
+    turns, along, tiles.place(leaf, stack), warps, tuning.lag, how,
+  )  # fmt: skip
+
+
+class _Tile(NamedTuple):
+  """Where a tile is."""
+
+  matrix: jax.Array
+  row: jax.Array  # The first.
+  column: jax.Array  # The first.
+
+
+class _Read(NamedTuple):
+  """What a tile's step proposes."""
+
+  scalars: Any  # Of the optimizer, loaded once so that what depends on them is computed once.
+  weight: jax.Array  # θ̂
+  update: jax.Array
+  moments: Moments
+
+  @property
+  def proposal(self) -> jax.Array:
+    """θ̃"""
+    return self.weight + self.update  # Each rounded: nothing is contracted here.
+
+
+class _Program(NamedTuple):
+  """A plan and the references that its programs have."""
+
+  plan: _Plan
+  integers: Any  # See `tiles.operands`.
+  scalars: Any
+  scale: Any
+  qvalue: Any
+  gradient: Any
+  moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
+
+  def step_scalars(self) -> Any:
+    """Of the optimizer."""
+    return self.plan.step.scalars(*(self.scalars[k] for k in range(self.scalars.shape[0])))
+
+  def _at(self, ref: Any, tile: _Tile) -> tuple[Any, jax.Array | None]:
+    """A tile's part of an array, each element of which may stand for several; and its mask."""
+    p = self.plan
+    *_, rows, columns = ref.shape[:3]
+    if len(ref.shape) == 3:  # Scales.
+      high, wide = p.rows // rows, p.columns // columns
+      count = max(p.height // high, 1), max(p.width // wide, 1)
+      first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(wide))
+      part = ref.at[tile.matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1])]
+      if not p.masked or columns == 1:
+        return part, None
+      across = first[1] + jax.lax.broadcasted_iota(jnp.int32, count, 1)
+      return part, across < np.int32(columns)
+    high = p.rows // rows  # 2, where a byte has the codes of two rows.
+    count = p.height // high, p.width // p.per
+    first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(p.per))
+    part = ref.at[tile.matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1]), :]
+    return part, self.inside(tile, count[0])
+
+  def inside(self, tile: _Tile, rows: int | None = None) -> jax.Array | None:
+    """Which of a tile's elements the matrix has; None for all of them."""
+    p = self.plan
+    if not p.masked:
+      return None
+    shape = rows or p.height, p.width // p.per, p.per
+    group = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jax.lax.div(tile.column, np.int32(p.per)) + group < np.int32(p.columns // p.per)
+
+  def load(self, ref: Any, tile: _Tile, last: bool = False) -> jax.Array:
+    """A tile's part of an array."""
+    part, mask = self._at(ref, tile)
+    if self.plan.how.interpret:
+      return pltriton.load(part, mask=mask, other=None if mask is None else 0)
+    return pltriton.load(
+      part, mask=mask, other=None if mask is None else 0,
+      eviction_policy="evict_first" if last else None,
+    )  # fmt: skip
+
+  def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
+    """Writes a tile's part."""
+    part, mask = self._at(ref, tile)
+    pltriton.store(part, x, mask=mask)
+
+  def bits(self, k: int, tile: _Tile) -> jax.Array:
+    """Random bits of the weight, 0, or of a moment, from 1 on."""
+    p, integers = self.plan, self.integers
+    begin = 2 + p.place.numbers + 2 * k
+    unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+    key = tuple(unsigned(integers[begin + i]) for i in (0, 1))
+    number = unsigned(integers[2 + tile.matrix]) if p.place.numbers else None
+    shape = p.height, p.width // p.per, 1
+    row = integers[0] + tile.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * np.int32(p.per)
+    column = integers[1] + tile.column + column
+    first = unsigned(row * np.int32(p.place.columns) + column)
+    return gpu_math.element_bits(key, first, p.per, number)
+
+  def grouped(self, x: jax.Array, group: Group) -> jax.Array:
+    """Splits a tile's rows, and its columns if a group has several, by groups."""
+    p = self.plan
+    high = min(group[0] or p.height, p.height)
+    if group[1] == 1:
+      return x.reshape(-1, high, p.width // p.per, p.per)
+    wide = min(group[1] or p.width, p.width) // p.per
+    return x.reshape(-1, high, p.width // p.per // wide, wide, p.per)
+
+  def largest(self, x: jax.Array, group: Group) -> jax.Array:
+    """The largest magnitude of each group in a tile: int32, in the order of magnitudes."""
+    bits = self.grouped(gpu_math.bits_of(jnp.abs(x)), group)
+    axes = (1,) if group[1] == 1 else (1, 3, 4)
+    for axis in reversed(axes):
+      if bits.shape[axis] > 1:
+        bits = jnp.max(bits, axis=axis, keepdims=True)
+    return bits
+
+  def spread(self, scale: jax.Array, group: Group) -> jax.Array:
+    """Scales as they are stored, for `grouped` values."""
+    if group[1] == 1:  # (blocks, columns)
+      return scale.reshape(scale.shape[0], 1, self.plan.width // self.plan.per, self.plan.per)
+    return scale[:, None, :, None, None]
+
+  def stored_scale(self, scale: jax.Array, group: Group) -> jax.Array:
+    """The reverse of `spread`."""
+    if group[1] == 1:
+      return scale.reshape(scale.shape[0], self.plan.width)
+    return scale.reshape(scale.shape[0], scale.shape[2])
+
+  def read_moments(self, tile: _Tile) -> Moments:
+    """The moments of a tile."""
+    p, values, refs = self.plan, [], iter(self.moments)
+    for kind in p.moments:
+      if kind.format is None:
+        values.append(self.load(next(refs), tile).astype(jnp.float32))
+        continue
+      scale = self.spread(_from_byte(self.load(next(refs), tile)), kind.group)
+      value = gpu_math.decode(p.how, self.load(next(refs), tile), kind.dtype)
+      value = (self.grouped(value, kind.group) * scale).reshape(value.shape)
+      values.append(jnp.square(value) if kind.is_root else value)
+    return tuple(values)
+
+  def read(self, tile: _Tile) -> _Read:
+    """θ̂, update and new moments of a tile."""
+    p = self.plan
+    code = _unpack(self.load(self.qvalue, tile), p.format)
+    gradient = self.load(self.gradient, tile)
+    moments = self.read_moments(tile)
+    scale = self.load(self.scale, tile)
+    if self.scale.dtype == jnp.uint8:
+      scale = _from_byte(scale)
+    value = gpu_math.decode(p.how, code, p.format.dtype)
+    value = self.grouped(value, p.group)
+    weight = (value * self.spread(scale, p.group)).reshape(code.shape)
+    scalars = self.step_scalars()
+    return _Read(scalars, weight, *p.step.propose(scalars, gradient, moments, weight))
+
+  def found(self, read: _Read, tile: _Tile, group: Group) -> jax.Array:
+    """The largest proposals of a tile; zeros beyond the matrix."""
+    proposal, inside = read.proposal, self.inside(tile)
+    if inside is not None:
+      proposal = jnp.where(inside, proposal, np.float32(0))
+    return self.largest(proposal, group)
+
+  def write(self, out: Any, tile: _Tile, read: _Read, largest: jax.Array, unit: Any) -> None:
+    """A tile's new codes, moments and scales.
+
+    Args:
+      out: references to scales, codes and moments.
+      tile: where.
+      read: what there is to write.
+      largest: int32, for `grouped` values.
+      unit: the scale of block scales, if there is one.
+    """
+    p, format = self.plan, self.plan.format
+    new_scale, new_qvalue, *new_moments = out
+    by_ieee = functools.partial(gpu_math.ieee_divide, p.how)
+    scale = group_scale(gpu_math.float_of(largest), unit, format, p.rounding, by_ieee)
+    factor = scale if unit is None else times_scale(unit, scale)
+    by = gpu_math.divisor(p.how, factor, format.power_of_two)
+    proposal = read.proposal
+    bits = self.bits(0, tile) if p.rounding == "stochastic" else None
+    y = gpu_math.over(p.how, self.grouped(proposal, p.group), by).reshape(proposal.shape)
+    code = gpu_math.code_bits(p.how, y, proposal, format.dtype, bits)
+    value = self.grouped(gpu_math.decode(p.how, code, format.dtype), p.group)
+    stored = (value * factor).reshape(proposal.shape)
+    self.store(new_qvalue, tile, _pack(code, format))
+    del code
+    # The programs of a column or matrix all store the same.
+    scale = self.stored_scale(scale, p.group)
+    self.store(new_scale, tile, _to_byte(scale) if new_scale.dtype == jnp.uint8 else scale)
+    error = (read.weight - stored) + read.update
+    first, *rest = read.moments
+    moments = first + p.step.inject(read.scalars, read.moments, error), *rest
+    refs = iter(new_moments)
+    for k, (kind, x) in enumerate(zip(p.moments, moments, strict=True)):
+      bits_of_moment = functools.partial(self.bits, k + 1, tile)
+      for array in self._stored_moment(kind, x, bits_of_moment):
+        self.store(next(refs), tile, array)
+
+  def _stored_moment(self, kind: _Stored, x: jax.Array, bits: Any) -> tuple[jax.Array, ...]:
+    """`stored_moments.store_like` for a tile: scales and codes, or a float array."""
+    how = self.plan.how
+    if kind.format is None:
+      return (rounding_lib.stochastic_cast(x, kind.dtype, bits()),)
+    value = stored_moments.root(x) if kind.is_root else x
+    largest = gpu_math.float_of(self.largest(value, kind.group))
+    scale = group_scale(largest, None, kind.format, "stochastic")
+    by = gpu_math.divisor(how, scale, True)
+    y = gpu_math.over(how, self.grouped(value, kind.group), by).reshape(x.shape)
+    if kind.is_root:
+      y = gpu_math.root_on_grid(how, y, x, kind.dtype)
+    code = gpu_math.code_bits(how, y, y, kind.dtype, bits())
+    return _to_byte(self.stored_scale(scale, kind.group)), code.astype(jnp.uint8)
+
+
+def _from_byte(scale: jax.Array) -> jax.Array:
+  """float32 scales from those of float8_e8m0fnu, as bytes."""
+  exponent = scale.astype(jnp.int32)
+  raw = jnp.where(exponent == 0, np.int32(1 << 22), exponent << 23)
+  raw = jnp.where(exponent == np.int32(255), np.int32(0x7FC00000), raw)
+  return gpu_math.float_of(raw)
+
+
+def _to_byte(scale: jax.Array) -> jax.Array:
+  """The reverse, of normal powers of two and NaN."""
+  return ((gpu_math.bits_of(scale) >> 23) & np.int32(255)).astype(jnp.uint8)
+
+
+def _unpack(stored: jax.Array, format: Format) -> jax.Array:
+  """Codes of a tile from its bytes, which may have those of two rows."""
+  if format.bits == 8:
+    return stored
+  code = stored.astype(jnp.int32)
+  shape = (code.shape[0], 2, *code.shape[1:])
+  halves = jnp.broadcast_to(code[:, None], shape)
+  halves = halves >> (4 * jax.lax.broadcasted_iota(jnp.int32, shape, 1))
+  return halves.reshape(-1, *code.shape[1:])
+
+
+def _pack(code: jax.Array, format: Format) -> jax.Array:
+  """The reverse of `_unpack`."""
+  if format.bits == 4:
+    code = (code.astype(jnp.int32) & np.int32(15)).reshape(-1, 2, *code.shape[1:])
+    code = jnp.sum(code << (4 * jax.lax.broadcasted_iota(jnp.int32, code.shape, 1)), axis=1)
+  return code.astype(jnp.uint8)
+
+
+def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
+  """The step of a program that owns whole groups."""
+  p = program.plan
+  if p.turns == 1:
+    read = program.read(first)
+    program.write(out, first, read, program.found(read, first, p.group), unit)
+    return
+  size = np.int32((p.height, p.width)[p.along])
+  if p.along == 0:
+    at = lambda i: first._replace(row=first.row + i * size)
+  else:
+    at = lambda i: first._replace(column=first.column + i * size)
+
+  # Element by element, so that threads meet once.
+  def larger(i: jax.Array, largest: jax.Array) -> jax.Array:
+    tile = at(i)
+    proposal, inside = program.read(tile).proposal, program.inside(tile)
+    if inside is not None:
+      proposal = jnp.where(inside, proposal, np.float32(0))
+    return jnp.maximum(largest, gpu_math.bits_of(jnp.abs(proposal)))
+
+  zeros = jnp.zeros((p.height, p.width // p.per, p.per), jnp.int32)
+  largest = jax.lax.fori_loop(0, p.turns, larger, zeros)
+  largest = program.largest(gpu_math.float_of(largest), p.group)
+
+  def write(i: jax.Array, carry: None) -> None:
+    program.write(out, at(i), program.read(at(i)), largest, unit)
+
+  jax.lax.fori_loop(0, p.turns, write, None)
+
+
+def _number(n: int) -> jax.Array:
+  """An index as atomic operations take it."""
+  return jnp.full((), n, jnp.int32)
+
+
+def _split(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+  return jax.lax.div(x, np.int32(n)), jax.lax.rem(x, np.int32(n))
+
+
+def _tile(plan: _Plan, number: jax.Array) -> _Tile:
+  """The first tile of a program; neighbours in a row of the matrix come together."""
+  down, across = plan.tiles
+  rest, column = _split(number, across)
+  matrix, row = _split(rest, down)
+  high = plan.height * (plan.turns if plan.along == 0 else 1)
+  wide = plan.width * (plan.turns if plan.along == 1 else 1)
+  return _Tile(matrix, row * np.int32(high), column * np.int32(wide))
+
+
+def _largest_of(program: _Program, found: Any, tile: _Tile) -> jax.Array:
+  """What other programs found for a tile: columns of `found`, or its one number for a matrix."""
+  p = program.plan
+  if p.schedule == "in order":
+    part = found.at[tile.matrix, pl.ds(tile.column, p.width)]
+    return pltriton.load(part, volatile=not p.how.interpret)
+  return found[tile.matrix, 0]
+
+
+def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
+  """Raises the largest proposals, of columns or matrices, to those of a tile."""
+  p = program.plan
+  largest = program.found(program.read(tile), tile, (0, 1) if p.group[1] == 1 else (0, 0))
+  largest = gpu_math.float_of(largest)  # Atomic operations on arrays of integers do not lower.
+  if p.schedule == "in order":
+    index = (tile.matrix, pl.ds(tile.column, p.width))
+    pltriton.atomic_max(found, index, largest.reshape(p.width))
+  else:
+    largest = gpu_math.float_of(jnp.max(gpu_math.bits_of(largest)))
+    pltriton.atomic_max(found, (tile.matrix, _number(0)), largest)
+
+
+def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
+  """A program.
+
+  Args:
+    plan: of it.
+    phase: of two launches, which: "find" or "write"; else None.
+    *refs: as `_launch` gives them.
+  """
+  integers, scalars, scale, gradient, qvalue, *rest = refs
+  count = sum(2 if kind.format else 1 for kind in plan.moments)
+  program = _Program(plan, integers, scalars, scale, qvalue, gradient, tuple(rest[:count]))
+  del rest[:count]
+  out = rest[-2 - count :]
+  if plan.schedule == "alone":
+    _alone(program, out, _tile(plan, pl.program_id(0)))
+  elif plan.schedule == "two launches":
+    tile = _tile(plan, pl.program_id(0))
+    if phase == "find":
+      _raise_found(program, rest[-1], tile)
+      return
+    largest = _largest_of(program, rest[0], tile)
+    if plan.format.two_level:
+      by_ieee = functools.partial(gpu_math.ieee_divide, plan.how)
+      unit = matrix_scale(largest, plan.format, by_ieee)
+      _alone(program, out, tile, unit)
+      return
+    read = program.read(tile)
+    largest = jnp.broadcast_to(gpu_math.bits_of(largest), (1, 1, 1, 1, 1))
+    program.write(out, tile, read, largest, None)
+  else:
+    _in_order(program, rest[-4 - count], rest[-3 - count], out)
+
+
+def _slots(plan: _Plan) -> tuple[int, int]:
+  """Panels of a leaf, and how many lie between finding one and writing it."""
+  down, across = plan.tiles
+  return plan.stack * across, max(-(-plan.lag // (2 * down)), 1)
+
+
+def _in_order(program: _Program, found: Any, counters: Any, out: Any) -> None:
+  """Finds a tile of one panel, or writes one of an earlier panel."""
+  plan = program.plan
+  down, across = plan.tiles
+  panels, lag = _slots(plan)
+  ticket = pltriton.atomic_add(counters, (_number(panels),), np.int32(1))
+  slot, place = _split(ticket, 2 * down)
+  row, writes = _split(place, 2)
+  panel = slot - writes * np.int32(lag)
+  matrix, column = _split(panel, across)
+  tile = _Tile(matrix, row * np.int32(plan.height), column * np.int32(plan.width))
+
+  @pl.when(jnp.logical_and(writes == 0, panel < panels))
+  def _() -> None:
+    _raise_found(program, found, tile)
+    if not plan.how.interpret:
+      pltriton.debug_barrier()  # One thread counts for all.
+    pltriton.atomic_add(counters, (panel,), np.int32(1))
+
+  @pl.when(jnp.logical_and(writes == 1, panel >= 0))
+  def _() -> None:
+    read = program.read(tile)
+    if not plan.how.interpret:  # Which runs one program after another.
+      seen = lambda: pltriton.atomic_add(counters, (panel,), np.int32(0))
+      jax.lax.while_loop(lambda done: done < np.int32(down), lambda _: seen(), seen())
+    largest = gpu_math.bits_of(_largest_of(program, found, tile))
+    largest = largest.reshape(1, 1, plan.width // plan.per, plan.per)
+    program.write(out, tile, read, largest, None)
+
+
+def _as_bytes(x: jax.Array) -> jax.Array:
+  return x if x.dtype.itemsize > 1 else jax.lax.bitcast_convert_type(x, jnp.uint8)
+
+
+def _call(
+  plan: _Plan, kernel: Any, programs: int, given: list[jax.Array], changed: list[jax.Array], new: Any
+) -> list[jax.Array]:
+  """One launch.
+
+  Args:
+    plan: what for.
+    kernel: of it.
+    programs: how many.
+    given: what is only read.
+    changed: what is changed in place; after `given` among the operands.
+    new: shapes of results that are made.
+
+  Returns:
+    The new ones and then the changed.
+  """
+  operands = [*given, *changed]
+  call = pl.pallas_call(
+    kernel,
+    grid=(programs,),
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*new, *changed)],
+    input_output_aliases={len(given) + k: len(new) + k for k in range(len(changed))},
+    compiler_params=pltriton.CompilerParams(num_warps=plan.warps, num_stages=1),
+    interpret=plan.how.interpret,
+    name="fused_update",
+  )
+  return list(call(*operands))
+
+
+def run(plan: _Plan, leaf: fused.Leaf) -> tuple[QuantizedArray, Moments]:
+  """The step of a leaf as planned."""
+  integers, scalars, _ = tiles.operands(leaf)
+  weight, p = leaf.weight, plan
+  by_byte = weight.format.scale_dtype.name == "float8_e8m0fnu"
+  scale = _as_bytes(weight.scale) if by_byte else weight.float_scale()
+  stack = lambda x: _as_bytes(x).reshape(p.stack, -1, x.shape[-1])
+  split = lambda x: _as_bytes(x).reshape(p.stack, -1, p.columns // p.per, p.per)
+  moments = []
+  for x in leaf.moments:
+    moments += [stack(x.scale), split(x.qvalue)] if is_quantized(x) else [split(x)]
+  scale, gradient = stack(scale), split(leaf.gradient)
+  changed = [split(weight.qvalue), *moments]
+  given, whole = [integers, scalars, scale, gradient], math.prod(p.tiles) * p.stack
+  found = None
+  launch = functools.partial(_call, p)
+  if p.schedule == "alone":
+    scale, *changed = launch(
+      functools.partial(_kernel, p, None), whole, given, changed, [scale]
+    )
+  elif p.schedule == "two launches":
+    start = jnp.zeros((p.stack, 1), jnp.float32)
+    one = p._replace(turns=1)
+    (found,) = launch(
+      functools.partial(_kernel, one, "find"),
+      math.prod(one.tiles) * p.stack,
+      [*given, *changed],
+      [start],
+      [],
+    )
+    scale, *changed = launch(
+      functools.partial(_kernel_writing, p, len(changed)), whole, [*given, found], changed, [scale]
+    )
+  else:
+    panels, lag = _slots(p)
+    start = jnp.zeros((p.stack, p.columns), jnp.float32)
+    counters = jnp.zeros(panels + 1, jnp.int32)
+    scale, *changed, _, _ = launch(
+      functools.partial(_kernel_in_order, p, len(changed)),
+      (panels + lag) * 2 * p.tiles[0],
+      given,
+      [*changed, start, counters],
+      [scale],
+    )
+  return _results(leaf, scale, changed, found)
+
+
+def _kernel_writing(plan: _Plan, count: int, *refs: Any) -> None:
+  """The second of two launches, with its operands as `_kernel` takes them."""
+  integers, scalars, scale, gradient, found, *rest = refs
+  _kernel(plan, "write", integers, scalars, scale, gradient, *rest[:count], found, *rest[count:])
+
+
+def _kernel_in_order(plan: _Plan, count: int, *refs: Any) -> None:
+  """Programs in order, with their operands as `_kernel` takes them."""
+  ins, outs = refs[: 4 + count + 2], refs[4 + count + 2 :]
+  *arrays, found, counters = outs  # In place: these are the operands' own.
+  _kernel(plan, None, *ins[: 4 + count], found, counters, *arrays)
+
+
+def _results(
+  leaf: fused.Leaf, scale: jax.Array, changed: list[jax.Array], found: jax.Array | None
+) -> tuple[QuantizedArray, Moments]:
+  """New weight and moments from what the kernels made."""
+  weight, format = leaf.weight, leaf.weight.format
+  typed = lambda x, like: (
+    x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
+  ).reshape(like.shape)
+  if scale.dtype == jnp.uint8:
+    scale = typed(scale, weight.scale)
+  tensor_scale = weight.tensor_scale
+  if tensor_scale is not None and found is not None:
+    tensor_scale = matrix_scale(found, format).reshape(tensor_scale.shape)
+  qvalue, *arrays = changed
+  new = QuantizedArray(
+    typed(qvalue, weight.qvalue),
+    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
+    format,
+    tensor_scale,
+  )
+  rest, new_moments = iter(arrays), []
+  for old in leaf.moments:
+    if is_quantized(old):
+      parts = typed(next(rest), old.scale), typed(next(rest), old.qvalue)
+      new_moments.append(dataclasses.replace(old, scale=parts[0], qvalue=parts[1]))
+    else:
+      new_moments.append(typed(next(rest), old))
+  return new, tuple(new_moments)
+
+
+def by_rows(
+  step: Step,
+  rounding: Rounding,
+  leaf: fused.Leaf,
+  how: gpu_math.Arithmetic = gpu_math.Arithmetic(),
+  tuning: Tuning | None = None,
+) -> tuple[QuantizedArray, Moments]:
+  """`fused_update.definition` by kernels for NVIDIA GPUs, where these apply.
+
+  Args:
+    step: as in `fused_update.definition`.
+    rounding: as in `fused_update.definition`.
+    leaf: as in `fused_update.definition`.
+    how: kernels compute; `gpu_math.Arithmetic(interpret=True)` runs them in plain JAX.
+    tuning: of the kernels.
+
+  Returns:
+    As `fused_update.definition`.
+  """
+  own = plan(step, rounding, leaf, how, tuning)
+  if own is None:
+    return fused.by_layers(step, rounding, leaf)
+  return run(own, leaf)
+
+
+def bytes_moved(step: Step, rounding: Rounding, leaf: fused.Leaf) -> int:
+  """What the kernels load from memory and store there for a leaf (of shapes, or of arrays).
+
+  What is read a second time from the caches does not count.
+  """
+  own = plan(step, rounding, leaf)
+  if own is None:
+    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  kept, gradient = size((leaf.weight, leaf.moments)), size(leaf.gradient)
+  return (2 if own.schedule == "two launches" else 1) * (kept + gradient) + kept
