@@ -522,10 +522,15 @@ def _by_panels(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
 def _by_tiles(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   try:
     from eco_optax.fused import gpu as triton_update
+    from eco_optax.fused import gpu_rows
   except ImportError:  # A JAX without that backend.
     return by_layers(step, rounding, leaf)
-  chosen = triton_update.by_tiles if triton_update.available() else by_layers
-  return chosen(step, rounding, leaf)
+  if not triton_update.available():
+    return by_layers(step, rounding, leaf)
+  plan = gpu_rows.plan(step, rounding, leaf, gpu_rows.arithmetic())
+  if plan is not None:
+    return gpu_rows.run(plan, leaf)
+  return triton_update.by_tiles(step, rounding, leaf)
 
 
 def _on_cuda(ctx: Any, *args: Any, **params: Any) -> Any:

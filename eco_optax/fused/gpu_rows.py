@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -721,6 +722,21 @@ def _results(
     else:
       new_moments.append(typed(next(rest), old))
   return new, tuple(new_moments)
+
+
+_WITHOUT_FLOAT8 = re.compile(r"\b(A100|A10|A10G|A30|A40|A16|A2|RTX A\d+|RTX 30\d\d)\b")
+
+
+def arithmetic() -> gpu_math.Arithmetic:
+  """As this process's GPUs compute, or the abstract device of a mesh in use."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu":
+    return gpu_math.Arithmetic(has_float8=not _WITHOUT_FLOAT8.search(device.device_kind))
+  try:
+    devices = jax.local_devices(backend="cuda")
+  except RuntimeError:
+    return gpu_math.Arithmetic()
+  return gpu_math.Arithmetic(has_float8=all(float(x.compute_capability) >= 8.9 for x in devices))
 
 
 def by_rows(
