@@ -718,8 +718,8 @@ _METHODS: dict[str, dict[str, Any]] = {
 
 ENTRIES: dict[str, Entry] = {
   "arithmetic": Entry(60, arithmetic),
-  "check": Entry(120, check),
   "fused_steps": Entry(150, fused_steps),
+  "check": Entry(120, check),
   "rows": Entry(90, _variants("rows", _MOVED, "float32", _ROWS)),
   "columns": Entry(90, _variants("FP8", _MOVED, "float32", _COLUMNS)),
   "rows_fp8_moments": Entry(60, _variants("rows", _LOW, "float8_e4m3fn", _LOW_ROWS)),

@@ -62,6 +62,25 @@ def ieee_divide(how: Arithmetic, x: jax.Array, divisor: Any) -> jax.Array:
   return _asm("div.rn.f32 $0, $1, $2;", "=f,f,f", 1, args, _F32).reshape(x.shape)
 
 
+def forget(how: Arithmetic, known: jax.Array, value: Any) -> Any:
+  """A scalar or codes in bytes as they are, computed with again from here on.
+
+  Else a compiler keeps what it computed from them before in registers, of which there are too few.
+
+  Args:
+    how: the kernel computes.
+    known: int32 that is not negative, as no compiler can tell, one number.
+    value: a float32 scalar, or uint8 codes.
+  """
+  if how.interpret:
+    return value
+  zero = known.reshape(()) >> 31
+  if value.ndim == 0:
+    return float_of(bits_of(value) | zero)
+  zeros = jnp.broadcast_to(zero.astype(jnp.int8), value.shape)
+  return _asm("or.b32 $0, $1, $2;", "=r,r,r", 4, [value, zeros], jnp.int8).astype(jnp.uint8)
+
+
 class Divisor(NamedTuple):
   """A scale that many values are divided by."""
 

@@ -7,7 +7,8 @@ Three schedules share one step of a tile:
   a longer one is read twice, the second time from the caches.
 - *In order*: scales of columns. Programs that find the largest proposals of one panel of columns
   alternate with programs that write an earlier panel, which by then is in the L2 cache. A program
-  takes its place from a counter, so those that it waits for have started.
+  waits for some of those before it only, which wait for none: GPUs start programs in order, as
+  other one-launch algorithms rely on (the decoupled look-back of CUB's scans).
 - *Two launches*: scales of whole matrices. One finds, one writes.
 
 Each thread has `per` elements side by side, 16 bytes of the widest array: then no array changes its
@@ -60,6 +61,9 @@ class Tuning(NamedTuple):
   lag: int = 1024  # Programs between finding a panel and writing it.
   per: int | None = None  # Elements side by side.
   warps: int | None = None  # Of a program, instead of as `elements` asks.
+  forgets: bool = True  # See `gpu_math.forget`.
+  in_order: bool = True  # Scales of columns; else in two launches.
+  streams: bool = False  # Whether loads tell caches that they are the last.
 
 
 TUNING = Tuning()
@@ -94,6 +98,8 @@ class _Plan(NamedTuple):
   place: tiles.Place
   warps: int
   lag: int
+  forgets: bool
+  streams: bool
   how: gpu_math.Arithmetic
 
   @property
@@ -182,7 +188,7 @@ def plan(
     while height > high and rows % height:
       height //= 2
   elif group == (0, 1) or 0 in group:
-    schedule = "in order" if group == (0, 1) else "two launches"
+    schedule = "in order" if group == (0, 1) and tuning.in_order else "two launches"
     width = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
     height = max(high, tuning.chunk // max(width, 1))
   else:
@@ -213,7 +219,7 @@ def plan(
   warps = min(max(warps, 1), 32)
   return _Plan(
     step, rounding, format, schedule, moments, stack, rows, columns, per, group, height, width,
-    turns, along, tiles.place(leaf, stack), warps, tuning.lag, how,
+    turns, along, tiles.place(leaf, stack), warps, tuning.lag, tuning.forgets, tuning.streams, how,
   )  # fmt: skip
 
 
@@ -232,6 +238,8 @@ class _Read(NamedTuple):
   weight: jax.Array  # θ̂
   update: jax.Array
   moments: Moments
+  code: jax.Array
+  scale: jax.Array  # Of the old codes, for `grouped` values.
 
   @property
   def proposal(self) -> jax.Array:
@@ -282,15 +290,12 @@ class _Program(NamedTuple):
     group = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return jax.lax.div(tile.column, np.int32(p.per)) + group < np.int32(p.columns // p.per)
 
-  def load(self, ref: Any, tile: _Tile, last: bool = False) -> jax.Array:
+  def load(self, ref: Any, tile: _Tile) -> jax.Array:
     """A tile's part of an array."""
     part, mask = self._at(ref, tile)
-    if self.plan.how.interpret:
-      return pltriton.load(part, mask=mask, other=None if mask is None else 0)
-    return pltriton.load(
-      part, mask=mask, other=None if mask is None else 0,
-      eviction_policy="evict_first" if last else None,
-    )  # fmt: skip
+    policy = "evict_first" if self.plan.streams and self.plan.turns == 1 else None
+    other = None if mask is None else 0
+    return pltriton.load(part, mask=mask, other=other, eviction_policy=policy)
 
   def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
     """Writes a tile's part."""
@@ -363,11 +368,32 @@ class _Program(NamedTuple):
     scale = self.load(self.scale, tile)
     if self.scale.dtype == jnp.uint8:
       scale = _from_byte(scale)
-    value = gpu_math.decode(p.how, code, p.format.dtype)
-    value = self.grouped(value, p.group)
-    weight = (value * self.spread(scale, p.group)).reshape(code.shape)
-    scalars = self.step_scalars()
-    return _Read(scalars, weight, *p.step.propose(scalars, gradient, moments, weight))
+    scale, scalars = self.spread(scale, p.group), self.step_scalars()
+    weight = self.weights(code, scale)
+    update, moments = p.step.propose(scalars, gradient, moments, weight)
+    return _Read(scalars, weight, update, moments, code, scale)
+
+  def weights(self, code: jax.Array, scale: jax.Array) -> jax.Array:
+    """Codes times their scale."""
+    value = gpu_math.decode(self.plan.how, code, self.plan.format.dtype)
+    return (self.grouped(value, self.plan.group) * scale).reshape(code.shape)
+
+  def forget(self, read: _Read, known: jax.Array) -> _Read:
+    """The same with less of it in registers while a scale is being found.
+
+    Args:
+      read: before that.
+      known: int32 that is not negative, one number that only is there after it.
+
+    Returns:
+      What is to be written.
+    """
+    p = self.plan
+    if not p.forgets:
+      return read
+    scalars = jax.tree.map(functools.partial(gpu_math.forget, p.how, known), read.scalars)
+    code = gpu_math.forget(p.how, known, read.code)
+    return read._replace(scalars=scalars, weight=self.weights(code, read.scale))
 
   def found(self, read: _Read, tile: _Tile, group: Group) -> jax.Array:
     """The largest proposals of a tile; zeros beyond the matrix."""
@@ -396,8 +422,7 @@ class _Program(NamedTuple):
     bits = self.bits(0, tile) if p.rounding == "stochastic" else None
     y = gpu_math.over(p.how, self.grouped(proposal, p.group), by).reshape(proposal.shape)
     code = gpu_math.code_bits(p.how, y, proposal, format.dtype, bits)
-    value = self.grouped(gpu_math.decode(p.how, code, format.dtype), p.group)
-    stored = (value * factor).reshape(proposal.shape)
+    stored = self.weights(code, factor)
     self.store(new_qvalue, tile, _pack(code, format))
     del code
     # The programs of a column or matrix all store the same.
@@ -465,7 +490,10 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   p = program.plan
   if p.turns == 1:
     read = program.read(first)
-    program.write(out, first, read, program.found(read, first, p.group), unit)
+    largest = program.found(read, first, p.group)
+    if largest.size == 1:
+      read = program.forget(read, largest)
+    program.write(out, first, read, largest, unit)
     return
   size = np.int32((p.height, p.width)[p.along])
   if p.along == 0:
@@ -513,9 +541,9 @@ def _tile(plan: _Plan, number: jax.Array) -> _Tile:
 def _largest_of(program: _Program, found: Any, tile: _Tile) -> jax.Array:
   """What other programs found for a tile: columns of `found`, or its one number for a matrix."""
   p = program.plan
-  if p.schedule == "in order":
+  if p.group == (0, 1):
     part = found.at[tile.matrix, pl.ds(tile.column, p.width)]
-    return pltriton.load(part, volatile=not p.how.interpret)
+    return pltriton.load(part, volatile=p.schedule == "in order" and not p.how.interpret)
   return found[tile.matrix, 0]
 
 
@@ -524,7 +552,7 @@ def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
   p = program.plan
   largest = program.found(program.read(tile), tile, (0, 1) if p.group[1] == 1 else (0, 0))
   largest = gpu_math.float_of(largest)  # Atomic operations on arrays of integers do not lower.
-  if p.schedule == "in order":
+  if p.group == (0, 1):
     index = (tile.matrix, pl.ds(tile.column, p.width))
     pltriton.atomic_max(found, index, largest.reshape(p.width))
   else:
@@ -558,8 +586,10 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
       unit = matrix_scale(largest, plan.format, by_ieee)
       _alone(program, out, tile, unit)
       return
-    read = program.read(tile)
-    largest = jnp.broadcast_to(gpu_math.bits_of(largest), (1, 1, 1, 1, 1))
+    read, shape = program.read(tile), (1, 1, 1, 1, 1)
+    if plan.group == (0, 1):
+      shape = (1, 1, plan.width // plan.per, plan.per)  # type: ignore[assignment]
+    largest = gpu_math.bits_of(largest).reshape(shape)
     program.write(out, tile, read, largest, None)
   else:
     _in_order(program, rest[-4 - count], rest[-3 - count], out)
@@ -576,8 +606,7 @@ def _in_order(program: _Program, found: Any, counters: Any, out: Any) -> None:
   plan = program.plan
   down, across = plan.tiles
   panels, lag = _slots(plan)
-  ticket = pltriton.atomic_add(counters, (_number(panels),), np.int32(1))
-  slot, place = _split(ticket, 2 * down)
+  slot, place = _split(pl.program_id(0), 2 * down)
   row, writes = _split(place, 2)
   panel = slot - writes * np.int32(lag)
   matrix, column = _split(panel, across)
@@ -595,7 +624,8 @@ def _in_order(program: _Program, found: Any, counters: Any, out: Any) -> None:
     read = program.read(tile)
     if not plan.how.interpret:  # Which runs one program after another.
       seen = lambda: pltriton.atomic_add(counters, (panel,), np.int32(0))
-      jax.lax.while_loop(lambda done: done < np.int32(down), lambda _: seen(), seen())
+      done = jax.lax.while_loop(lambda done: done < np.int32(down), lambda _: seen(), seen())
+      read = program.forget(read, done)
     largest = gpu_math.bits_of(_largest_of(program, found, tile))
     largest = largest.reshape(1, 1, plan.width // plan.per, plan.per)
     program.write(out, tile, read, largest, None)
@@ -651,11 +681,14 @@ def run(plan: _Plan, leaf: fused.Leaf) -> tuple[QuantizedArray, Moments]:
   found = None
   launch = functools.partial(_call, p)
   if p.schedule == "alone":
-    scale, *changed = launch(
-      functools.partial(_kernel, p, None), whole, given, changed, [scale]
-    )
+    if p.turns == 1:  # A program reads scales that it writes.
+      kernel = functools.partial(_kernel_in_place, p, len(changed))
+      *changed, scale = launch(kernel, whole, [integers, scalars, gradient], [*changed, scale], [])
+    else:
+      kernel = functools.partial(_kernel, p, None)
+      scale, *changed = launch(kernel, whole, given, changed, [scale])
   elif p.schedule == "two launches":
-    start = jnp.zeros((p.stack, 1), jnp.float32)
+    start = jnp.zeros((p.stack, p.columns if p.group == (0, 1) else 1), jnp.float32)
     one = p._replace(turns=1)
     (found,) = launch(
       functools.partial(_kernel, one, "find"),
@@ -670,7 +703,7 @@ def run(plan: _Plan, leaf: fused.Leaf) -> tuple[QuantizedArray, Moments]:
   else:
     panels, lag = _slots(p)
     start = jnp.zeros((p.stack, p.columns), jnp.float32)
-    counters = jnp.zeros(panels + 1, jnp.int32)
+    counters = jnp.zeros(panels, jnp.int32)
     scale, *changed, _, _ = launch(
       functools.partial(_kernel_in_order, p, len(changed)),
       (panels + lag) * 2 * p.tiles[0],
@@ -679,6 +712,13 @@ def run(plan: _Plan, leaf: fused.Leaf) -> tuple[QuantizedArray, Moments]:
       [scale],
     )
   return _results(leaf, scale, changed, found)
+
+
+def _kernel_in_place(plan: _Plan, count: int, *refs: Any) -> None:
+  """Programs that write their own scales, with their operands as `_kernel` takes them."""
+  integers, scalars, gradient, *rest = refs
+  scale, arrays, new = rest[count], rest[:count], rest[count + 1 :]
+  _kernel(plan, None, integers, scalars, scale, gradient, *arrays, new[-1], *new[:-1])
 
 
 def _kernel_writing(plan: _Plan, count: int, *refs: Any) -> None:
