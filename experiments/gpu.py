@@ -27,7 +27,8 @@ Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]  # By name.
 
 SIZE = 2**30  # Weights of a fused step.
-_LEAVES = 16
+_LEAVES = 16  # Of a fused step,
+_FEW = 4  # and of a variant of one, which is compiled sooner.
 RATE = 1e-3
 REFERENCE = "float32 optax.adamw"
 
@@ -168,22 +169,24 @@ def ceilings(size: int) -> Rows:
 # Fused steps
 
 
-def _shape(size: int) -> tuple[int, int]:
+def _shape(size: int, leaves: int = _LEAVES) -> tuple[int, int]:
   """(in, out) of one of the matrices."""
-  leaf = size // _LEAVES
+  leaf = size // leaves
   rows = min(4096, 1 << (leaf.bit_length() // 2))
   return rows, leaf // rows
 
 
-def _draw(shape: tuple[int, int], scale: float, key: int, dtype: Any = None) -> dict[str, Any]:
+def _draw(
+  shape: tuple[int, int], leaves: int, scale: float, key: int, dtype: Any = None
+) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
   make = jax.jit(
     lambda key: (scale * jax.random.normal(key, shape)).astype(dtype or jnp.float32)
   )
-  keys = jax.random.split(jax.random.key(key), _LEAVES)
-  return {f"layer{i:02}": make(keys[i]) for i in range(_LEAVES)}
+  keys = jax.random.split(jax.random.key(key), leaves)
+  return {f"layer{i:02}": make(keys[i]) for i in range(leaves)}
 
 
 def _optax_step(tx: Any) -> Callable[[Any, Any, Any], Any]:
@@ -375,12 +378,14 @@ def _flashoptim() -> Way | None:
   return Way(2 + 2 * 5.125, init, lambda kept, grads, i: tx.step(*kept, grads))
 
 
-def _measured(makers: dict[str, Callable[[], Way | None]], size: int) -> Rows:
+def _measured(
+  makers: dict[str, Callable[[], Way | None]], size: int, leaves: int = _LEAVES
+) -> Rows:
   """Each way's time, also as a ratio to the first's, and its share of a copy's bandwidth."""
   import jax
   import jax.numpy as jnp
 
-  shape, reference, copied = _shape(size), None, None
+  shape, reference, copied = _shape(size, leaves), None, None
   for name, figures in ceilings(min(size, 2**28)):
     if name == "copy":
       copied = figures["gigabytes_per_second"]
@@ -392,8 +397,8 @@ def _measured(makers: dict[str, Callable[[], Way | None]], size: int) -> Rows:
       if way is None:
         continue
       own = shape[::-1] if way.transposed else shape
-      grads = _draw(own, 1e-3, 1, jnp.bfloat16)
-      kept = way.init(_draw(own, 0.02, 0))
+      grads = _draw(own, leaves, 1e-3, 1, jnp.bfloat16)
+      kept = way.init(_draw(own, leaves, 0.02, 0))
       row = _many_steps(way.step, kept, grads, size)
     except Exception as error:  # The next may work.
       yield name, {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -445,29 +450,49 @@ def _variants(
     for tuning in tunings:
       name = ", ".join(f"{key} {value}" for key, value in tuning.items()) or "default"
       makers[name] = maker(tuning)
-    yield from _measured(makers, size)
+    yield from _measured(makers, size, _FEW)
 
   return rows
 
 
-_ROWS = (
+_ROWS: tuple[dict[str, Any], ...] = (
   {},
-  {"elements": 8},
-  {"elements": 4},
-  {"row": 2048, "elements": 8},
-  {"row": 2048, "elements": 16},
+  {"streams": True},
   {"row": 1024, "chunk": 1024, "elements": 8},
-  {"row": 1024, "chunk": 1024, "elements": 4},
-)
-_LOW_ROWS = ({}, {"elements": 8}, {"row": 2048, "elements": 8}, {"per": 4}, {"per": 16})
-_COLUMNS = (
-  {},
+  {"row": 1024, "chunk": 1024},
+  {"row": 2048, "elements": 8},
+  {"row": 512, "chunk": 512, "elements": 8},
   {"elements": 8},
-  {"elements": 8, "chunk": 1024},
-  {"width": 32},
-  {"width": 128, "elements": 8},
-  {"lag": 512, "elements": 8},
-  {"lag": 2048, "elements": 8},
+  {"forgets": False},
+)
+_LOW_ROWS: tuple[dict[str, Any], ...] = (
+  {},
+  {"row": 1024, "chunk": 1024, "elements": 8},
+  {"row": 2048, "elements": 8},
+  {"elements": 8},
+  {"per": 4},
+)
+_COLUMNS: tuple[dict[str, Any], ...] = (
+  {"in_order": False},
+  {"in_order": False, "chunk": 1024},
+  {"in_order": False, "chunk": 1024, "elements": 8},
+  {"in_order": False, "width": 128},
+  {"chunk": 1024, "elements": 8},
+  {},
+  {"lag": 256},
+  {"chunk": 1024, "elements": 8, "lag": 4096},
+)
+_LOW_COLUMNS: tuple[dict[str, Any], ...] = (
+  {"in_order": False, "per": 4},
+  {"in_order": False},
+  {"per": 4},
+)
+_BLOCKS: tuple[dict[str, Any], ...] = (
+  {},
+  {"chunk": 1024, "width": 32},
+  {"chunk": 1024, "width": 32, "elements": 8},
+  {"width": 128},
+  {"streams": True},
 )
 
 
@@ -723,6 +748,8 @@ ENTRIES: dict[str, Entry] = {
   "rows": Entry(90, _variants("rows", _MOVED, "float32", _ROWS)),
   "columns": Entry(90, _variants("FP8", _MOVED, "float32", _COLUMNS)),
   "rows_fp8_moments": Entry(60, _variants("rows", _LOW, "float8_e4m3fn", _LOW_ROWS)),
+  "columns_fp8_moments": Entry(60, _variants("FP8", _LOW, "float8_e4m3fn", _LOW_COLUMNS)),
+  "blocks": Entry(60, _variants("MXFP8", _MXFP8, "float32", _BLOCKS)),
   "ceilings": Entry(40, ceilings),
   "train_30m": Entry(120, _training("packages_30m", 64, _METHODS)),
   "train_800m": Entry(150, _training("llama_800m", 32, _METHODS)),

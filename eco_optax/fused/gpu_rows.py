@@ -491,8 +491,8 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   if p.turns == 1:
     read = program.read(first)
     largest = program.found(read, first, p.group)
-    if largest.size == 1:
-      read = program.forget(read, largest)
+    known = largest if largest.size == 1 else program.integers[0]
+    read = program.forget(read, known)
     program.write(out, first, read, largest, unit)
     return
   size = np.int32((p.height, p.width)[p.along])
