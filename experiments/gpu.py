@@ -144,16 +144,19 @@ def ceilings(size: int) -> Rows:
     return x
 
   seconds = statistics.median(_time(copy, 3)) / loops
-  yield "copy", {"gigabytes_per_second": 2 * x.nbytes / seconds / 1e9, "milliseconds": 1e3 * seconds}
+  yield (
+    "copy",
+    {"gigabytes_per_second": 2 * x.nbytes / seconds / 1e9, "milliseconds": 1e3 * seconds},
+  )
   x = None
 
+  contract = (((1,), (1,)), ((), ()))  # As Hopper's FP8 units want it.
   side = 8192 if size >= 2**26 else 64
   for name in ("bfloat16", "float8_e4m3fn"):
     dtype: Any = jnp.dtype(getattr(jnp, name))
     a, b = (
       jax.random.normal(jax.random.key(k), (side, side), jnp.float32).astype(dtype) for k in (0, 1)
     )
-    contract = (((1,), (1,)), ((), ()))  # As Hopper's FP8 units want it.
 
     def products(a: Any, b: Any, dtype: Any = dtype) -> Any:
       def one(_: Any, a: Any) -> Any:
@@ -182,9 +185,7 @@ def _draw(
   import jax
   import jax.numpy as jnp
 
-  make = jax.jit(
-    lambda key: (scale * jax.random.normal(key, shape)).astype(dtype or jnp.float32)
-  )
+  make = jax.jit(lambda key: (scale * jax.random.normal(key, shape)).astype(dtype or jnp.float32))
   keys = jax.random.split(jax.random.key(key), leaves)
   return {f"layer{i:02}": make(keys[i]) for i in range(leaves)}
 
@@ -312,7 +313,7 @@ def _how() -> Any:
 def _by_rows(**tuning: Any) -> Callable[[Any], Any]:
   from eco_optax.fused import gpu_rows, steps
 
-  chosen = gpu_rows.TUNING._replace(**tuning)
+  chosen = gpu_rows.Tuning(**tuning)
   return lambda leaf: gpu_rows.by_rows(steps.ADAMW, "stochastic", leaf, _how(), chosen)
 
 
@@ -324,7 +325,9 @@ def _by_tiles(leaf: Any) -> Any:
 
 # Bytes per weight, moments in float32: gradient 2, codes, moments; scales are few.
 _MOVED = 20.0
+_COLUMNS_MOVED = 2 * 11 + 9.0  # What two launches read twice, columns' scales among it.
 _LOW = 2 + 3 * 2 + 4 / 32  # All in one byte, with scales of two moments.
+_COLUMNS_LOW = 2 * (2 + 3 + 2 / 32) + 3 + 2 / 32
 _BFLOAT16 = 2 + 5 * 2
 _INT4 = 2 * 10.5 + 8.5
 _MXFP8 = 20 + 2 / 32
@@ -348,10 +351,10 @@ def ways() -> dict[str, Callable[[], Way | None]]:
     REFERENCE: lambda: _adamw("float32", 26),
     "eco.adamw FP8 (out, in)": lambda: _eco(rows, _MOVED, transposed=True),
     "eco.adamw FP8 (out, in), FP8 moments": lambda: _eco(rows, _LOW, f8, True),
-    "eco.adamw FP8 (in, out)": lambda: _eco(formats["FP8"], _MOVED),
+    "eco.adamw FP8 (in, out)": lambda: _eco(formats["FP8"], _COLUMNS_MOVED),
     "eco.adamw INT4": lambda: _eco(formats["INT4"], _INT4),
     "eco.adamw FP8 (out, in), bfloat16 moments": lambda: _eco(rows, _BFLOAT16, "bfloat16", True),
-    "eco.adamw FP8 (in, out), FP8 moments": lambda: _eco(formats["FP8"], _LOW, f8),
+    "eco.adamw FP8 (in, out), FP8 moments": lambda: _eco(formats["FP8"], _COLUMNS_LOW, f8),
     "eco.adamw MXFP8": lambda: _eco(formats["MXFP8"], _MXFP8),
     "eco.adamw NVFP4": lambda: _eco(formats["NVFP4"], _NVFP4),
     "eco.adamw FP8_BLOCK128": lambda: _eco(formats["FP8_BLOCK128"], _MOVED),
@@ -406,11 +409,15 @@ def _measured(
     del kept, grads
     reference = reference or row["milliseconds"]
     moved = way.moved * size / row["milliseconds"] / 1e6
-    yield name, row | {
-      "ratio": row["milliseconds"] / reference,
-      "bytes_moved": way.moved,
-      "share_of_copy": moved / copied,
-    }
+    yield (
+      name,
+      row
+      | {
+        "ratio": row["milliseconds"] / reference,
+        "bytes_moved": way.moved,
+        "share_of_copy": moved / copied,
+      },
+    )
     jax.clear_caches()
 
 
@@ -457,42 +464,31 @@ def _variants(
 
 _ROWS: tuple[dict[str, Any], ...] = (
   {},
-  {"streams": True},
-  {"row": 1024, "chunk": 1024, "elements": 8},
-  {"row": 1024, "chunk": 1024},
-  {"row": 2048, "elements": 8},
-  {"row": 512, "chunk": 512, "elements": 8},
+  {"row": 1024},
+  {"row": 1024, "elements": 16},
+  {"row": 2048, "chunk": 2048},
+  {"row": 512, "chunk": 512},
   {"elements": 8},
-  {"forgets": False},
 )
-_LOW_ROWS: tuple[dict[str, Any], ...] = (
-  {},
-  {"row": 1024, "chunk": 1024, "elements": 8},
-  {"row": 2048, "elements": 8},
-  {"elements": 8},
-  {"per": 4},
-)
+_LOW_ROWS: tuple[dict[str, Any], ...] = ({}, {"row": 1024}, {"elements": 8}, {"per": 4})
 _COLUMNS: tuple[dict[str, Any], ...] = (
-  {"in_order": False},
-  {"in_order": False, "chunk": 1024},
-  {"in_order": False, "chunk": 1024, "elements": 8},
-  {"in_order": False, "width": 128},
-  {"chunk": 1024, "elements": 8},
   {},
-  {"lag": 256},
-  {"chunk": 1024, "elements": 8, "lag": 4096},
+  {"chunk": 2048, "elements": 16},
+  {"chunk": 1024, "elements": 16},
+  {"chunk": 2048},
+  {"width": 128},
 )
-_LOW_COLUMNS: tuple[dict[str, Any], ...] = (
-  {"in_order": False, "per": 4},
-  {"in_order": False},
-  {"per": 4},
+_LOW_COLUMNS: tuple[dict[str, Any], ...] = ({}, {"per": 8}, {"elements": 8}, {"width": 32})
+_MATRICES: tuple[dict[str, Any], ...] = (
+  {},
+  {"chunk": 2048, "elements": 16},
+  {"chunk": 1024, "elements": 16},
 )
 _BLOCKS: tuple[dict[str, Any], ...] = (
   {},
   {"chunk": 1024, "width": 32},
   {"chunk": 1024, "width": 32, "elements": 8},
   {"width": 128},
-  {"streams": True},
 )
 
 
@@ -715,14 +711,17 @@ def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Ca
             seconds.append(time.perf_counter() - start)
         took = 1e3 * statistics.median(seconds[2:] or seconds)
         first = first or took
-        yield label, {
-          "milliseconds": took,
-          "ratio": took / first,
-          "tokens_per_step": own.batch_size * own.length,
-          "temporaries": used.temp_size_in_bytes,
-          "arguments": used.argument_size_in_bytes,
-          "seconds_to_compile": compiled,
-        }
+        yield (
+          label,
+          {
+            "milliseconds": took,
+            "ratio": took / first,
+            "tokens_per_step": own.batch_size * own.length,
+            "temporaries": used.temp_size_in_bytes,
+            "arguments": used.argument_size_in_bytes,
+            "seconds_to_compile": compiled,
+          },
+        )
         del state, train_step, data
       except Exception as error:
         yield label, {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -746,13 +745,14 @@ ENTRIES: dict[str, Entry] = {
   "fused_steps": Entry(150, fused_steps),
   "check": Entry(120, check),
   "rows": Entry(90, _variants("rows", _MOVED, "float32", _ROWS)),
-  "columns": Entry(90, _variants("FP8", _MOVED, "float32", _COLUMNS)),
+  "columns": Entry(90, _variants("FP8", _COLUMNS_MOVED, "float32", _COLUMNS)),
   "rows_fp8_moments": Entry(60, _variants("rows", _LOW, "float8_e4m3fn", _LOW_ROWS)),
-  "columns_fp8_moments": Entry(60, _variants("FP8", _LOW, "float8_e4m3fn", _LOW_COLUMNS)),
+  "columns_fp8_moments": Entry(60, _variants("FP8", _COLUMNS_LOW, "float8_e4m3fn", _LOW_COLUMNS)),
+  "matrices": Entry(60, _variants("INT4", _INT4, "float32", _MATRICES)),
   "blocks": Entry(60, _variants("MXFP8", _MXFP8, "float32", _BLOCKS)),
   "ceilings": Entry(40, ceilings),
-  "train_30m": Entry(120, _training("packages_30m", 64, _METHODS)),
-  "train_800m": Entry(150, _training("llama_800m", 32, _METHODS)),
+  "train_800m": Entry(120, _training("llama_800m", 32, _METHODS)),
+  "train_30m": Entry(90, _training("packages_30m", 64, _METHODS)),
   "old_kernels": Entry(60, old_kernels),
 }
 

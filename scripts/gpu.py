@@ -32,9 +32,7 @@ def main(_: list[str]) -> None:
     gpu.run_entry(_ENTRY.value, path, _SIZE.value)
     return
   command = [sys.executable, __file__, f"--size={_SIZE.value}", f"--results={_RESULTS.value}"]
-  fates = gpu.queue(
-    path, 60 * _MINUTES.value, _SIZE.value, _ENTRIES.value, _AGAIN.value, command
-  )
+  fates = gpu.queue(path, 60 * _MINUTES.value, _SIZE.value, _ENTRIES.value, _AGAIN.value, command)
   for name, fate in fates.items():
     print(f"{name:<20} {fate}")
 

@@ -29,6 +29,9 @@ class Arithmetic(NamedTuple):
   has_float8: bool = True  # Instructions that convert E4M3: compute capability 8.9 on.
 
 
+HOPPER = Arithmetic()
+
+
 def _asm(text: str, constraints: str, pack: int, args: list[jax.Array], dtype: Any) -> jax.Array:
   shape = args[0].shape
   (result,) = pltriton.elementwise_inline_asm(
@@ -99,9 +102,7 @@ def divisor(how: Arithmetic, scale: jax.Array, power_of_two: bool) -> Divisor:
   exponent = raw & np.int32(0x7F800000)
   # 2^(127 − e); of the largest exponents it is subnormal, which is a number like any other here.
   factor = float_of(
-    jnp.where(
-      exponent >= np.int32(254 << 23), np.int32(1 << 22), np.int32(254 << 23) - exponent
-    )
+    jnp.where(exponent >= np.int32(254 << 23), np.int32(1 << 22), np.int32(254 << 23) - exponent)
   )
   mantissa = float_of((raw & np.int32(0x007FFFFF)) | np.int32(127 << 23))
   mantissa = jnp.where(jnp.isnan(scale), scale, mantissa)

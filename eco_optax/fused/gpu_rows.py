@@ -1,15 +1,14 @@
 """The fused update on NVIDIA GPUs in one launch per leaf, or two: Pallas kernels by way of Triton.
 
-Three schedules share one step of a tile:
+Two schedules share one step of a tile:
 
 - *Alone*: a program owns whole groups of weights that share a scale: blocks, or the rows of a
-  weight stored `(…, out, in)`. A row that fits stays in registers between its scale and its codes;
-  a longer one is read twice, the second time from the caches.
-- *In order*: scales of columns. Programs that find the largest proposals of one panel of columns
-  alternate with programs that write an earlier panel, which by then is in the L2 cache. A program
-  waits for some of those before it only, which wait for none: GPUs start programs in order, as
-  other one-launch algorithms rely on (the decoupled look-back of CUB's scans).
-- *Two launches*: scales of whole matrices. One finds, one writes.
+  weight stored `(…, out, in)`. A row of up to 4,096 stays in registers between its scale and its
+  codes; a longer one is read twice, the second time from the caches.
+- *Two launches*, where scales are those of columns or of whole matrices. One finds the largest
+  proposals, one writes. (One launch that alternates between finding a panel of columns and
+  writing an earlier one, which the L2 cache still holds, moves a third less and took 11.4 to 14.2
+  ms on an H200 where two launches took 8.9: programs are short, and wait for each other.)
 
 Each thread has `per` elements side by side, 16 bytes of the widest array: then no array changes its
 layout between threads, and all accesses are coalesced. Arrays are seen as (matrices, rows, columns
@@ -47,26 +46,24 @@ from eco_optax.quantized_array import (
 from eco_optax.transforms import stored_moments
 from eco_optax.transforms.stored_moments import SecondMoment
 
-Schedule = Literal["alone", "in order", "two launches"]
+Schedule = Literal["alone", "two launches"]
 Group = tuple[int, int]  # Rows and columns that share a scale.
 
 
 class Tuning(NamedTuple):
-  """What is free to choose."""
+  """What is free to choose; None for what was fastest on an H200, see results/gpu."""
 
-  elements: int = 16  # Of a tile, for each thread.
-  row: int = 4096  # The longest row that stays in registers.
-  chunk: int = 2048  # Elements of a tile of a longer row, and of columns or blocks.
-  width: int = 64  # Columns of a panel.
-  lag: int = 1024  # Programs between finding a panel and writing it.
+  elements: int | None = None  # Of a tile, for each thread.
+  chunk: int | None = None  # Elements of a tile, but for rows in registers.
+  row: int = 4096  # The longest row in registers.
+  width: int = 64  # Columns of a tile, where a scale is not a row's.
   per: int | None = None  # Elements side by side.
-  warps: int | None = None  # Of a program, instead of as `elements` asks.
-  forgets: bool = True  # See `gpu_math.forget`.
-  in_order: bool = True  # Scales of columns; else in two launches.
-  streams: bool = False  # Whether loads tell caches that they are the last.
 
 
-TUNING = Tuning()
+TUNED = Tuning()
+# Elements of a thread and of a tile. What waits for a scale fills the registers with values; what
+# reads twice does better with more threads.
+_IN_REGISTERS, _READ_TWICE = (16, 2048), (8, 1024)
 
 
 class _Stored(NamedTuple):
@@ -97,9 +94,6 @@ class _Plan(NamedTuple):
   along: int  # The axis on which they follow each other.
   place: tiles.Place
   warps: int
-  lag: int
-  forgets: bool
-  streams: bool
   how: gpu_math.Arithmetic
 
   @property
@@ -153,11 +147,10 @@ def plan(
   step: Step,
   rounding: Rounding,
   leaf: fused.Leaf,
-  how: gpu_math.Arithmetic = gpu_math.Arithmetic(),
-  tuning: Tuning | None = None,
+  how: gpu_math.Arithmetic = gpu_math.HOPPER,
+  tuning: Tuning = TUNED,
 ) -> _Plan | None:
   """How a leaf's step runs; None where no kernel covers it, which then keeps to the definition."""
-  tuning = TUNING if tuning is None else tuning
   weight, format = leaf.weight, leaf.weight.format
   moments, group = kinds(leaf), _group(leaf.weight.format)
   if weight.ndim < 2 or weight.odd or moments is None or group is None:
@@ -169,38 +162,42 @@ def plan(
   *lead, rows, columns = weight.shape
   stack = math.prod(lead)
   widest = max(leaf.gradient.dtype.itemsize, *(x.dtype.itemsize for x in moments))
-  per = tuning.per or max(16 // widest, 4)
   blocks = [x.group for x in moments if x.format]
+  # Where a block is one of columns a thread has the fewer scales the fewer columns it has.
+  per = tuning.per or max(16 // widest if all(x[1] > 1 for x in blocks) else 4, 4)
   high = max([2 if format.bits == 4 else 1, *(x[0] for x in blocks)])
   wide = max([per, *(x[1] for x in blocks)])
 
   schedule: Schedule = "alone"
-  turns, along = 1, 1
+  turns, along, best = 1, 1, _IN_REGISTERS
+  across = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
   if group == (1, 0):  # Rows.
-    width = _power(columns)
+    width, height = _power(columns), high
     if width > tuning.row or (width - columns) * 8 > columns:
-      width = min(tuning.chunk, width)
-      # Whole tiles, if a division by a few less than that many columns gives them.
-      exact = [n for n in (width, width // 2) if columns % n == 0]
-      width = exact[0] if exact else width
+      best = _READ_TWICE
+      width = min(tuning.chunk or best[1], width)
+      # The largest tile of which there are whole ones, if it is not much smaller.
+      width = next((n for n in (width, width // 2, width // 4) if columns % n == 0), width)
       turns = -(-columns // width)
-    height = max(high, min(_power(tuning.chunk // width), 8)) if width < tuning.chunk else high
+    # Several short rows together.
+    height = max(high, min((tuning.chunk or best[1]) // width, 8))
     while height > high and rows % height:
       height //= 2
-  elif group == (0, 1) or 0 in group:
-    schedule = "in order" if group == (0, 1) and tuning.in_order else "two launches"
-    width = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
-    height = max(high, tuning.chunk // max(width, 1))
+  elif 0 in group:  # Columns, or a matrix.
+    schedule, width = "two launches", across
+    best = _IN_REGISTERS if any(x[0] > 1 for x in blocks) else _READ_TWICE
+    height = max(high, (tuning.chunk or best[1]) // max(width, 1))
   else:
+    schedule = "two launches" if format.two_level else "alone"
     height, width = max(high, group[0]), max(wide, group[1])
-    if format.two_level:
-      schedule = "two launches"
     if group[1] == 1:
-      width = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
-      height = max(height, 32)
-    while height * width > 2 * tuning.chunk and height > max(high, 32) and group[0] == height:
+      height, width = max(height, 32), across
+    if height * width > 2 * best[1]:  # More than registers hold.
+      best = _READ_TWICE
+    chunk = tuning.chunk or best[1]
+    while best is _READ_TWICE and height * width > chunk and height > high:
       height, turns, along = height // 2, turns * 2, 0
-    while height * width < tuning.chunk and columns % (2 * width) == 0 and group[0] == 1:
+    while height * width < chunk and columns % (2 * width) == 0 and group[0] == 1:
       width *= 2
   sizes = (height, width, *(n for x in (*blocks, group) for n in x if n))
   if not width or any(n & (n - 1) for n in sizes):
@@ -211,15 +208,14 @@ def plan(
     return None
   if any(1 < x[1] < per for x in (*blocks, group)):
     return None
-  if width * (turns if along == 1 else 1) > columns and not group == (1, 0):
+  if width * (turns if along == 1 else 1) > columns and group != (1, 0):
     return None
   if schedule != "alone" and columns % width:
     return None
-  warps = tuning.warps or height * width // (32 * tuning.elements)
-  warps = min(max(warps, 1), 32)
+  warps = min(max(height * width // (32 * (tuning.elements or best[0])), 1), 32)
   return _Plan(
     step, rounding, format, schedule, moments, stack, rows, columns, per, group, height, width,
-    turns, along, tiles.place(leaf, stack), warps, tuning.lag, tuning.forgets, tuning.streams, how,
+    turns, along, tiles.place(leaf, stack), warps, how,
   )  # fmt: skip
 
 
@@ -243,7 +239,7 @@ class _Read(NamedTuple):
 
   @property
   def proposal(self) -> jax.Array:
-    """θ̃"""
+    """The proposal θ̃."""
     return self.weight + self.update  # Each rounded: nothing is contracted here.
 
 
@@ -293,9 +289,7 @@ class _Program(NamedTuple):
   def load(self, ref: Any, tile: _Tile) -> jax.Array:
     """A tile's part of an array."""
     part, mask = self._at(ref, tile)
-    policy = "evict_first" if self.plan.streams and self.plan.turns == 1 else None
-    other = None if mask is None else 0
-    return pltriton.load(part, mask=mask, other=other, eviction_policy=policy)
+    return pltriton.load(part, mask=mask, other=None if mask is None else 0)
 
   def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
     """Writes a tile's part."""
@@ -388,11 +382,8 @@ class _Program(NamedTuple):
     Returns:
       What is to be written.
     """
-    p = self.plan
-    if not p.forgets:
-      return read
-    scalars = jax.tree.map(functools.partial(gpu_math.forget, p.how, known), read.scalars)
-    code = gpu_math.forget(p.how, known, read.code)
+    forget = functools.partial(gpu_math.forget, self.plan.how, known)
+    scalars, code = jax.tree.map(forget, read.scalars), forget(read.code)
     return read._replace(scalars=scalars, weight=self.weights(code, read.scale))
 
   def found(self, read: _Read, tile: _Tile, group: Group) -> jax.Array:
@@ -543,7 +534,7 @@ def _largest_of(program: _Program, found: Any, tile: _Tile) -> jax.Array:
   p = program.plan
   if p.group == (0, 1):
     part = found.at[tile.matrix, pl.ds(tile.column, p.width)]
-    return pltriton.load(part, volatile=p.schedule == "in order" and not p.how.interpret)
+    return pltriton.load(part)
   return found[tile.matrix, 0]
 
 
@@ -575,7 +566,7 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
   out = rest[-2 - count :]
   if plan.schedule == "alone":
     _alone(program, out, _tile(plan, pl.program_id(0)))
-  elif plan.schedule == "two launches":
+  else:
     tile = _tile(plan, pl.program_id(0))
     if phase == "find":
       _raise_found(program, rest[-1], tile)
@@ -591,44 +582,6 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
       shape = (1, 1, plan.width // plan.per, plan.per)  # type: ignore[assignment]
     largest = gpu_math.bits_of(largest).reshape(shape)
     program.write(out, tile, read, largest, None)
-  else:
-    _in_order(program, rest[-4 - count], rest[-3 - count], out)
-
-
-def _slots(plan: _Plan) -> tuple[int, int]:
-  """Panels of a leaf, and how many lie between finding one and writing it."""
-  down, across = plan.tiles
-  return plan.stack * across, max(-(-plan.lag // (2 * down)), 1)
-
-
-def _in_order(program: _Program, found: Any, counters: Any, out: Any) -> None:
-  """Finds a tile of one panel, or writes one of an earlier panel."""
-  plan = program.plan
-  down, across = plan.tiles
-  panels, lag = _slots(plan)
-  slot, place = _split(pl.program_id(0), 2 * down)
-  row, writes = _split(place, 2)
-  panel = slot - writes * np.int32(lag)
-  matrix, column = _split(panel, across)
-  tile = _Tile(matrix, row * np.int32(plan.height), column * np.int32(plan.width))
-
-  @pl.when(jnp.logical_and(writes == 0, panel < panels))
-  def _() -> None:
-    _raise_found(program, found, tile)
-    if not plan.how.interpret:
-      pltriton.debug_barrier()  # One thread counts for all.
-    pltriton.atomic_add(counters, (panel,), np.int32(1))
-
-  @pl.when(jnp.logical_and(writes == 1, panel >= 0))
-  def _() -> None:
-    read = program.read(tile)
-    if not plan.how.interpret:  # Which runs one program after another.
-      seen = lambda: pltriton.atomic_add(counters, (panel,), np.int32(0))
-      done = jax.lax.while_loop(lambda done: done < np.int32(down), lambda _: seen(), seen())
-      read = program.forget(read, done)
-    largest = gpu_math.bits_of(_largest_of(program, found, tile))
-    largest = largest.reshape(1, 1, plan.width // plan.per, plan.per)
-    program.write(out, tile, read, largest, None)
 
 
 def _as_bytes(x: jax.Array) -> jax.Array:
@@ -636,7 +589,12 @@ def _as_bytes(x: jax.Array) -> jax.Array:
 
 
 def _call(
-  plan: _Plan, kernel: Any, programs: int, given: list[jax.Array], changed: list[jax.Array], new: Any
+  plan: _Plan,
+  kernel: Any,
+  programs: int,
+  given: list[jax.Array],
+  changed: list[jax.Array],
+  new: Any,
 ) -> list[jax.Array]:
   """One launch.
 
@@ -687,7 +645,7 @@ def run(plan: _Plan, leaf: fused.Leaf) -> tuple[QuantizedArray, Moments]:
     else:
       kernel = functools.partial(_kernel, p, None)
       scale, *changed = launch(kernel, whole, given, changed, [scale])
-  elif p.schedule == "two launches":
+  else:
     start = jnp.zeros((p.stack, p.columns if p.group == (0, 1) else 1), jnp.float32)
     one = p._replace(turns=1)
     (found,) = launch(
@@ -699,17 +657,6 @@ def run(plan: _Plan, leaf: fused.Leaf) -> tuple[QuantizedArray, Moments]:
     )
     scale, *changed = launch(
       functools.partial(_kernel_writing, p, len(changed)), whole, [*given, found], changed, [scale]
-    )
-  else:
-    panels, lag = _slots(p)
-    start = jnp.zeros((p.stack, p.columns), jnp.float32)
-    counters = jnp.zeros(panels, jnp.int32)
-    scale, *changed, _, _ = launch(
-      functools.partial(_kernel_in_order, p, len(changed)),
-      (panels + lag) * 2 * p.tiles[0],
-      given,
-      [*changed, start, counters],
-      [scale],
     )
   return _results(leaf, scale, changed, found)
 
@@ -725,13 +672,6 @@ def _kernel_writing(plan: _Plan, count: int, *refs: Any) -> None:
   """The second of two launches, with its operands as `_kernel` takes them."""
   integers, scalars, scale, gradient, found, *rest = refs
   _kernel(plan, "write", integers, scalars, scale, gradient, *rest[:count], found, *rest[count:])
-
-
-def _kernel_in_order(plan: _Plan, count: int, *refs: Any) -> None:
-  """Programs in order, with their operands as `_kernel` takes them."""
-  ins, outs = refs[: 4 + count + 2], refs[4 + count + 2 :]
-  *arrays, found, counters = outs  # In place: these are the operands' own.
-  _kernel(plan, None, *ins[: 4 + count], found, counters, *arrays)
 
 
 def _results(
@@ -783,8 +723,8 @@ def by_rows(
   step: Step,
   rounding: Rounding,
   leaf: fused.Leaf,
-  how: gpu_math.Arithmetic = gpu_math.Arithmetic(),
-  tuning: Tuning | None = None,
+  how: gpu_math.Arithmetic = gpu_math.HOPPER,
+  tuning: Tuning = TUNED,
 ) -> tuple[QuantizedArray, Moments]:
   """`fused_update.definition` by kernels for NVIDIA GPUs, where these apply.
 
