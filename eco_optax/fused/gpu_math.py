@@ -66,20 +66,23 @@ def ieee_divide(how: Arithmetic, x: jax.Array, divisor: Any) -> jax.Array:
 
 
 def forget(how: Arithmetic, known: jax.Array, value: Any) -> Any:
-  """A scalar or codes in bytes as they are, computed with again from here on.
+  """A scalar or codes as they are, computed with again from here on.
 
   Else a compiler keeps what it computed from them before in registers, of which there are too few.
 
   Args:
     how: the kernel computes.
     known: int32 that is not negative, as no compiler can tell, one number.
-    value: a float32 scalar, or uint8 codes.
+    value: a float32 scalar, or codes: uint8, or int32.
   """
   if how.interpret:
     return value
   zero = known.reshape(()) >> 31
   if value.ndim == 0:
     return float_of(bits_of(value) | zero)
+  if value.dtype == jnp.int32:
+    return value | zero
+  assert value.dtype == jnp.uint8, value.dtype
   zeros = jnp.broadcast_to(zero.astype(jnp.int8), value.shape)
   return _asm("or.b32 $0, $1, $2;", "=r,r,r", 4, [value, zeros], jnp.int8).astype(jnp.uint8)
 

@@ -185,7 +185,7 @@ def plan(
       height //= 2
   elif 0 in group:  # Columns, or a matrix.
     schedule, width = "two launches", across
-    best = _IN_REGISTERS if any(x[0] > 1 for x in blocks) else _READ_TWICE
+    best = _READ_TWICE if 1 in group and not blocks else _IN_REGISTERS
     height = max(high, (tuning.chunk or best[1]) // max(width, 1))
   else:
     schedule = "two launches" if format.two_level else "alone"

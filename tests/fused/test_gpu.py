@@ -83,14 +83,14 @@ def test_programs_for_a_gpu_have_kernels(format):
     assert "gpu.triton" not in lowered()
 
 
-def compiled_for_an_h100(leaf, how, **options):
+def compiled_for_an_h100(leaf, how, implementation=fused_update.fused_update, **options):
   if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     pytest.skip("compiling for a GPU takes JAX's CUDA plugin")
   from eco_optax.training import compile as compile_lib
 
   (h100,) = compile_lib.topology_devices("h100:1")
   here = compile_lib.on_device(h100, leaf)
-  step = lambda weight, moments, rest: fused_update.fused_update(
+  step = lambda weight, moments, rest: implementation(
     steps.ADAMW, how, rest._replace(weight=weight, moments=moments)
   )
   with compile_lib.abstractly(h100):
@@ -159,7 +159,8 @@ def test_compiled_kernels_take_the_step_of_the_definition(
   layer = 5 if len(shape) > 2 else None
   leaf = fused_leaves.make(steps.ADAMW, preset, shape, layer, jnp.bfloat16, moments_in)
   wanted = fused_leaves.run(fused_update.definition, steps.ADAMW, how, leaf)
-  compiled_for_an_h100(jax.eval_shape(lambda: leaf), how, xla_dump_to=str(tmp_path))
+  tiles = triton_update.by_tiles
+  compiled_for_an_h100(jax.eval_shape(lambda: leaf), how, tiles, xla_dump_to=str(tmp_path))
   (text,) = (x for f in tmp_path.glob("*.ptx") if ".entry fused_update(" in (x := f.read_text()))
   monkeypatch.setattr(triton_update, "_launch", on_the_host(ptx.parse(text, "fused_update")))
   with jax.disable_jit():
