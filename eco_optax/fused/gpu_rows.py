@@ -119,7 +119,7 @@ def _group(format: Format) -> Group | None:
   if format.granularity == "tensor":
     return 0, 0
   if format.granularity == "channel":
-    return {-2: (0, 1), -1: (1, 0)}.get(format.contraction_axis)  # type: ignore[call-overload]
+    return {-2: (0, 1), -1: (1, 0)}.get(format.contraction_axis)  # type: ignore[arg-type]
   if len(format.granularity) == 1:
     return 1, int(format.granularity[0])
   if len(format.granularity) == 2:
@@ -694,7 +694,8 @@ def _results(
     format,
     tensor_scale,
   )
-  rest, new_moments = iter(arrays), []
+  rest = iter(arrays)
+  new_moments: list[Any] = []
   for old in leaf.moments:
     if is_quantized(old):
       parts = typed(next(rest), old.scale), typed(next(rest), old.qvalue)

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,13 @@ import gpu_leaves
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import pytest
+from test_gpu import compiled_for_an_h100
 
 import eco_optax as eco
 from eco_optax import rounding
-from eco_optax.fused import gpu_math, gpu_rows, steps
+from eco_optax.fused import fused_update, gpu_math, gpu_rows, steps
 from eco_optax.transforms import stored_moments
 
 # Optax's schedules compare an int32 count with Python floats.
@@ -132,3 +135,76 @@ def test_codes_by_their_own_bits_are_those_of_the_definition():
   bits = draw.integers(0, 2**32, n, dtype=np.uint32)
   wanted = rounding.code_bits(jnp.asarray(y), jnp.dtype("float8_e4m3fn"), jnp.asarray(bits))
   np.testing.assert_array_equal(e4m3_by_its_own_bits(y, bits), np.asarray(wanted) & 255)
+
+
+def on_the_host(kernels):
+  """`gpu_rows._call` by compiled kernels whose instructions are run one by one."""
+
+  def call(plan, kernel, programs, given, changed, new):
+    held = [
+      *(np.asarray(x) for x in (*given, *changed)),
+      *(np.zeros(x.shape, x.dtype) for x in new),
+    ]
+    ends = np.cumsum([-(-x.nbytes // 256) * 256 for x in held])
+    memory, starts = np.zeros(ends[-1], np.uint8), [0, *ends[:-1]]
+    for start, x in zip(starts, held, strict=True):
+      memory[start : start + x.nbytes] = np.ascontiguousarray(x).view(np.uint8).reshape(-1)
+    operands = len(given) + len(changed)
+    results = [*range(operands, len(held)), *range(len(given), operands)]
+    finds = plan.schedule == "two launches" and not new
+    for program in reversed(range(programs)):  # In any order.
+      places = [starts[k] for k in (*range(operands), *results)]
+      ptx.run(kernels["find" if finds else "write"], memory, places, (program, 0, 0))
+    of = lambda k: memory[starts[k] : starts[k] + held[k].nbytes].view(held[k].dtype)
+    return [jnp.asarray(of(k).reshape(held[k].shape)) for k in results]
+
+  return call
+
+
+@pytest.mark.parametrize(
+  ("format", "how", "shape", "moments_in", "tuning"),
+  [
+    (gpu_leaves.ROWS, "stochastic", (8, 256), "float8_e4m3fn", gpu_rows.TUNED),
+    (gpu_leaves.ROWS, "nearest", (4, 352), "float32", gpu_rows.Tuning(row=128, chunk=128)),
+    (eco.FP8, "stochastic", (2, 64, 64), "bfloat16", gpu_rows.TUNED),
+    (eco.INT4, "stochastic", (64, 64), "float8_e4m3fn", gpu_rows.TUNED),
+    (eco.MXFP8, "stochastic", (64, 64), "float32", gpu_rows.TUNED),
+    (eco.NVFP4, "stochastic", (64, 64), "float32", gpu_rows.TUNED),
+    (eco.FP8_BLOCK128, "nearest", (128, 128), "float32", gpu_rows.TUNED),
+  ],
+)
+def test_compiled_kernels_take_the_step_of_the_definition(
+  format, how, shape, moments_in, tuning, monkeypatch, tmp_path
+):
+  """The instructions for an H100, run on this machine."""
+  pytest.importorskip("jax_cuda12_plugin", reason="that for CUDA 13 does not write its PTX")
+  layer = 5 if len(shape) > 2 else None
+  leaf = fused_leaves.make(steps.ADAMW, format, shape, layer, jnp.bfloat16, moments_in)
+  step = functools.partial(gpu_rows.by_rows, tuning=tuning)
+  compiled_for_an_h100(jax.eval_shape(lambda: leaf), how, step, xla_dump_to=str(tmp_path))
+  kernels = {}
+  for text in (f.read_text() for f in tmp_path.glob("*.ptx")):
+    for name in re.findall(r"\.entry (fused_update\w*)\(", text):
+      body = text[text.index(f".entry {name}(") :].split(".entry", 2)[1]
+      kernels["find" if "atom." in body else "write"] = ptx.parse(text, name)
+  wanted = fused_leaves.run(fused_update.definition, steps.ADAMW, how, leaf)
+  monkeypatch.setattr(gpu_rows, "_call", on_the_host(kernels))
+  with jax.disable_jit():
+    found = jax.tree.leaves(step(steps.ADAMW, how, leaf))
+  for a, b in zip(found, wanted, strict=True):
+    a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
+    # Last places differ by the multiply-adds that this machine's compiler fuses.
+    assert np.sum(np.abs(a - b) > 1e-5 * np.max(np.abs(b))) <= 1
+
+
+def test_products_and_sums_are_not_contracted(tmp_path):
+  """Which the kernels rely on: they have none of the guards of `add_update` and `times_scale`."""
+  pytest.importorskip("jax_cuda12_plugin", reason="that for CUDA 13 does not write its PTX")
+  leaf = jax.eval_shape(
+    lambda: fused_leaves.make(steps.ADAMW, gpu_leaves.ROWS, (64, 256), None, jnp.bfloat16)
+  )
+  compiled_for_an_h100(leaf, "stochastic", gpu_rows.by_rows, xla_dump_to=str(tmp_path))
+  (text,) = (x for f in tmp_path.glob("*.ptx") if ".entry fused_update" in (x := f.read_text()))
+  assert "mul.rn.f32" in text
+  # Those of inline assembly, which are meant, share a line with others.
+  assert not re.findall(r"^\s*(?:fma\.rn|mul|add|sub)\.f32\b", text, re.MULTILINE)
