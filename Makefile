@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: pretrain test test-floor lint soak docs docs-links release-check clean
+.PHONY: pretrain test test-floor lint soak gpu docs docs-links release-check clean
 
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -23,6 +23,10 @@ test-floor: $(VENV)-floor/.dev
 # Kills and continues runs at random moments, each of which has to end bit for bit as one left alone.
 soak: $(VENV)/.dev
 	$(BIN)/python scripts/faults.py --soak=$(MINUTES) $(ARGS)
+
+# What is to be measured on a GPU that is there for MINUTES; goes on where it stopped.
+gpu: $(VENV)/.cuda $(VENV)/.train
+	$(BIN)/python scripts/gpu.py --minutes=$(MINUTES) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -240,9 +240,15 @@ class Groups(NamedTuple):
     """Stored scales with the axes that make them broadcast against values of shape `split`."""
     return jax.lax.expand_dims(scale, self.dropped) if self.dropped else scale
 
-  def times(self, y: jax.Array, scale: jax.Array) -> jax.Array:
-    """`y × scale` for values of the array's shape and stored scales."""
-    return times_scale(y.reshape(self.split), self.spread(scale)).reshape(y.shape)
+  def times(
+    self,
+    y: jax.Array,
+    scale: jax.Array,
+    product: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  ) -> jax.Array:
+    """`y × scale` for values of the array's shape and stored scales, by `times_scale` if None."""
+    product = product or times_scale
+    return product(y.reshape(self.split), self.spread(scale)).reshape(y.shape)
 
 
 def groups_of(format: Format, shape: tuple[int, ...]) -> Groups:

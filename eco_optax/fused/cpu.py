@@ -32,7 +32,7 @@ from eco_optax.fused.step import (
   settle,
 )
 from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
-from eco_optax.transforms.stored_moments import Codes, pack_like, unpack
+from eco_optax.transforms.stored_moments import pack_like, unpack
 
 Arrays = dict[str, jax.Array]  # The arrays of a weight or of a moment, by the name of their field.
 
@@ -126,9 +126,11 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
 
   def largest_proposals(matrix: jax.Array, stored: Any) -> jax.Array:
     def chunk(i: jax.Array, largest: jax.Array) -> jax.Array:
-      _, proposal, _ = propose_chunk(stored, matrix, i)
+      plan, proposal, _ = propose_chunk(stored, matrix, i)
       # Magnitudes are in the order of their bits, with NaN above all.
-      return jnp.maximum(largest, jax.lax.bitcast_convert_type(jnp.abs(proposal.value), jnp.int32))
+      return jnp.maximum(
+        largest, jax.lax.bitcast_convert_type(jnp.abs(plan.value(proposal)), jnp.int32)
+      )
 
     largest = jax.lax.fori_loop(0, chunks, chunk, jnp.zeros(shape, jnp.int32))
     return largest_proposal(leaf, jax.lax.bitcast_convert_type(largest, jnp.float32))
@@ -145,9 +147,9 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
       plan, proposal, chunk = propose_chunk(stored, matrix, i)
       number = None if numbers is None else numbers[matrix]
       bits = lambda k: tile_bits(keys[k], number, at.columns, at.row + i * size, at.column, shape)
-      code, scale, moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
+      new_weight, *moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
       old = dataclasses.replace(chunk.weight, tensor_scale=unit)
-      new = _arrays(pack_like(old, Codes(code, scale)))
+      new = _arrays(pack_like(old, new_weight))
       new_moments = tuple(
         jax.tree.map(_as_bits, _arrays(pack_like(*pair)))
         for pair in zip(chunk.moments, moments, strict=True)

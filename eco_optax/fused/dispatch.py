@@ -119,8 +119,9 @@ def _lowering(implementation: Implementation) -> Any:
 
 
 def _on_cuda(own: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
-  chosen = gpu.by_tiles if gpu is not None and gpu.available() else step.by_layers
-  return chosen(own, rounding, leaf)
+  if gpu is None or not gpu.available():
+    return step.by_layers(own, rounding, leaf)
+  return gpu.by_tiles(own, rounding, leaf, gpu.target())
 
 
 mlir.register_lowering(_take_step_p, _lowering(step.by_layers))

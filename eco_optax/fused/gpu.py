@@ -1,26 +1,29 @@
-"""The fused update as Pallas kernels for NVIDIA GPUs, by way of Triton.
+"""The fused step on NVIDIA GPUs in one launch per leaf, or two: Pallas kernels by way of Triton.
 
-One program takes a tile of a matrix, or the tiles of a block that shares a scale. Where a scale
-depends on a whole column or matrix, launches go chunk by chunk: each takes the step of one chunk
-and finds the largest proposals of the next, so that the second reading is from the L2 cache if a
-chunk fits there, which whole matrices do not. The arithmetic is that of `step.definition`,
-by the same functions; scales and codes are divided as IEEE asks.
+Two schedules share one step of a tile:
 
-No GPU has run these kernels yet. They compile for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0
-with JAX 0.10.2 and for 9.0 with 0.12.0, in place and without copies; where JAX's CUDA plugin is
-installed the tests compile them for an H100, run its instructions one by one, and find the codes
-and moments of the definition. So they are used where a process has GPUs from 8.0 on, and JAX 0.10
-or later. Elsewhere, and in programs that are lowered where no GPU is, unless for an abstract one,
-the definition is, which holds 5 to 9 bytes of temporaries per weight. JAX means to remove its
-Triton backend; without it the definition stays.
+- *Alone*: a program owns whole groups of weights that share a scale: blocks, or the rows of a
+  weight stored `(…, out, in)`. A row of up to 4,096 stays in registers between its scale and its
+  codes; a longer one is read twice, the second time from the caches.
+- *Two launches*, where scales are those of columns or of whole matrices. One finds the largest
+  proposals, one writes. (One launch that alternates between finding a panel of columns and
+  writing an earlier one, which the L2 cache still holds, moves a third less and took 11.4 to 14.2
+  ms on an H200 where two launches took 8.9: programs are short, and wait for each other.)
+
+Each thread has `per` elements side by side, 16 bytes of the widest array: then no array changes its
+layout between threads, and all accesses are coalesced. Arrays are seen as (matrices, rows, columns
+/ per, per). The arithmetic is `step.propose` and `step.settle`; `gpu_math` has its numbers in fewer
+instructions. Triton rounds every product and sum, so neither needs a guard against a compiler that
+contracts them. JAX means to remove its Triton backend; without it the definition stays.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,38 +32,79 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from eco_optax.formats import Format
+from eco_optax.fused import gpu_math
 from eco_optax.fused import leaf as leaf_lib
 from eco_optax.fused import step as step_lib
 from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import Moments, Proposal, Step
-from eco_optax.quantized_array import (
-  IEEE,
-  Division,
-  Groups,
-  QuantizedArray,
-  Rounding,
-  is_quantized,
-  largest_magnitude,
-  matrix_scale,
-  times_scale,
-)
+from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
 from eco_optax.transforms.stored_moments import Codes
 
-_TILE = 32  # Rows of a tile: a block of moments, and of most block formats.
-_WIDTHS = (64, 32)  # Columns of a tile: the most that divide a matrix's, or those of a block.
-_PER_THREAD = 8  # Elements of a tile: few enough for the registers of several programs.
-_REREAD = 2**24  # Bytes that stay in the L2 cache until they are read again; it has 40 MB or more.
+Schedule = Literal["alone", "two launches"]
+Group = tuple[int, int]  # Rows and columns that share a scale.
+
+
+class Tuning(NamedTuple):
+  """What is free to choose; None for what was fastest on an H200, see results/gpu."""
+
+  elements: int | None = None  # Of a tile, for each thread.
+  chunk: int | None = None  # Elements of a tile, but for rows in registers.
+  row: int = 4096  # The longest row in registers.
+  width: int = 64  # Columns of a tile, where a scale is not a row's.
+  per: int | None = None  # Elements side by side.
+
+
+TUNED = Tuning()
+# Elements of a thread and of a tile. What waits for a scale fills the registers with values; what
+# reads twice does better with more threads.
+_IN_REGISTERS, _READ_TWICE = (16, 2048), (8, 1024)
+
+
+class _Groups(NamedTuple):
+  """`quantized_array.Groups` of a tile; a scale has the axes of `split`, 1 within a group."""
+
+  split: tuple[int, ...]  # (…, rows of a group, …) and if a group has columns these on two axes.
+  within: tuple[int, ...]
+
+  def largest_bits(self, x: jax.Array) -> jax.Array:
+    """The largest magnitude of each group: int32, in the order of magnitudes."""
+    bits = gpu_math.bits_of(jnp.abs(x)).reshape(self.split)
+    for axis in reversed(self.within):
+      if bits.shape[axis] > 1:
+        bits = jnp.max(bits, axis=axis, keepdims=True)
+    return bits
+
+  def largest(self, x: jax.Array) -> jax.Array:
+    """The largest magnitude of each group, float32."""
+    return gpu_math.float_of(self.largest_bits(x))
+
+  def spread(self, scale: jax.Array) -> jax.Array:
+    """The scale, which broadcasts as it is."""
+    return scale
+
+  def times(self, y: jax.Array, scale: jax.Array, product: Any) -> jax.Array:
+    """`y × scale`."""
+    return product(y.reshape(self.split), scale).reshape(y.shape)
 
 
 class _Plan(NamedTuple):
   """What a kernel is made for."""
 
   step: step_lib.Plan
-  m: leaf_lib.Matrices
+  target: gpu_math.Target
+  schedule: Schedule
+  blocks: tuple[Group, ...]  # Of each moment's scales; (1, 1) of floats.
+  stack: int
+  rows: int
+  columns: int
+  per: int
+  group: Group  # Of the weight's scales; columns or rows of a matrix beyond a tile count as 0.
+  height: int  # Of a tile.
+  width: int
+  turns: int  # Tiles that a program takes one after another to own whole groups.
+  along: int  # The axis on which they follow each other.
   place: leaf_lib.Stream
-  width: int  # Columns of a tile.
-  rows: int  # Of a program: those of a tile, or of a block that is higher.
-  chunk: tuple[int, int]  # Matrices, and tiles side by side in each, that one launch takes.
+  warps: int
 
   @property
   def format(self) -> Format:
@@ -69,14 +113,569 @@ class _Plan(NamedTuple):
     return self.step.weight.format
 
   @property
-  def finds(self) -> bool:
-    """Whether a scale depends on what other programs read."""
-    return isinstance(self.format.granularity, str) or self.format.two_level
+  def masked(self) -> bool:
+    """Whether tiles reach beyond the rows' end."""
+    return self.columns % self.width != 0
 
   @property
-  def chunks(self) -> tuple[int, int]:
-    """Of a stack, and of a matrix's columns."""
-    return self.m.stack // self.chunk[0], self.m.columns // (self.width * self.chunk[1])
+  def tiles(self) -> tuple[int, int]:
+    """In a matrix: down and across, each of a program."""
+    down = self.turns if self.along == 0 else 1
+    across = self.turns if self.along == 1 else 1
+    return self.rows // (self.height * down), -(-self.columns // (self.width * across))
+
+
+def _power(n: int) -> int:
+  """The smallest power of two that is no less."""
+  return 1 << max(n - 1, 0).bit_length()
+
+
+def _group(format: Format) -> Group | None:
+  """Rows and columns that share a scale, 0 for all of them; None for what no kernel knows."""
+  if format.granularity == "tensor":
+    return 0, 0
+  if format.granularity == "channel":
+    return {-2: (0, 1), -1: (1, 0)}.get(format.contraction_axis)  # type: ignore[arg-type]
+  if len(format.granularity) == 1:
+    return 1, int(format.granularity[0])
+  if len(format.granularity) == 2:
+    return int(format.granularity[0]), int(format.granularity[1])
+  return None
+
+
+def _blocks(leaf: Leaf) -> list[Group] | None:
+  """Rows and columns of the moments' blocks; None where no kernel reads one."""
+  found = []
+  for x in leaf.moments:
+    if not is_quantized(x):
+      found.append((1, 1))
+      continue
+    group = _group(x.format) if isinstance(x.format.granularity, tuple) else None
+    if group is None or 0 in group or x.format.scale_dtype.name != "float8_e8m0fnu":
+      return None
+    if x.format.bits != 8:
+      return None
+    found.append(group)
+  return found
+
+
+def _groups(group: Group, height: int, width: int, per: int) -> _Groups:
+  """The groups of a tile."""
+  high = min(group[0] or height, height)
+  if group[1] == 1:
+    return _Groups((height // high, high, width // per, per), (1,))
+  wide = min(group[1] or width, width) // per
+  return _Groups((height // high, high, width // per // wide, wide, per), (1, 3, 4))
+
+
+def plan(
+  step: Step,
+  rounding: Rounding,
+  leaf: Leaf,
+  target: gpu_math.Target = gpu_math.HOPPER,
+  tuning: Tuning = TUNED,
+) -> _Plan | None:
+  """How a leaf's step runs; None where no kernel covers it, which then keeps to the definition."""
+  weight, format = leaf.weight, leaf.weight.format
+  of_moments, group = _blocks(leaf), _group(leaf.weight.format)
+  if weight.ndim < 2 or weight.odd or of_moments is None or group is None:
+    return None
+  if weight.size >= 2**31:  # Places are computed in 32 bits.
+    return None
+  if leaf.part and leaf.part.sharing:  # Between two launches devices would have to meet.
+    return None
+  *lead, rows, columns = weight.shape
+  stack = math.prod(lead)
+  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in leaf.moments]
+  widest = max(leaf.gradient.dtype.itemsize, *(x.itemsize for x in dtypes))
+  blocks = [own for x, own in zip(leaf.moments, of_moments, strict=True) if is_quantized(x)]
+  # Where a block is one of columns a thread has the fewer scales the fewer columns it has.
+  per = tuning.per or max(16 // widest if all(x[1] > 1 for x in blocks) else 4, 4)
+  high = max([2 if format.bits == 4 else 1, *(x[0] for x in blocks)])
+  wide = max([per, *(x[1] for x in blocks)])
+
+  schedule: Schedule = "alone"
+  turns, along, best = 1, 1, _IN_REGISTERS
+  across = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
+  if group == (1, 0):  # Rows.
+    width, height = _power(columns), high
+    if width > tuning.row or (width - columns) * 8 > columns:
+      best = _READ_TWICE
+      width = min(tuning.chunk or best[1], width)
+      # The largest tile of which there are whole ones, if it is not much smaller.
+      width = next((n for n in (width, width // 2, width // 4) if columns % n == 0), width)
+      turns = -(-columns // width)
+    # Several short rows together.
+    height = max(high, min((tuning.chunk or best[1]) // width, 8))
+    while height > high and rows % height:
+      height //= 2
+  elif 0 in group:  # Columns, or a matrix.
+    schedule, width = "two launches", across
+    best = _READ_TWICE if 1 in group and not blocks else _IN_REGISTERS
+    height = max(high, (tuning.chunk or best[1]) // max(width, 1))
+  else:
+    schedule = "two launches" if format.two_level else "alone"
+    height, width = max(high, group[0]), max(wide, group[1])
+    if group[1] == 1:
+      height, width = max(height, 32), across
+    if height * width > 2 * best[1]:  # More than registers hold.
+      best = _READ_TWICE
+    chunk = tuning.chunk or best[1]
+    while best is _READ_TWICE and height * width > chunk and height > high:
+      height, turns, along = height // 2, turns * 2, 0
+    while height * width < chunk and columns % (2 * width) == 0 and group[0] == 1:
+      width *= 2
+  sizes = (height, width, *(n for x in (*blocks, group) for n in x if n))
+  if not width or any(n & (n - 1) for n in sizes):
+    return None
+  if rows % (height * (turns if along == 0 else 1)):
+    return None
+  if columns % wide or any(width % n for n in (per, wide)) or any(height % x[0] for x in blocks):
+    return None
+  if any(1 < x[1] < per for x in (*blocks, group)):
+    return None
+  if width * (turns if along == 1 else 1) > columns and group != (1, 0):
+    return None
+  if schedule != "alone" and columns % width:
+    return None
+  warps = min(max(height * width // (32 * (tuning.elements or best[0])), 1), 32)
+  groups = [_groups(own, height, width, per) for own in (group, *of_moments)]
+  step_plan = step_lib.plan_of(step, rounding, leaf, groups, gpu_math.arithmetic(target))
+  return _Plan(
+    step_plan, target, schedule, tuple(of_moments), stack, rows, columns, per, group, height, width,
+    turns, along, leaf_lib.stream(leaf), warps,
+  )  # fmt: skip
+
+
+class _Tile(NamedTuple):
+  """Where a tile is."""
+
+  matrix: jax.Array
+  row: jax.Array  # The first.
+  column: jax.Array  # The first.
+
+
+class _Read(NamedTuple):
+  """A tile's proposal, and what it is computed from."""
+
+  scalars: Any  # The optimizer's, loaded once so that what depends on them is computed once.
+  proposal: Proposal
+  weight: Codes  # The old codes and the scales for them.
+
+
+class _Program(NamedTuple):
+  """A plan and the references that its programs have."""
+
+  plan: _Plan
+  integers: Any  # See `leaf.operands`.
+  scalars: Any
+  scale: Any
+  qvalue: Any
+  gradient: Any
+  moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
+
+  def step_scalars(self) -> Any:
+    """The optimizer's."""
+    numbers = (self.scalars[k] for k in range(self.scalars.shape[0]))
+    return self.plan.step.step.scalars(*numbers)
+
+  def _at(self, ref: Any, tile: _Tile) -> tuple[Any, jax.Array | None]:
+    """A tile's part of an array, each element of which may stand for several; and its mask."""
+    p = self.plan
+    *_, rows, columns = ref.shape[:3]
+    if len(ref.shape) == 3:  # Scales.
+      high, wide = p.rows // rows, p.columns // columns
+      count = max(p.height // high, 1), max(p.width // wide, 1)
+      first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(wide))
+      part = ref.at[tile.matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1])]
+      if not p.masked or columns == 1:
+        return part, None
+      across = first[1] + jax.lax.broadcasted_iota(jnp.int32, count, 1)
+      return part, across < np.int32(columns)
+    high = p.rows // rows  # 2, where a byte has the codes of two rows.
+    count = p.height // high, p.width // p.per
+    first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(p.per))
+    part = ref.at[tile.matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1]), :]
+    return part, self.inside(tile, count[0])
+
+  def inside(self, tile: _Tile, rows: int | None = None) -> jax.Array | None:
+    """Which of a tile's elements the matrix has; None for all of them."""
+    p = self.plan
+    if not p.masked:
+      return None
+    shape = rows or p.height, p.width // p.per, p.per
+    group = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jax.lax.div(tile.column, np.int32(p.per)) + group < np.int32(p.columns // p.per)
+
+  def load(self, ref: Any, tile: _Tile) -> jax.Array:
+    """A tile's part of an array."""
+    part, mask = self._at(ref, tile)
+    return pltriton.load(part, mask=mask, other=None if mask is None else 0)
+
+  def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
+    """Writes a tile's part."""
+    part, mask = self._at(ref, tile)
+    pltriton.store(part, x, mask=mask)
+
+  def bits(self, k: int, tile: _Tile) -> jax.Array:
+    """Random bits of the weight, 0, or of a moment, from 1 on."""
+    p, integers = self.plan, self.integers
+    begin = 2 + p.place.numbers + 2 * k
+    unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+    key = tuple(unsigned(integers[begin + i]) for i in (0, 1))
+    number = unsigned(integers[2 + tile.matrix]) if p.place.numbers else None
+    shape = p.height, p.width // p.per, 1
+    row = integers[0] + tile.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * np.int32(p.per)
+    column = integers[1] + tile.column + column
+    first = unsigned(row * np.int32(p.place.columns) + column)
+    return gpu_math.element_bits(key, first, p.per, number)
+
+  def spread(self, scale: jax.Array, group: Group) -> jax.Array:
+    """Scales as they are stored, with the axes of `_Groups.split`."""
+    if scale.dtype == jnp.uint8:
+      scale = _from_byte(scale)
+    if group[1] == 1:  # (blocks, columns)
+      return scale.reshape(scale.shape[0], 1, self.plan.width // self.plan.per, self.plan.per)
+    return scale[:, None, :, None, None]
+
+  def store_scale(self, ref: Any, tile: _Tile, scale: jax.Array, group: Group) -> None:
+    """Writes a tile's scales."""
+    columns = self.plan.width if group[1] == 1 else scale.shape[2]
+    scale = scale.reshape(scale.shape[0], columns)
+    self.store(ref, tile, _to_byte(scale) if ref.dtype == jnp.uint8 else scale)
+
+  def read(self, tile: _Tile) -> _Read:
+    """A tile's proposal."""
+    p, refs = self.plan, iter(self.moments)
+    code = _unpack(self.load(self.qvalue, tile), p.format)
+    gradient = self.load(self.gradient, tile)
+    moments: list[Any] = []
+    for stored, group in zip(p.step.moments, p.blocks, strict=True):
+      if stored.format is None:
+        moments.append(self.load(next(refs), tile))
+      else:
+        scale = self.spread(self.load(next(refs), tile), group)
+        moments.append(Codes(self.load(next(refs), tile), scale))
+    weight = Codes(code, self.spread(self.load(self.scale, tile), p.group))
+    scalars = self.step_scalars()
+    proposal = step_lib.propose(p.step, scalars, gradient, weight, tuple(moments))
+    return _Read(scalars, proposal, weight)
+
+  def forget(self, read: _Read, known: jax.Array) -> _Read:
+    """The same with less of it in registers while a scale is being found.
+
+    Args:
+      read: before that.
+      known: int32 that is not negative, one number that only is there after it.
+
+    Returns:
+      What is to be written.
+    """
+    forget = functools.partial(gpu_math.forget, self.plan.target, known)
+    scalars, code = jax.tree.map(forget, read.scalars), forget(read.weight.code)
+    weight = read.weight._replace(code=code)
+    again = self.plan.step.weight.read(weight, self.plan.step.how)
+    return _Read(scalars, read.proposal._replace(weight=again), weight)
+
+  def inside_proposal(self, read: _Read, tile: _Tile) -> jax.Array:
+    """A tile's proposals; zeros beyond the matrix."""
+    value, inside = self.plan.step.value(read.proposal), self.inside(tile)
+    return value if inside is None else jnp.where(inside, value, np.float32(0))
+
+  def found(self, read: _Read, tile: _Tile, groups: _Groups) -> jax.Array:
+    """The largest proposals of a tile, as int32."""
+    return groups.largest_bits(self.inside_proposal(read, tile))
+
+  def write(self, out: Any, tile: _Tile, read: _Read, largest: jax.Array, unit: Any) -> None:
+    """A tile's new codes, moments and scales.
+
+    Args:
+      out: references to scales, codes and moments.
+      tile: where.
+      read: what there is to write.
+      largest: int32, with the axes of `_Groups.split`.
+      unit: the scale of block scales, if there is one.
+    """
+    p = self.plan
+    new_scale, new_qvalue, *new_moments = out
+    settled = step_lib.settle(
+      p.step,
+      read.scalars,
+      read.proposal,
+      lambda k: self.bits(k, tile),
+      gpu_math.float_of(largest),
+      unit,
+    )
+    code, scale = next(settled)  # type: ignore[misc]
+    self.store(new_qvalue, tile, _pack(code, p.format))
+    del code
+    # The programs of a column or matrix all store the same.
+    self.store_scale(new_scale, tile, scale, p.group)
+    refs = iter(new_moments)
+    for group, moment in zip(p.blocks, settled, strict=True):
+      if isinstance(moment, Codes):
+        self.store_scale(next(refs), tile, moment.scale, group)
+        moment = moment.code.astype(jnp.uint8)
+      self.store(next(refs), tile, moment)
+
+
+def _from_byte(scale: jax.Array) -> jax.Array:
+  """float32 scales from those of float8_e8m0fnu, as bytes."""
+  exponent = scale.astype(jnp.int32)
+  raw = jnp.where(exponent == 0, np.int32(1 << 22), exponent << 23)
+  raw = jnp.where(exponent == np.int32(255), np.int32(0x7FC00000), raw)
+  return gpu_math.float_of(raw)
+
+
+def _to_byte(scale: jax.Array) -> jax.Array:
+  """The reverse, of normal powers of two and NaN."""
+  return ((gpu_math.bits_of(scale) >> 23) & np.int32(255)).astype(jnp.uint8)
+
+
+def _unpack(stored: jax.Array, format: Format) -> jax.Array:
+  """Codes of a tile from its bytes, which may have those of two rows."""
+  if format.bits == 8:
+    return stored
+  code = stored.astype(jnp.int32)
+  shape = (code.shape[0], 2, *code.shape[1:])
+  halves = jnp.broadcast_to(code[:, None], shape)
+  halves = halves >> (4 * jax.lax.broadcasted_iota(jnp.int32, shape, 1))
+  return halves.reshape(-1, *code.shape[1:])
+
+
+def _pack(code: jax.Array, format: Format) -> jax.Array:
+  """The reverse of `_unpack`."""
+  if format.bits == 4:
+    code = (code.astype(jnp.int32) & np.int32(15)).reshape(-1, 2, *code.shape[1:])
+    code = jnp.sum(code << (4 * jax.lax.broadcasted_iota(jnp.int32, code.shape, 1)), axis=1)
+  return code.astype(jnp.uint8)
+
+
+def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
+  """The step of a program that owns whole groups."""
+  p = program.plan
+  if p.turns == 1:
+    read = program.read(first)
+    largest = program.found(read, first, p.step.weight.groups)  # type: ignore[arg-type]
+    known = largest if largest.size == 1 else program.integers[0]
+    read = program.forget(read, known)
+    program.write(out, first, read, largest, unit)
+    return
+  size = np.int32((p.height, p.width)[p.along])
+  if p.along == 0:
+    at = lambda i: first._replace(row=first.row + i * size)
+  else:
+    at = lambda i: first._replace(column=first.column + i * size)
+
+  # Element by element, so that threads meet once.
+  def larger(i: jax.Array, largest: jax.Array) -> jax.Array:
+    proposal = program.inside_proposal(program.read(at(i)), at(i))
+    return jnp.maximum(largest, gpu_math.bits_of(jnp.abs(proposal)))
+
+  zeros = jnp.zeros((p.height, p.width // p.per, p.per), jnp.int32)
+  largest = jax.lax.fori_loop(0, p.turns, larger, zeros)
+  largest = p.step.weight.groups.largest_bits(gpu_math.float_of(largest))  # type: ignore[union-attr]
+
+  def write(i: jax.Array, carry: None) -> None:
+    program.write(out, at(i), program.read(at(i)), largest, unit)
+
+  jax.lax.fori_loop(0, p.turns, write, None)
+
+
+def _number(n: int) -> jax.Array:
+  """An index as atomic operations take it."""
+  return jnp.full((), n, jnp.int32)
+
+
+def _split(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+  return jax.lax.div(x, np.int32(n)), jax.lax.rem(x, np.int32(n))
+
+
+def _tile(plan: _Plan, number: jax.Array) -> _Tile:
+  """The first tile of a program; neighbours in a row of the matrix come together."""
+  down, across = plan.tiles
+  rest, column = _split(number, across)
+  matrix, row = _split(rest, down)
+  high = plan.height * (plan.turns if plan.along == 0 else 1)
+  wide = plan.width * (plan.turns if plan.along == 1 else 1)
+  return _Tile(matrix, row * np.int32(high), column * np.int32(wide))
+
+
+def _largest_of(program: _Program, found: Any, tile: _Tile) -> jax.Array:
+  """What other programs found for a tile: columns of `found`, or its one number for a matrix."""
+  p = program.plan
+  if p.group == (0, 1):
+    part = found.at[tile.matrix, pl.ds(tile.column, p.width)]
+    return pltriton.load(part)
+  return found[tile.matrix, 0]
+
+
+def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
+  """Raises the largest proposals, of columns or matrices, to those of a tile."""
+  p = program.plan
+  groups = _groups((0, 1) if p.group[1] == 1 else (0, 0), p.height, p.width, p.per)
+  largest = program.found(program.read(tile), tile, groups)
+  largest = gpu_math.float_of(largest)  # Atomic operations on arrays of integers do not lower.
+  if p.group == (0, 1):
+    index = (tile.matrix, pl.ds(tile.column, p.width))
+    pltriton.atomic_max(found, index, largest.reshape(p.width))
+  else:
+    largest = gpu_math.float_of(jnp.max(gpu_math.bits_of(largest)))
+    pltriton.atomic_max(found, (tile.matrix, _number(0)), largest)
+
+
+def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
+  """A program.
+
+  Args:
+    plan: of it.
+    phase: of two launches, which: "find" or "write"; else None.
+    *refs: as `_launch` gives them.
+  """
+  integers, scalars, scale, gradient, qvalue, *rest = refs
+  count = sum(2 if stored.format else 1 for stored in plan.step.moments)
+  program = _Program(plan, integers, scalars, scale, qvalue, gradient, tuple(rest[:count]))
+  del rest[:count]
+  out = rest[-2 - count :]
+  if plan.schedule == "alone":
+    _alone(program, out, _tile(plan, pl.program_id(0)))
+  else:
+    tile = _tile(plan, pl.program_id(0))
+    if phase == "find":
+      _raise_found(program, rest[-1], tile)
+      return
+    largest = _largest_of(program, rest[0], tile)
+    if plan.format.two_level:
+      unit = matrix_scale(largest, plan.format, plan.step.how.division)
+      _alone(program, out, tile, unit)
+      return
+    read, shape = program.read(tile), (1, 1, 1, 1, 1)
+    if plan.group == (0, 1):
+      shape = (1, 1, plan.width // plan.per, plan.per)  # type: ignore[assignment]
+    largest = gpu_math.bits_of(largest).reshape(shape)
+    program.write(out, tile, read, largest, None)
+
+
+def _as_bytes(x: jax.Array) -> jax.Array:
+  return x if x.dtype.itemsize > 1 else jax.lax.bitcast_convert_type(x, jnp.uint8)
+
+
+def _call(
+  plan: _Plan,
+  kernel: Any,
+  programs: int,
+  given: list[jax.Array],
+  changed: list[jax.Array],
+  new: Any,
+) -> list[jax.Array]:
+  """One launch.
+
+  Args:
+    plan: what for.
+    kernel: of it.
+    programs: how many.
+    given: what is only read.
+    changed: what is changed in place; after `given` among the operands.
+    new: shapes of results that are made.
+
+  Returns:
+    The new ones and then the changed.
+  """
+  operands = [*given, *changed]
+  call = pl.pallas_call(
+    kernel,
+    grid=(programs,),
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*new, *changed)],
+    input_output_aliases={len(given) + k: len(new) + k for k in range(len(changed))},
+    compiler_params=pltriton.CompilerParams(num_warps=plan.warps, num_stages=1),
+    interpret=plan.target.interpret,
+    name="fused_step",
+  )
+  return list(call(*operands))
+
+
+def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """The step of a leaf as planned."""
+  integers, scalars, _ = leaf_lib.operands(leaf)
+  weight, p = leaf.weight, plan
+  by_byte = weight.format.scale_dtype.name == "float8_e8m0fnu"
+  scale = _as_bytes(weight.scale) if by_byte else weight.float_scale()
+  stack = lambda x: _as_bytes(x).reshape(p.stack, -1, x.shape[-1])
+  split = lambda x: _as_bytes(x).reshape(p.stack, -1, p.columns // p.per, p.per)
+  moments = []
+  for x in leaf.moments:
+    moments += [stack(x.scale), split(x.qvalue)] if is_quantized(x) else [split(x)]
+  scale, gradient = stack(scale), split(leaf.gradient)
+  changed = [split(weight.qvalue), *moments]
+  given, whole = [integers, scalars, scale, gradient], math.prod(p.tiles) * p.stack
+  found = None
+  launch = functools.partial(_call, p)
+  if p.schedule == "alone":
+    if p.turns == 1:  # A program reads scales that it writes.
+      kernel = functools.partial(_kernel_in_place, p, len(changed))
+      *changed, scale = launch(kernel, whole, [integers, scalars, gradient], [*changed, scale], [])
+    else:
+      kernel = functools.partial(_kernel, p, None)
+      scale, *changed = launch(kernel, whole, given, changed, [scale])
+  else:
+    start = jnp.zeros((p.stack, p.columns if p.group == (0, 1) else 1), jnp.float32)
+    one = p._replace(turns=1)
+    (found,) = launch(
+      functools.partial(_kernel, one, "find"),
+      math.prod(one.tiles) * p.stack,
+      [*given, *changed],
+      [start],
+      [],
+    )
+    scale, *changed = launch(
+      functools.partial(_kernel_writing, p, len(changed)), whole, [*given, found], changed, [scale]
+    )
+  return _results(leaf, scale, changed, found)
+
+
+def _kernel_in_place(plan: _Plan, count: int, *refs: Any) -> None:
+  """Programs that write their own scales, with their operands as `_kernel` takes them."""
+  integers, scalars, gradient, *rest = refs
+  scale, arrays, new = rest[count], rest[:count], rest[count + 1 :]
+  _kernel(plan, None, integers, scalars, scale, gradient, *arrays, new[-1], *new[:-1])
+
+
+def _kernel_writing(plan: _Plan, count: int, *refs: Any) -> None:
+  """The second of two launches, with its operands as `_kernel` takes them."""
+  integers, scalars, scale, gradient, found, *rest = refs
+  _kernel(plan, "write", integers, scalars, scale, gradient, *rest[:count], found, *rest[count:])
+
+
+def _results(
+  leaf: Leaf, scale: jax.Array, changed: list[jax.Array], found: jax.Array | None
+) -> tuple[QuantizedArray, Moments]:
+  """New weight and moments from what the kernels made."""
+  weight, format = leaf.weight, leaf.weight.format
+  typed = lambda x, like: (
+    x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
+  ).reshape(like.shape)
+  if scale.dtype == jnp.uint8:
+    scale = typed(scale, weight.scale)
+  tensor_scale = weight.tensor_scale
+  if tensor_scale is not None and found is not None:
+    tensor_scale = matrix_scale(found, format).reshape(tensor_scale.shape)
+  qvalue, *arrays = changed
+  new = QuantizedArray(
+    typed(qvalue, weight.qvalue),
+    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
+    format,
+    tensor_scale,
+  )
+  rest = iter(arrays)
+  new_moments: list[Any] = []
+  for old in leaf.moments:
+    if is_quantized(old):
+      parts = typed(next(rest), old.scale), typed(next(rest), old.qvalue)
+      new_moments.append(dataclasses.replace(old, scale=parts[0], qvalue=parts[1]))
+    else:
+      new_moments.append(typed(next(rest), old))
+  return new, tuple(new_moments)
 
 
 def available() -> bool:
@@ -93,336 +692,27 @@ def available() -> bool:
   return all(float(x.compute_capability) >= 8 for x in devices)  # Triton asks for that.
 
 
-def _divide(x: jax.Array, divisor: Any) -> jax.Array:
-  """`quantized_array.divide` in a kernel, where `/` may be two last places off."""
-  # The instruction takes arrays, of one shape, that were computed.
-  divisor = jnp.where(jnp.isnan(x), np.float32(1), divisor)
-  shape = x.shape or (1,)
-  (quotient,) = pltriton.elementwise_inline_asm(
-    "div.rn.f32 $0, $1, $2;",
-    args=[x.reshape(shape), divisor.reshape(shape)],
-    constraints="=f,f,f",
-    pack=1,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-  )
-  return quotient.reshape(x.shape)
+_WITHOUT_FLOAT8 = re.compile(r"\b(A100|A10|A10G|A30|A40|A16|A2|RTX A\d+|RTX 30\d\d)\b")
 
 
-def _dividing(divide: Callable[[jax.Array, Any], jax.Array]) -> Division:
-  """Division by scales in fewer instructions where that is exact."""
-
-  def by_scale(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
-    if not format.power_of_two:
-      return divide(x, scale)
-    raw = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    inverse = jax.lax.bitcast_convert_type(np.int32(254 << 23) - raw, jnp.float32)
-    return times_scale(x, jnp.where(jnp.isnan(scale), scale, inverse))
-
-  return Division(divide, by_scale)
-
-
-class _Block(Groups):
-  """A tile within one block of several columns, with a scalar for its scale.
-
-  A program has a scalar once; Triton would spread an array of one element over threads.
-  """
-
-  def largest(self, x: jax.Array) -> jax.Array:
-    """A float32 scalar."""
-    of_columns = largest_magnitude(x.reshape(self.split), (1,), keepdims=True)
-    return largest_magnitude(of_columns, (0, 1, 2), keepdims=False)
-
-  def spread(self, scale: jax.Array) -> jax.Array:
-    """The scalar itself."""
-    return scale if scale.ndim == 0 else super().spread(scale)
-
-
-def _fitting(count: int, most: float) -> int:
-  """The largest divisor of a count that is not above a limit; 1 if there is none."""
-  return max((n for n in range(1, count + 1) if count % n == 0 and n <= most), default=1)
-
-
-def _plan(step: Step, rounding: Rounding, leaf: Leaf, interpret: bool = False) -> _Plan | None:
-  """None where no kernel covers the leaf, which then keeps to the definition."""
-  format, m = leaf.weight.format, leaf_lib.matrices(leaf)
-  if m is None or leaf.weight.size >= 2**31:  # Places are computed in 32 bits.
-    return None
-  if leaf.part and leaf.part.sharing:  # Between two launches devices would have to meet.
-    return None
-  heights = [leaf_lib.block_rows(x) for x in leaf.moments]
-  height, rows = _TILE, _TILE
-  widths: tuple[int, ...] = _WIDTHS
-  is_wide = False
-  if isinstance(format.granularity, tuple):
-    height, wide = format.granularity
-    is_wide = wide > 1
-    rows = max(height, _TILE)
-    widths = tuple({wide} & {32, 64, 128}) if is_wide else widths
-    if _TILE % height and height % _TILE:
-      return None
-  width = next((n for n in widths if m.columns % n == 0), None)
-  if width is None or m.rows % rows or any(_TILE % x for x in heights):
-    return None
-  panels = m.columns // width
-  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in leaf.moments]
-  read = leaf.gradient.dtype.itemsize + format.bits / 8 + sum(x.itemsize for x in dtypes)
-  matrices = _REREAD / (m.rows * m.columns * read)
-  chunk = m.stack, panels
-  if format.granularity == "tensor" or format.two_level:
-    chunk = _fitting(m.stack, matrices), panels
-  elif format.granularity == "channel":
-    chunk = _fitting(m.stack, matrices), _fitting(panels, panels * matrices)
-
-  def groups(height: int) -> Groups:
-    return Groups((_TILE // height, height, width), (1,), (1,))
-
-  own = groups(min(height, _TILE))
-  own = _Block(*own) if is_wide else own
-  dividing = _dividing(IEEE.divide if interpret else _divide)
-  plan = step_lib.plan_of(step, rounding, leaf, [own, *map(groups, heights)], dividing)
-  return _Plan(plan, m, leaf_lib.stream(leaf), width, rows, chunk)
-
-
-def applies(leaf: Leaf) -> bool:
-  """Whether a kernel covers a leaf: its format and moments, and a shape of whole tiles."""
-  return _plan(None, "nearest", leaf) is not None  # type: ignore[arg-type]
-
-
-def _unpack(stored: jax.Array, format: Format) -> jax.Array:
-  """int32 codes of a tile from its bytes, of which one may have those of two rows."""
-  code = stored.astype(jnp.int32)
-  if format.bits == 8:
-    return code
-  halves = jnp.broadcast_to(code[:, None, :], (code.shape[0], 2, code.shape[1]))
-  return (halves >> _shift(halves.shape)).reshape(-1, code.shape[1])
-
-
-def _pack(code: jax.Array, format: Format) -> jax.Array:
-  """The reverse of `_unpack`."""
-  if format.bits == 4:
-    halves = (code & np.int32(15)).reshape(-1, 2, code.shape[1])
-    code = jnp.sum(halves << _shift(halves.shape), axis=1)
-  return (code & np.int32(255)).astype(jnp.uint8)
-
-
-def _shift(shape: tuple[int, ...]) -> jax.Array:
-  """By how many bits the codes of even and of odd rows are shifted in their byte."""
-  return 4 * jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The larger of magnitudes, as integers, which are in the same order, with NaN above all."""
-  bits = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (a, b))
-  return jax.lax.bitcast_convert_type(jnp.maximum(*bits), jnp.float32)
-
-
-class _Tile(NamedTuple):
-  """Where a tile is."""
-
-  matrix: jax.Array
-  row: jax.Array  # The first.
-  column: jax.Array  # The first.
-
-
-class _Program(NamedTuple):
-  """A plan and the references that its programs have."""
-
-  plan: _Plan
-  integers: Any  # See `leaf.operands`.
-  scalars: Any
-  scale: Any
-  qvalue: Any
-  gradient: Any
-  moments: tuple[Any, ...]  # Of each that is stored as codes, its scales and then these.
-
-  def part(self, ref: Any, tile: _Tile) -> tuple[Any, ...]:
-    """The index of a tile's part of an array, each element of which may stand for several."""
-    m = self.plan.m
-    high, wide = m.rows // ref.shape[1], m.columns // ref.shape[2]
-    rows = pl.ds(jax.lax.div(tile.row, np.int32(high)), max(_TILE // high, 1))
-    columns = pl.ds(jax.lax.div(tile.column, np.int32(wide)), max(self.plan.width // wide, 1))
-    return tile.matrix, rows, columns
-
-  def bits(self, k: int, tile: _Tile) -> jax.Array:
-    """Random bits of the weight, 0, or of a moment, from 1 on."""
-    shape = _TILE, self.plan.width
-    return leaf_lib.kernel_bits(self.integers, self.plan.place, k, *tile, shape)
-
-  def step_scalars(self) -> Any:
-    """The optimizer's."""
-    numbers = (self.scalars[k] for k in range(self.scalars.shape[0]))
-    return self.plan.step.step.scalars(*numbers)
-
-  def codes(self, scale: Any, qvalue: Any, format: Format, tile: _Tile) -> Codes:
-    """A tile of the weight or of a moment."""
-    stored = qvalue[self.part(qvalue, tile)]
-    return Codes(_unpack(stored, format), scale[self.part(scale, tile)])
-
-  def propose(self, tile: _Tile) -> Proposal:
-    """The optimizer's step on a tile."""
-    plan = self.plan.step
-    moments: list[Any] = []
-    refs = iter(self.moments)
-    for stored in plan.moments:
-      if stored.format is None:
-        ref = next(refs)
-        moments.append(ref[self.part(ref, tile)])
-      else:
-        moments.append(self.codes(next(refs), next(refs), stored.format, tile))
-    weight = self.codes(self.scale, self.qvalue, self.plan.format, tile)
-    gradient = self.gradient[self.part(self.gradient, tile)]
-    return step_lib.propose(plan, self.step_scalars(), gradient, weight, tuple(moments))
-
-
-def _find(program: _Program, found: Any, tile: _Tile) -> None:
-  """Kernel: raises the largest proposals, of columns or matrices, to those of a tile."""
-  largest = largest_magnitude(program.propose(tile).value, (0,), keepdims=True)
-  if found.shape[2] == 1:
-    largest = largest_magnitude(largest, (1,), keepdims=True)
-  pltriton.atomic_max(found, program.part(found, tile), largest)
-
-
-def _update(program: _Program, found: Any, out: Any, first: _Tile) -> None:
-  """Kernel: the whole step of a program's tiles."""
-  plan, format, groups = program.plan, program.plan.format, program.plan.step.weight.groups
-  assert groups is not None
-  new_scale, new_qvalue, *new_moments = out
-  at = lambda i: first._replace(row=first.row + i * np.int32(_TILE))
-  largest = unit = None
-  if plan.finds:
-    largest = found[program.part(found, first)]
-    if format.two_level:
-      unit, largest = matrix_scale(largest, format, plan.step.division), None
-
-  def proposals(i: jax.Array, largest: jax.Array) -> jax.Array:
-    return _larger(largest, groups.largest(program.propose(at(i)).value))
-
-  def write(i: jax.Array, carry: None) -> None:
-    tile = at(i)
-    proposal = program.propose(tile)
-    bits = lambda k: program.bits(k, tile)
-    scalars = program.step_scalars()
-    code, scale, moments = step_lib.settle(plan.step, scalars, proposal, bits, largest, unit)
-    # The programs of a column or matrix all store the same.
-    _, rows, columns = at_scale = program.part(new_scale, tile)
-    new_scale[at_scale] = jnp.broadcast_to(scale, (rows.size, columns.size))
-    new_qvalue[program.part(new_qvalue, tile)] = _pack(code, format)
-    refs = iter(new_moments)
-    for stored, moment in zip(plan.step.moments, moments, strict=True):
-      for array in step_lib.arrays(stored, moment, _pack):
-        ref = next(refs)
-        ref[program.part(ref, tile)] = array
-
-  count = plan.rows // _TILE
-  if count == 1:
-    write(jnp.zeros([], jnp.int32), None)
-    return
-  is_wide = isinstance(groups, _Block)
-  zero = jnp.zeros(() if is_wide else (1, plan.width), jnp.float32)
-  largest = jax.lax.fori_loop(0, count, proposals, zero)
-  jax.lax.fori_loop(0, count, write, None)
-
-
-def _place(plan: _Plan, chunk: jax.Array, program: jax.Array) -> _Tile:
-  """The first tile of a program of a chunk: neighbours in a row of the matrix come together."""
-  matrices, panels = plan.chunk
-  split = lambda x, n: (jax.lax.div(x, np.int32(n)), jax.lax.rem(x, np.int32(n)))
-  stack, across = split(chunk, plan.chunks[1])
-  rest, panel = split(program, panels)
-  matrix, row = split(rest, plan.m.rows // plan.rows)
-  return _Tile(
-    stack * np.int32(matrices) + matrix,
-    row * np.int32(plan.rows),
-    (across * np.int32(panels) + panel) * np.int32(plan.width),
-  )
-
-
-def _kernel(plan: _Plan, *refs: Any) -> None:
-  """The step of a chunk, and the largest proposals of the next."""
-  turn, integers, scalars, scale, gradient, *arrays = refs
-  count = sum(2 if stored.format else 1 for stored in plan.step.moments)
-  qvalue, *moments = arrays[: 1 + count]
-  out = arrays[-2 - count :]  # Scales, codes, moments.
-  program = _Program(plan, integers, scalars, scale, qvalue, gradient, tuple(moments))
-  number, i = pl.program_id(1), turn[0]
-  if not plan.finds:
-    _update(program, None, out, _place(plan, i, number))
-    return
-  found = arrays[-3 - count]
-  looks = pl.program_id(0) == 1
-
-  @pl.when(jnp.logical_and(looks, i < math.prod(plan.chunks)))
-  def _() -> None:
-    _find(program, found, _place(plan, i, number))
-
-  @pl.when(jnp.logical_and(jnp.logical_not(looks), i > 0))
-  def _() -> None:
-    _update(program, found, out, _place(plan, i - 1, number))
-
-
-def _launch(
-  plan: _Plan, interpret: bool, turn: jax.Array, given: list[jax.Array], changed: list[jax.Array]
-) -> list[jax.Array]:
-  """One launch on a chunk.
-
-  Args:
-    plan: what for.
-    interpret: whether to run in plain JAX.
-    turn: the number of the launch.
-    given: what is only read.
-    changed: codes and moments; where scales depend on other programs, before them the largest
-      proposals that were found, and the new scales.
-
-  Returns:
-    `changed`, in place; with new scales.
-  """
-  found_and_scale, arrays = changed[: 2 * plan.finds], changed[2 * plan.finds :]
-  operands = [turn[None], *given, *arrays, *found_and_scale]
-  first = 1 + len(given)
-  in_place = {first + k: k + 1 + plan.finds for k in range(len(arrays))}
-  if plan.finds:
-    in_place |= {first + len(arrays) + k: k for k in range(2)}
-  results = [*(found_and_scale or [given[2]]), *arrays]
-  programs = plan.chunk[0] * plan.chunk[1] * (plan.m.rows // plan.rows)
-  call = pl.pallas_call(
-    functools.partial(_kernel, plan),
-    grid=(1 + plan.finds, programs),
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
-    input_output_aliases=in_place,
-    compiler_params=pltriton.CompilerParams(
-      num_warps=max(_TILE * plan.width // (32 * _PER_THREAD), 1), num_stages=1
-    ),
-    interpret=interpret,
-    name="fused_step",
-  )
-  return list(call(*operands))
-
-
-def _as_bytes(x: jax.Array) -> jax.Array:
-  return x if x.dtype.itemsize > 1 else jax.lax.bitcast_convert_type(x, jnp.uint8)
-
-
-def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
-  """What the kernels load from memory and store there for a leaf (of shapes, or of arrays).
-
-  What a chunk that fits in the L2 cache is read from there a second time does not count.
-
-  Returns:
-    Bytes.
-  """
-  plan = _plan(step, rounding, leaf)
-  if plan is None:
-    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
-  _, _, (scale, qvalue, gradient, *moments) = jax.eval_shape(leaf_lib.operands, leaf)
-  size = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
-  written = size(scale, qvalue, *moments)
-  read = size(gradient) + written
-  again = plan.finds and read / math.prod(plan.chunks) > 1.01 * _REREAD  # Scales are few.
-  return read * (1 + again) + written
+def target() -> gpu_math.Target:
+  """This process's GPUs, or the abstract device of a mesh in use."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu":
+    return gpu_math.Target(has_float8=not _WITHOUT_FLOAT8.search(device.device_kind))
+  try:
+    devices = jax.local_devices(backend="cuda")
+  except RuntimeError:
+    return gpu_math.Target()
+  return gpu_math.Target(has_float8=all(float(x.compute_capability) >= 8.9 for x in devices))
 
 
 def by_tiles(
-  step: Step, rounding: Rounding, leaf: Leaf, interpret: bool = False
+  step: Step,
+  rounding: Rounding,
+  leaf: Leaf,
+  target: gpu_math.Target = gpu_math.HOPPER,
+  tuning: Tuning = TUNED,
 ) -> tuple[QuantizedArray, Moments]:
   """`step.definition` by kernels for NVIDIA GPUs, where these apply.
 
@@ -430,29 +720,26 @@ def by_tiles(
     step: as in `step.definition`.
     rounding: as in `step.definition`.
     leaf: as in `step.definition`.
-    interpret: whether to run the kernels in plain JAX, on any device.
+    target: that it is compiled for; `gpu_math.Target(interpret=True)` runs kernels in plain JAX.
+    tuning: of the kernels.
 
   Returns:
     As `step.definition`.
   """
-  plan = _plan(step, rounding, leaf, interpret)
-  if plan is None:
+  own = plan(step, rounding, leaf, target, tuning)
+  if own is None:
     return step_lib.by_layers(step, rounding, leaf)
-  found = None
-  integers, scalars, (scale, qvalue, gradient, *moments) = leaf_lib.operands(leaf)
-  stack = lambda x: _as_bytes(x).reshape(plan.m.stack, -1, x.shape[-1])
-  given = [integers, scalars, stack(scale), stack(gradient)]
-  changed = [stack(x) for x in (qvalue, *moments)]
-  launch = functools.partial(_launch, plan, interpret)
-  if plan.finds:
-    # Of columns if these have scales of their own, and of matrices.
-    columns = plan.m.columns if plan.format.granularity == "channel" else 1
-    found = jnp.zeros((plan.m.stack, 1, columns), jnp.float32)
-    changed = [found, jnp.zeros_like(given[2]), *changed]
-    turns = math.prod(plan.chunks) + 1
-    found, *changed = jax.lax.fori_loop(0, turns, lambda i, x: launch(i, given, x), changed)
-  else:
-    changed = launch(jnp.zeros([], jnp.int32), given, changed)
+  return run(own, leaf)
 
-  scale, qvalue, *moments = changed
-  return leaf_lib.results(leaf, scale, qvalue, moments, found)
+
+def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
+  """What the kernels load from memory and store there for a leaf (of shapes, or of arrays).
+
+  What is read a second time from the caches does not count.
+  """
+  own = plan(step, rounding, leaf)
+  if own is None:
+    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  kept, gradient = size((leaf.weight, leaf.moments)), size(leaf.gradient)
+  return (2 if own.schedule == "two launches" else 1) * (kept + gradient) + kept

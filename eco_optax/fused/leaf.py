@@ -56,17 +56,22 @@ class Leaf(NamedTuple):
 def fits(moment: Any, rounds: bool) -> bool:
   """Whether a fused step reads and writes a moment as it is stored.
 
-  It takes float32; if it `rounds` what it writes also bfloat16 and codes in blocks of rows.
+  It takes float32; if it `rounds` what it writes also bfloat16 and codes in blocks.
   """
   if is_quantized(moment):
     granularity = moment.format.granularity
-    return rounds and isinstance(granularity, tuple) and granularity[1:] == (1,)
+    return rounds and isinstance(granularity, tuple) and len(granularity) == 2
   return moment.dtype == jnp.float32 or (rounds and moment.dtype == jnp.bfloat16)
 
 
 def block_rows(moment: Any) -> int:
   """Rows of a moment that share a scale; 1 if it has none."""
   return int(moment.format.granularity[0]) if is_quantized(moment) else 1
+
+
+def block_columns(moment: Any) -> int:
+  """Columns of a moment that share a scale; 1 if it has none."""
+  return int(moment.format.granularity[1]) if is_quantized(moment) else 1
 
 
 class Matrices(NamedTuple):

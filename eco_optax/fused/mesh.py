@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eco_optax.fused.leaf import Leaf, Part, matrices
+from eco_optax.fused.leaf import Leaf, Part, block_columns, matrices
 from eco_optax.fused.step import Moments, Step
 from eco_optax.quantized_array import QuantizedArray, Rounding
 
@@ -38,6 +38,7 @@ def split_of(leaf: Leaf, sharding: Any) -> Split | None:
     return None
   split = tuple((x,) if isinstance(x, str) else tuple(x or ()) for x in entries)
   width = granularity[1] if isinstance(granularity, tuple) else 1
+  width = math.lcm(width, *map(block_columns, leaf.moments))
   units = (*[1] * (len(shape) - 2), m.unit, width)
   for size, unit, axes in zip(shape, units, split, strict=True):
     # Weights that share a scale or a byte stay together.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,17 +17,11 @@ import jax.numpy as jnp
 
 from eco_optax.formats import Format
 from eco_optax.fused.leaf import Leaf, largest_proposal, random_bits
-from eco_optax.quantized_array import (
-  IEEE,
-  Division,
-  Groups,
-  QuantizedArray,
-  Rounding,
-  unit_of,
-)
+from eco_optax.quantized_array import QuantizedArray, Rounding, unit_of
 from eco_optax.transforms import stacks
-from eco_optax.transforms.quantize_params import add_update
 from eco_optax.transforms.stored_moments import (
+  PLAIN,
+  Arithmetic,
   Codes,
   Stored,
   pack_like,
@@ -58,15 +52,19 @@ class Plan(NamedTuple):
   rounding: Rounding
   weight: Stored
   moments: tuple[Stored, ...]
-  division: Division = IEEE
+  how: Arithmetic = PLAIN  # The device computes.
+
+  def value(self, proposal: Proposal) -> jax.Array:
+    """θ̃ = θ̂ + u."""
+    return self.how.add(proposal.weight, proposal.update)
 
 
 def plan_of(
   step: Step,
   rounding: Rounding,
   leaf: Leaf,
-  groups: Sequence[Groups] | None = None,
-  division: Division = IEEE,
+  groups: Sequence[Any] | None = None,
+  how: Arithmetic = PLAIN,
 ) -> Plan:
   """The plan of a leaf's step.
 
@@ -74,16 +72,17 @@ def plan_of(
     step: of the optimizer.
     rounding: of the codes.
     leaf: of arrays or of their shapes.
-    groups: of a tile of the weight and of each moment; those of the whole leaf if None.
-    division: of the device.
+    groups: of a tile of the weight and of each moment, each a `Groups` or of its interface; those
+      of the whole leaf if None.
+    how: the device computes.
   """
   stored = [stored_as(x) for x in (leaf.weight, *leaf.moments)]
   if groups is not None:
     stored = [
-      how if how.format is None else how._replace(groups=own)
-      for how, own in zip(stored, groups, strict=True)
+      x if x.format is None else x._replace(groups=own)
+      for x, own in zip(stored, groups, strict=True)
     ]
-  return Plan(step, rounding, stored[0], tuple(stored[1:]), division)
+  return Plan(step, rounding, stored[0], tuple(stored[1:]), how)
 
 
 class Proposal(NamedTuple):
@@ -92,19 +91,6 @@ class Proposal(NamedTuple):
   weight: jax.Array  # θ̂
   update: jax.Array  # u
   moments: Moments
-
-  @property
-  def value(self) -> jax.Array:
-    """θ̃ = θ̂ + u."""
-    return add_update(self.weight, self.update)
-
-
-class Settled(NamedTuple):
-  """What a step stores."""
-
-  code: jax.Array  # int32, see `rounding.code_bits`.
-  scale: jax.Array  # float32, exact in the format's `scale_dtype`.
-  moments: tuple[Codes | jax.Array, ...]
 
 
 def propose(
@@ -115,8 +101,8 @@ def propose(
   moments: tuple[Codes | jax.Array, ...],
 ) -> Proposal:
   """The optimizer's own step on stored arrays."""
-  stored = plan.weight.read(weight)
-  values = tuple(how.read(x) for how, x in zip(plan.moments, moments, strict=True))
+  stored = plan.weight.read(weight, plan.how)
+  values = tuple(how.read(x, plan.how) for how, x in zip(plan.moments, moments, strict=True))
   update, new_moments = plan.step.propose(scalars, gradient, values, stored)
   return Proposal(stored, update, new_moments)
 
@@ -128,7 +114,7 @@ def settle(
   bits: Callable[[int], jax.Array],
   largest: jax.Array | None = None,
   unit: jax.Array | None = None,
-) -> Settled:
+) -> Iterator[Codes | jax.Array]:
   """Rounds a proposal, and puts the error θ̃ − θ̂' in the momentum.
 
   Args:
@@ -138,21 +124,23 @@ def settle(
     bits: uint32 random bits of the weight, 0, and of each moment, from 1 on.
     largest: the largest proposal of each group, where the tile has only a part of it.
     unit: the `tensor_scale` of a two-level format.
+
+  Yields:
+    What is to be stored, one after another, so that a kernel need not keep it: the weight's codes,
+    with scales as stored, and each moment.
   """
   random = bits(0) if plan.rounding == "stochastic" else None
   code, scale, factor = plan.weight.rounded(
-    proposal.value, plan.rounding, random, largest, unit, plan.division
+    plan.value(proposal), plan.rounding, random, largest, unit, plan.how
   )
-  stored = plan.weight.read(Codes(code, factor))
+  stored = plan.weight.read(Codes(code, factor), plan.how)
+  yield Codes(code, scale)
   # In the order that keeps an update far below the weight's own precision.
-  error = add_update(proposal.weight - stored, proposal.update)
+  error = plan.how.add(proposal.weight - stored, proposal.update)
   momentum, *others = proposal.moments
   moments = momentum + plan.step.inject(scalars, proposal.moments, error), *others
-  new_moments = [
-    how.write(x, functools.partial(bits, k), plan.division)
-    for k, (how, x) in enumerate(zip(plan.moments, moments, strict=True), 1)
-  ]
-  return Settled(code, scale, tuple(new_moments))
+  for k, (how, x) in enumerate(zip(plan.moments, moments, strict=True), 1):
+    yield how.write(x, functools.partial(bits, k), plan.how)
 
 
 def arrays(
@@ -182,15 +170,15 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   format = leaf.weight.format
   largest = whole = None
   if leaf.part and leaf.part.sharing:
-    largest = largest_proposal(leaf, proposal.value)
+    largest = largest_proposal(leaf, plan.value(proposal))
   if format.two_level:
     whole, largest = largest, None
-  unit = unit_of(proposal.value, format, whole)
+  unit = unit_of(plan.value(proposal), format, whole)
   bits = lambda k: random_bits(leaf, k)
-  code, scale, new_moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
+  new_weight, *new_moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
   old = dataclasses.replace(leaf.weight, tensor_scale=unit, sink=None)
   kept = zip(leaf.moments, new_moments, strict=True)
-  return pack_like(old, Codes(code, scale)), tuple(pack_like(m, x) for m, x in kept)
+  return pack_like(old, new_weight), tuple(pack_like(m, x) for m, x in kept)
 
 
 def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:

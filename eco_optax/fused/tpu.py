@@ -174,7 +174,7 @@ class _Panel(NamedTuple):
     """float32 of shape (1, 128)."""
 
     def find(i: jax.Array, largest: jax.Array) -> jax.Array:
-      proposal = largest_magnitude(self.propose(plan, i).value, (0,), keepdims=True)
+      proposal = largest_magnitude(plan.step.value(self.propose(plan, i)), (0,), keepdims=True)
       # As integers, which are in the same order, with NaN above all.
       bits = (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (largest, proposal))
       return jax.lax.bitcast_convert_type(jnp.maximum(*bits), jnp.float32)
@@ -218,11 +218,12 @@ def _update(plan: _Plan, *refs: Any) -> None:
       panel.integers, plan.place, k, matrix, i * plan.tile, column, shape
     )
     scalars = panel.step_scalars(plan)
-    code, scale, moments = step_lib.settle(plan.step, scalars, proposal, bits, largest, unit)
+    weight, *moments = step_lib.settle(plan.step, scalars, proposal, bits, largest, unit)
+    assert isinstance(weight, Codes)
     is_blocked = isinstance(format.granularity, tuple)
     rows = _rows(i, plan.tile // plan.heights[0]) if is_blocked else slice(None)
-    new_scale[0, rows, :] = jnp.broadcast_to(scale, (scale.shape[0], _LANES))
-    packed = _pack(code, format)
+    new_scale[0, rows, :] = jnp.broadcast_to(weight.scale, (weight.scale.shape[0], _LANES))
+    packed = _pack(weight.code, format)
     new_qvalue[0, _rows(i, packed.shape[0]), :] = packed
     refs = iter(new_moments)
     for stored, moment in zip(plan.step.moments, moments, strict=True):

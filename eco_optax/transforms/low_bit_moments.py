@@ -14,7 +14,14 @@ from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.momentum import shapes_of
 from eco_optax.transforms.packed import Context, PackedTransformation, require_params, run
-from eco_optax.transforms.stored_moments import DTYPES, Kind, MomentDtype, read, store
+from eco_optax.transforms.stored_moments import (
+  DTYPES,
+  Kind,
+  MomentDtype,
+  block_axis,
+  read,
+  store,
+)
 
 # Of the random bits with which moments are rounded.
 _SEED = 0xBF58476D1CE4E5B9
@@ -56,7 +63,10 @@ class MomentStorage(NamedTuple):
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
       # The longest end of the moment's path that is one of a parameter.
       owner = next(end for end in trees.path_ends(path) if end in weights)
-      return store(x, kind, dtype, bits, is_quantized(weights[owner]))
+      weight = weights[owner]
+      if not is_quantized(weight):
+        return store(x, kind, dtype, bits)
+      return store(x, kind, dtype, bits, True, block_axis(weight.format))
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 

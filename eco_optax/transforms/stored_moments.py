@@ -23,7 +23,9 @@ from eco_optax.quantized_array import (
   is_quantized,
   pack,
   scaled,
+  times_scale,
 )
+from eco_optax.transforms.packed import add_update
 
 Kind = Literal["first", "second"]  # Momenta; second moments, which are not negative.
 MomentDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
@@ -48,7 +50,18 @@ class SecondMoment(QuantizedArray):
     return jnp.square(super().dequantize()).astype(dtype)
 
 
-def block_format(shape: tuple[int, ...], dtype: str, packed: bool) -> Format:
+def block_axis(format: Format) -> int:
+  """The axis that the blocks of moments lie along, of a parameter packed in a format.
+
+  That which the weight's own scales run over: where a row of the weight is one group, so is a
+  row of a block, and one program of a kernel has both whole.
+  """
+  by_row = format.granularity == "channel" and format.contraction_axis == -1
+  by_row |= isinstance(format.granularity, tuple) and format.granularity[:-1] == (1,)
+  return -1 if by_row else -2
+
+
+def block_format(shape: tuple[int, ...], dtype: str, packed: bool, axis: int = -2) -> Format:
   """The format of a moment of this shape.
 
   Codes of matrices are in blocks of 32 rows, with scales of powers of two in one byte: MXFP8 and
@@ -61,10 +74,13 @@ def block_format(shape: tuple[int, ...], dtype: str, packed: bool) -> Format:
     shape: of the moment, with one axis or more.
     dtype: of the codes, a name.
     packed: whether its parameter is a packed leaf.
+    axis: that the blocks of a packed leaf's moments lie along, see `block_axis`.
 
   Returns:
     A format that fits.
   """
+  if packed and axis == -1 and len(shape) > 1 and shape[-1] % BLOCK == 0:
+    return Format(dtype, (1, BLOCK), "float8_e8m0fnu")
   by_rows = packed or dtype != "int8"
   if by_rows and len(shape) > 1 and shape[-2] % BLOCK == 0:
     return Format(dtype, (BLOCK, 1), "float8_e8m0fnu")
@@ -97,6 +113,24 @@ def root(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.maximum(x, 0))
 
 
+class Arithmetic(NamedTuple):
+  """How a device computes numbers that are the same on all of them, bit for bit."""
+
+  division: Division = IEEE
+  decode: Callable[[jax.Array, np.dtype], jax.Array] = rounding_lib.decode
+  # (y, values with the signs of y, dtype, random bits) → `rounding.code_bits` of y.
+  code_bits: Callable[..., jax.Array] = lambda y, signs, dtype, bits: rounding_lib.code_bits(
+    y, dtype, bits
+  )
+  root_on_grid: Callable[..., jax.Array] = root_on_grid
+  # Products with a scale and sums with an update, each rounded.
+  times: Callable[[jax.Array, jax.Array], jax.Array] = times_scale
+  add: Callable[[jax.Array, jax.Array], jax.Array] = add_update
+
+
+PLAIN = Arithmetic()
+
+
 class Codes(NamedTuple):
   """Codes on their way through a step: unpacked, with the float32 factors of their groups."""
 
@@ -120,12 +154,12 @@ class Stored(NamedTuple):
   groups: Groups | None = None  # Of codes; None for floats.
   is_root: bool = False  # Whether the codes are those of its square root.
 
-  def read(self, stored: Codes | jax.Array) -> jax.Array:
+  def read(self, stored: Codes | jax.Array, how: Arithmetic = PLAIN) -> jax.Array:
     """The float32 values."""
     if not isinstance(stored, Codes):
       return stored.astype(jnp.float32)
     assert self.groups is not None
-    value = self.groups.times(rounding_lib.decode(stored.code, self.dtype), stored.scale)
+    value = self.groups.times(how.decode(stored.code, self.dtype), stored.scale, how.times)
     return jnp.square(value) if self.is_root else value
 
   def rounded(
@@ -135,7 +169,7 @@ class Stored(NamedTuple):
     bits: jax.Array | None,
     largest: jax.Array | None = None,
     unit: jax.Array | None = None,
-    division: Division = IEEE,
+    how: Arithmetic = PLAIN,
   ) -> Rounded:
     """Codes of float32 values; arguments as in `quantized_array.scaled`.
 
@@ -145,24 +179,26 @@ class Stored(NamedTuple):
     assert self.format is not None
     assert self.groups is not None
     value = root(x) if self.is_root else x
-    y, scale, factor = scaled(value, self.format, self.groups, rounding, largest, unit, division)
+    y, scale, factor = scaled(
+      value, self.format, self.groups, rounding, largest, unit, how.division
+    )
     if self.is_root:
-      y = root_on_grid(y, x, self.dtype)
-    return Rounded(rounding_lib.code_bits(y, self.dtype, bits), scale, factor)
+      y = how.root_on_grid(y, x, self.dtype)
+    return Rounded(how.code_bits(y, value, self.dtype, bits), scale, factor)
 
   def write(
-    self, x: jax.Array, bits: Callable[[], jax.Array], division: Division = IEEE
+    self, x: jax.Array, bits: Callable[[], jax.Array], how: Arithmetic = PLAIN
   ) -> Codes | jax.Array:
     """What is stored of a moment's float32 values, rounded stochastically where it is in few bits.
 
     Args:
       x: the values.
       bits: gives uint32 random bits of x's shape, where there is rounding.
-      division: of the device.
+      how: the device computes.
     """
     if self.format is None:
       return x if self.dtype == np.float32 else rounding_lib.stochastic_cast(x, self.dtype, bits())
-    code, scale, _ = self.rounded(x, "stochastic", bits(), division=division)
+    code, scale, _ = self.rounded(x, "stochastic", bits(), how=how)
     return Codes(code, scale)
 
 
@@ -190,7 +226,9 @@ def pack_like(old: Any, new: Codes | jax.Array) -> Any:
   return dataclasses.replace(old, qvalue=qvalue, scale=scale, odd=odd)
 
 
-def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False) -> Any:
+def store(
+  x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False, axis: int = -2
+) -> Any:
   """A moment in few bits, rounded stochastically.
 
   Args:
@@ -199,6 +237,7 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = 
     dtype: of the codes, or "bfloat16".
     bits: uint32 random bits of x's shape.
     packed: whether its parameter is a packed leaf.
+    axis: as in `block_format`.
 
   Returns:
     A QuantizedArray, a SecondMoment or a bfloat16 array, whose mean over the random bits is x.
@@ -206,7 +245,7 @@ def store(x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = 
   x = x.astype(jnp.float32)
   if dtype == "bfloat16":
     return rounding_lib.stochastic_cast(x, jnp.dtype(dtype), bits)
-  format, is_root = block_format(x.shape, dtype, packed), kind == "second"
+  format, is_root = block_format(x.shape, dtype, packed, axis), kind == "second"
   stored = Stored(format.dtype, format, groups_of(format, x.shape), is_root)
   code, scale, _ = stored.rounded(x, "stochastic", bits)
   qvalue, odd = pack(code, format)

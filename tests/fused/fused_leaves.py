@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax import rounding
-from eco_optax.fused import cpu, gpu, mesh, tpu
+from eco_optax.fused import cpu, gpu, gpu_math, mesh, tpu
 from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import by_layers, definition
 from eco_optax.optimizers import adamw, sgd
@@ -45,7 +45,7 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
     bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
     moments = tuple(
-      stored_moments.store(x, kind, moments_in, bits, packed=True)
+      stored_moments.store(x, kind, moments_in, bits, True, stored_moments.block_axis(format))
       for x, kind in zip(moments, kinds, strict=True)
     )
   return Leaf(
@@ -76,7 +76,7 @@ def by_interpreted_panels(step, how, leaf):
 
 
 def by_interpreted_tiles(step, how, leaf):
-  return gpu.by_tiles(step, how, leaf, interpret=True)
+  return gpu.by_tiles(step, how, leaf, gpu_math.Target(interpret=True), SMALL_TILES)
 
 
 def on_mesh(step, how, leaf, sharding, implementation):
@@ -100,7 +100,10 @@ def spread(leaf, sharding):
   return jax.tree.map(place, leaf)
 
 
-# What those for GPUs are tried on, which have fewer ways through them.
+# The matrices are small, but should have several tiles each.
+SMALL_TILES = gpu.Tuning(row=512, chunk=1024, width=32)
+
+# Kernels for GPUs have fewer ways through them.
 ON_TILES = ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4")
 
 
@@ -115,7 +118,6 @@ def main():
     ("adamw", "INT8", "int8"),
     ("adamw", "FP8", "bfloat16"),
   ]
-  gpu._REREAD = 2**18  # The matrices are small, but should be worked through in chunks.
   differ = []
   devices = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
   of_layer, of_stack = (NamedSharding(devices, P(*lead, None, "x", "y")) for lead in ((), (None,)))

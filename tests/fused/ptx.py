@@ -1,9 +1,11 @@
 """Runs the PTX of a kernel without a GPU: the threads of a block in step, as NumPy arrays.
 
-It knows the instructions of the fused updates and asks that branches be taken by all threads. What
-is approximate on a GPU, square roots and some divisions, is exact here.
+It knows the instructions of the fused updates and asks that branches be taken by all threads, but
+for those of inline assembly, which only skip what changes nothing. What is approximate on a GPU,
+square roots and some divisions, is exact here.
 """
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ _TYPES = {
   for kind, name in (("u", "u"), ("s", "i"), ("b", "u"), ("f", "f"))
   for size in (1, 2, 4, 8)
   if (kind, size) != ("f", 1)
-} | {"bf16": np.dtype(ml_dtypes.bfloat16), "pred": np.dtype(bool)}
+} | {"bf16": np.dtype(ml_dtypes.bfloat16), "pred": np.dtype(bool), "f16": np.dtype(np.float16)}
 
 _WIDTHS = {"%rs": 16, "%rd": 64, "%r": 32}
 
@@ -40,6 +42,7 @@ _COMPUTED = {
   "abs": np.abs,
   "neg": np.negative,
   "sqrt": np.sqrt,
+  "copysign": lambda sign, x: np.copysign(x, sign),
 }
 
 
@@ -56,13 +59,17 @@ def parse(text, name):
   """The kernel of a name."""
   text = text[text.index(f".entry {name}(") :]
   head, _, body = text.partition("\n{")
+  # Labels of inline assembly are its own.
+  for pattern in (r"\bbra NORMAL\b", r"\bNORMAL:"):
+    numbers = itertools.count()
+    body = re.sub(pattern, lambda x, n=numbers: x[0].replace("AL", f"AL{next(n)}"), body)
   instructions, labels = [], {}
   for line in re.sub(r"//.*", "", body).split("\n"):
     for statement in line.split(";"):
-      if label := re.match(r"\s*(\$\w+):", statement):
+      if label := re.match(r"\s*(\$\w+|NORMAL\d+):", statement):
         labels[label[1]] = len(instructions)
-        continue
-      found = re.match(r"\s*(?:@(!?%p\d+)\s+)?([a-z][\w.]*)\s*(.*)", statement)
+        statement = statement[label.end() :]
+      found = re.match(r"\s*(?:\{\s)?\s*(?:@(!?%?p\d*)\s+)?([a-z][\w.]*)\s*(.*)", statement)
       if found:
         operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", found[3])
         instructions.append((found[1] or "", found[2], operands))
@@ -102,9 +109,14 @@ class _Block:
 
   def write(self, register, value, where):
     """Puts each thread's value, widened with its sign, in a register."""
+    if register == "_":
+      return
     if register.startswith("%p"):
       value = value.astype(bool)
     else:
+      if not register.startswith("%"):  # Declared by inline assembly, and never guarded.
+        self.registers[register] = np.broadcast_to(value, self.thread.shape)
+        return
       width = _WIDTHS[re.match(r"%[a-z]+", register)[0]] // 8
       if value.dtype.kind in "iu":
         value = value.astype(f"{value.dtype.kind}{width}")
@@ -157,6 +169,11 @@ def _memory(block, name, operands, where):
     for k, register in enumerate(_registers(operands[0])):
       own = address[block.warp + 8 * k + block.lane // 4] + block.lane % 4 * 4
       block.write(register, block.load("shared", own, "b32", where), where)
+  elif kind == "stmatrix":  # The reverse.
+    address = block.address(operands[0])
+    for k, register in enumerate(_registers(operands[1])):
+      own = address[block.warp + 8 * k + block.lane // 4] + block.lane % 4 * 4
+      block.store("shared", own, block.read(register, "b32"), where)
   else:
     assert kind == "atom"
     place, value = block.address(operands[1]), block.read(operands[2], type)
@@ -188,6 +205,14 @@ def _result(block, name, operands):
   if name == "cvt.rn.bf16x2.f32":
     high, low = (read(k, "f32").astype(_TYPES["bf16"]).view(np.uint16) for k in (1, 2))
     return low.astype(np.uint32) | (high.astype(np.uint32) << 16)
+  if name == "cvt.rn.f16x2.e4m3x2":
+    pair = np.ascontiguousarray(read(1, "b16")).view(ml_dtypes.float8_e4m3fn)
+    return np.ascontiguousarray(pair.astype(np.float16)).view(np.uint32)
+  if name == "cvt.rn.satfinite.e4m3x2.f32":
+    top = np.float32(448)
+    high, low = (np.clip(read(k, "f32"), -top, top) for k in (1, 2))
+    high, low = (x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8) for x in (high, low))
+    return low.astype(np.uint16) | (high.astype(np.uint16) << np.uint16(8))
   if kind == "cvt":
     return _converted(read(1), name)
   if kind == "setp":
@@ -227,8 +252,14 @@ def _result(block, name, operands):
     )
   if kind == "mad":
     return read(1) * read(2) + read(3)
+  if kind == "fma":  # Rounded once, but for what is too close to tell.
+    return (read(1).astype(np.longdouble) * read(2) + read(3)).astype(np.float32)
   if kind == "not":
     return ~read(1)
+  if name == "add.rm.f32":
+    total = read(1).astype(np.float64) + read(2)
+    near = total.astype(np.float32)
+    return np.where(near > total, np.nextafter(near, np.float32(-np.inf)), near)
   function = _COMPUTED[kind]
   if "NaN" in rest:
     function = {"min": np.minimum, "max": np.maximum}[kind]
@@ -259,9 +290,10 @@ def run(kernel, memory, pointers, place):
       if kind in ("bar", "griddepcontrol"):
         continue
       if kind == "bra":
-        assert np.all(where) or not np.any(where)
+        inline = operands[0].startswith("NORMAL")
+        assert inline or np.all(where) or not np.any(where)
         i = kernel.labels[operands[0]] if np.all(where) else i
-      elif kind in ("ld", "st", "ldmatrix", "atom"):
+      elif kind in ("ld", "st", "ldmatrix", "stmatrix", "atom"):
         _memory(block, name, operands, where)
       elif operands[0].startswith("{"):  # The halves of a register.
         for k, register in enumerate(_registers(operands[0])):

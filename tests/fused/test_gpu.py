@@ -1,9 +1,15 @@
-"""The fused update for GPUs: what its kernels cover, and that programs for GPUs have them."""
+"""Kernels for GPUs in one launch or two: their bits, what they cover, and their arithmetic."""
 
 import functools
 import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
 
 import fused_leaves
+import gpu_leaves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +17,11 @@ import ptx
 import pytest
 
 import eco_optax as eco
-from eco_optax.fused import dispatch, gpu
+from eco_optax import rounding
+from eco_optax.fused import dispatch, gpu, gpu_math
 from eco_optax.fused.step import definition
 from eco_optax.optimizers.adamw import ADAMW
+from eco_optax.transforms import stored_moments
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -23,40 +31,48 @@ def shapes_of(format, shape, **kwargs):
   return jax.eval_shape(lambda: fused_leaves.make(ADAMW, format, shape, **kwargs))
 
 
+def planned(format, shape, moments_in="float32", **kwargs):
+  leaf = shapes_of(format, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in)
+  return gpu.plan(ADAMW, "stochastic", leaf, **kwargs)
+
+
+def test_interpreted_kernels_equal_the_definition_to_the_bit():
+  """Without fused multiply-adds, which a compiler puts where it likes; in a process of its own."""
+  flags = "--xla_cpu_max_isa=AVX --xla_backend_optimization_level=0"
+  flags = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  program = pathlib.Path(gpu_leaves.__file__)
+  done = subprocess.run([sys.executable, program], env=flags, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)
-def test_every_format_has_a_kernel_for_whole_tiles(format):
-  preset = fused_leaves.FORMATS[format]
-  for moments_in in ("float32", "bfloat16", "float8_e4m3fn"):
-    assert gpu.applies(shapes_of(preset, (11008, 4096), moments_in=moments_in))
+@pytest.mark.parametrize("moments_in", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_every_format_has_a_kernel(format, moments_in):
+  own = planned(fused_leaves.FORMATS[format], (11264, 4096), moments_in)
+  assert own.height * own.width <= 32 * own.warps * 16
 
 
-def test_shapes_that_do_not_tile_keep_to_the_definition():
+def test_rows_stay_in_registers_if_they_fit():
+  plan = functools.partial(planned, gpu_leaves.ROWS)
+  assert plan((4096, 4096)).turns == 1
+  assert plan((4096, 4096), "float8_e4m3fn").per == 8
+  assert plan((4096, 14336)).turns == 14
+  assert not plan((4096, 14336)).masked
+  assert plan((4096, 11000)).masked
+  assert plan((4096, 256)).height == 8  # Several short rows together.
+  assert plan((2, 4096, 11008), "float8_e4m3fn").along == 1
+
+
+def test_what_has_no_kernel():
   for format, shape in [
-    (eco.FP8, (100, 128)),
-    (eco.FP8, (256, 100)),
-    (eco.INT4, (33, 128)),
+    (gpu_leaves.ROWS, (64, 102)),
+    (eco.FP8, (64, 100)),
     (eco.FP8, (2**15, 2**16)),
-    (eco.Format("int8", (4, 4)), (256, 128)),
+    (eco.Format("int8", (4, 2)), (256, 128)),
     (eco.Format("int8", (48, 1)), (96, 128)),
-    (eco.Format("float8_e4m3fn", contraction_axis=-1), (256, 128)),
+    (eco.Format("int4", contraction_axis=-1), (63, 128)),
   ]:
-    assert not gpu.applies(shapes_of(format, shape))
-  step = lambda leaf: gpu.by_tiles(ADAMW, "stochastic", leaf)
-  has_kernel = lambda shape: "pallas_call" in str(jax.make_jaxpr(step)(shapes_of(eco.FP8, shape)))
-  assert has_kernel((96, 128))
-  assert not has_kernel((100, 128))
-
-
-def test_a_chunk_is_read_again_before_the_cache_has_lost_it():
-  chunk = lambda format, shape: (
-    gpu._plan(ADAMW, "nearest", shapes_of(format, shape, gradient_dtype=jnp.bfloat16)).chunk
-  )
-  matrices, panels = chunk(eco.FP8, (4096, 14336))
-  assert matrices == 1
-  assert 2**23 < 4096 * 64 * panels * 11 <= 2**24
-  assert chunk(eco.FP8, (64, 128, 256)) == (32, 4)  # 11 bytes of 32 times 128 × 256.
-  assert chunk(eco.INT4, (8, 1024, 1024)) == (1, 16)  # A matrix has one scale, and stays whole.
-  assert chunk(eco.MXFP8, (8, 4096, 4096)) == (8, 64)  # Nothing is read again.
+    assert planned(format, shape) is None
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older ones lower on GPUs only")
@@ -82,14 +98,14 @@ def test_programs_for_a_gpu_have_kernels(format):
     assert "gpu.triton" not in lowered()
 
 
-def compiled_for_an_h100(leaf, how, **options):
+def compiled_for_an_h100(leaf, how, implementation=dispatch.take_step, **options):
   if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     pytest.skip("compiling for a GPU takes JAX's CUDA plugin")
   from eco_optax.training import compile as compile_lib
 
   (h100,) = compile_lib.topology_devices("h100:1")
   here = compile_lib.on_device(h100, leaf)
-  step = lambda weight, moments, rest: dispatch.take_step(
+  step = lambda weight, moments, rest: implementation(
     ADAMW, how, rest._replace(weight=weight, moments=moments)
   )
   with compile_lib.abstractly(h100):
@@ -109,64 +125,145 @@ def test_kernels_compile_for_an_h100_and_work_in_place(format, moments_in):
   used, size = compiled.memory_analysis(), shape[0] * shape[1]
   of_moment = 4 if moments_in == "float32" else 1
   assert used.alias_size_in_bytes >= size * (2 * of_moment + preset.bits / 8)
-  # Block scales, those of moments too, are in float32 on their way in and out.
+  # Scales of two launches are made anew.
   assert used.temp_size_in_bytes / size < 0.8
 
 
-def on_the_host(kernel):
-  """`gpu._launch` by a compiled kernel whose instructions are run one by one."""
+def test_blocks_of_moments_lie_along_the_weights_rows():
+  shape = (64, 128)
+  for format, wanted in [(gpu_leaves.ROWS, (1, 32)), (eco.FP8, (32, 1)), (eco.INT4, (32, 1))]:
+    params = jax.eval_shape(lambda f=format: eco.quantize({"w": jnp.ones(shape)}, f))
+    state = jax.eval_shape(eco.low_bit_moments(eco.adamw(1e-3)).init, params)
+    assert state.inner.inner[0].mu["w"].format.granularity == wanted
+  assert stored_moments.block_format(shape, "int8", True, -1).granularity == (1, 32)
 
-  def launch(plan, interpret, turn, given, changed):
-    arrays = changed[2 * plan.finds :]
-    found_and_scale = changed[:2] if plan.finds else [jnp.zeros_like(given[2])]
-    held = [np.asarray(x) for x in (np.array([turn], np.int32), *given, *arrays, *found_and_scale)]
+
+def test_bits_of_elements_side_by_side_are_those_of_the_elements():
+  key = rounding.stream_key(3, 7, "w")
+  for per in (4, 8):
+    first = (jnp.arange(512, dtype=jnp.uint32) * np.uint32(per * 77777))[:, None]
+    elements = first + jnp.arange(per, dtype=jnp.uint32)
+    for matrix in (None, jnp.uint32(5)):
+      found = gpu_math.element_bits(tuple(key), first, per, matrix)
+      np.testing.assert_array_equal(found, rounding.element_bits(key, elements, matrix))
+
+
+def twice_corrected(x, scale):
+  """`gpu_math.over`'s instructions; products of float32 in float64 are exact, and sums nearly."""
+  f32 = np.float32
+  mantissa, exponent = np.frexp(scale)
+  factor, b = np.ldexp(f32(1), 1 - exponent).astype(f32), (2 * mantissa).astype(f32)
+  y = (f32(1) / b).astype(f32)
+  a = x * factor
+  q = a * y
+  fma = lambda p, q, r: np.float32(p.astype(np.longdouble) * q + r)
+  for _ in range(2):
+    e = fma(-q, b, a)
+    q = fma(e, y, q)
+  return q
+
+
+def test_division_by_two_corrections_is_ieee_division():
+  draw = np.random.default_rng(0)
+  n = 2_000_000
+  mantissas = lambda: (draw.integers(2**23, 2**24, n) / 2**23).astype(np.float32)
+  scale = np.ldexp(mantissas(), draw.integers(-40, 10, n)).astype(np.float32)
+  # Also what lies beside a divisor of the hardest kind: all ones, or one bit.
+  scale[::7] = np.nextafter(np.float32(2), np.float32(0))
+  scale[1::7] = np.nextafter(np.float32(1), np.float32(2))
+  x = np.ldexp(mantissas(), draw.integers(-30, 9, n)).astype(np.float32) * scale
+  np.testing.assert_array_equal(twice_corrected(x, scale), x / scale)
+
+
+def e4m3_by_its_own_bits(y, bits):
+  """`gpu_math`'s instructions for stochastic codes of E4M3."""
+  t = np.minimum((y.view(np.int32) + 4) & 0x7FFFFFF8, 0x43E00000)
+  code = (t.astype(np.int64) + (bits >> 12) - (120 << 23)) >> 20
+  small = (t.view(np.float32) * np.float32(2.0**36)).astype(np.int64)
+  code = np.where(t < 0x3C800000, (small + (bits >> 5)) >> 27, code)
+  return code | ((y.view(np.uint32) >> 24) & 0x80)
+
+
+def test_codes_by_their_own_bits_are_those_of_the_definition():
+  draw = np.random.default_rng(1)
+  n = 2_000_000
+  y = np.ldexp(draw.uniform(-2, 2, n), draw.integers(-24, 9, n)).astype(np.float32)
+  bits = draw.integers(0, 2**32, n, dtype=np.uint32)
+  wanted = rounding.code_bits(jnp.asarray(y), jnp.dtype("float8_e4m3fn"), jnp.asarray(bits))
+  np.testing.assert_array_equal(e4m3_by_its_own_bits(y, bits), np.asarray(wanted) & 255)
+
+
+def on_the_host(kernels):
+  """`gpu._call` by compiled kernels whose instructions are run one by one."""
+
+  def call(plan, kernel, programs, given, changed, new):
+    held = [
+      *(np.asarray(x) for x in (*given, *changed)),
+      *(np.zeros(x.shape, x.dtype) for x in new),
+    ]
     ends = np.cumsum([-(-x.nbytes // 256) * 256 for x in held])
     memory, starts = np.zeros(ends[-1], np.uint8), [0, *ends[:-1]]
     for start, x in zip(starts, held, strict=True):
       memory[start : start + x.nbytes] = np.ascontiguousarray(x).view(np.uint8).reshape(-1)
-    first = 1 + len(given)
-    operands = range(len(held) - (not plan.finds))
-    results = [*range(first + len(arrays), len(held)), *range(first, first + len(arrays))]
-    programs = plan.chunk[0] * plan.chunk[1] * (plan.m.rows // plan.rows)
+    operands = len(given) + len(changed)
+    results = [*range(operands, len(held)), *range(len(given), operands)]
+    finds = plan.schedule == "two launches" and not new
     for program in reversed(range(programs)):  # In any order.
-      for phase in range(1 + plan.finds):
-        ptx.run(kernel, memory, [starts[k] for k in (*operands, *results)], (phase, program, 0))
+      places = [starts[k] for k in (*range(operands), *results)]
+      ptx.run(kernels["find" if finds else "write"], memory, places, (program, 0, 0))
     of = lambda k: memory[starts[k] : starts[k] + held[k].nbytes].view(held[k].dtype)
     return [jnp.asarray(of(k).reshape(held[k].shape)) for k in results]
 
-  return launch
+  return call
 
 
 @pytest.mark.parametrize(
-  ("format", "how", "shape", "moments_in"),
+  ("format", "how", "shape", "moments_in", "tuning"),
   [
-    ("FP8", "stochastic", (2, 64, 96), "float32"),
-    ("FP8", "nearest", (64, 64), "float8_e4m3fn"),
-    ("INT4", "stochastic", (64, 64), "bfloat16"),
-    ("FP8_BLOCK128", "nearest", (128, 128), "float32"),
-    ("MXFP8", "stochastic", (64, 64), "float32"),
-    ("NVFP4", "stochastic", (64, 64), "float32"),
+    (gpu_leaves.ROWS, "stochastic", (8, 256), "float8_e4m3fn", gpu.TUNED),
+    (gpu_leaves.ROWS, "nearest", (4, 352), "float32", gpu.Tuning(row=128, chunk=128)),
+    (eco.FP8, "stochastic", (2, 64, 64), "bfloat16", gpu.TUNED),
+    (eco.INT4, "stochastic", (64, 64), "float8_e4m3fn", gpu.TUNED),
+    (eco.MXFP8, "stochastic", (64, 64), "float32", gpu.TUNED),
+    (eco.NVFP4, "stochastic", (64, 64), "float32", gpu.TUNED),
+    (eco.FP8_BLOCK128, "nearest", (128, 128), "float32", gpu.TUNED),
   ],
 )
 def test_compiled_kernels_take_the_step_of_the_definition(
-  format, how, shape, moments_in, monkeypatch, tmp_path
+  format, how, shape, moments_in, tuning, monkeypatch, tmp_path
 ):
-  """The instructions for an H100, run on this machine, in several chunks."""
+  """The instructions for an H100, run on this machine."""
   pytest.importorskip("jax_cuda12_plugin", reason="that for CUDA 13 does not write its PTX")
-  monkeypatch.setattr(gpu, "_REREAD", 2**15)
-  preset = fused_leaves.FORMATS[format]
   layer = 5 if len(shape) > 2 else None
-  leaf = fused_leaves.make(ADAMW, preset, shape, layer, jnp.bfloat16, moments_in)
+  leaf = fused_leaves.make(ADAMW, format, shape, layer, jnp.bfloat16, moments_in)
+  step = functools.partial(gpu.by_tiles, tuning=tuning)
+  compiled_for_an_h100(jax.eval_shape(lambda: leaf), how, step, xla_dump_to=str(tmp_path))
+  kernels = {}
+  for text in (f.read_text() for f in tmp_path.glob("*.ptx")):
+    for name in re.findall(r"\.entry (fused_step\w*)\(", text):
+      body = text[text.index(f".entry {name}(") :].split(".entry", 2)[1]
+      kernels["find" if "atom." in body else "write"] = ptx.parse(text, name)
   wanted = fused_leaves.run(definition, ADAMW, how, leaf)
-  compiled_for_an_h100(jax.eval_shape(lambda: leaf), how, xla_dump_to=str(tmp_path))
-  (text,) = (x for f in tmp_path.glob("*.ptx") if ".entry fused_step(" in (x := f.read_text()))
-  monkeypatch.setattr(gpu, "_launch", on_the_host(ptx.parse(text, "fused_step")))
+  monkeypatch.setattr(gpu, "_call", on_the_host(kernels))
   with jax.disable_jit():
-    found = jax.tree.leaves(gpu.by_tiles(ADAMW, how, leaf))
+    found = jax.tree.leaves(step(ADAMW, how, leaf))
   for a, b in zip(found, wanted, strict=True):
     a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
     # Last places differ by the multiply-adds that this machine's compiler fuses.
     assert np.sum(np.abs(a - b) > 1e-5 * np.max(np.abs(b))) <= 1
+
+
+def test_products_and_sums_are_not_contracted(tmp_path):
+  """Which the kernels rely on: they have none of the guards of `add_update` and `times_scale`."""
+  pytest.importorskip("jax_cuda12_plugin", reason="that for CUDA 13 does not write its PTX")
+  leaf = jax.eval_shape(
+    lambda: fused_leaves.make(ADAMW, gpu_leaves.ROWS, (64, 256), None, jnp.bfloat16)
+  )
+  compiled_for_an_h100(leaf, "stochastic", gpu.by_tiles, xla_dump_to=str(tmp_path))
+  (text,) = (x for f in tmp_path.glob("*.ptx") if ".entry fused_step" in (x := f.read_text()))
+  assert "mul.rn.f32" in text
+  # Those of inline assembly, which are meant, share a line with others.
+  assert not re.findall(r"^\s*(?:fma\.rn|mul|add|sub)\.f32\b", text, re.MULTILINE)
 
 
 @pytest.fixture

@@ -1,0 +1,828 @@
+"""What a GPU that is there for minutes is asked: a queue of measurements, in order of worth.
+
+Each entry runs in a process of its own, with a time limit, so that a crash or a hang costs that
+entry only. It writes each figure as it has it; a queue that was cut off goes on where it stopped.
+An entry needs JAX and Optax, and those of whole training steps what training needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]  # By name.
+
+SIZE = 2**30  # Weights of a fused step.
+_LEAVES = 16  # Of a fused step,
+_FEW = 4  # and of a variant of one, which is compiled sooner.
+RATE = 1e-3
+REFERENCE = "float32 optax.adamw"
+
+
+class Entry(NamedTuple):
+  """A measurement."""
+
+  seconds: float  # Limit.
+  rows: Callable[[int], Rows]  # Of a number of weights.
+
+
+def card() -> str:
+  """This machine's GPU as a file name, without starting JAX; "cpu" where there is none."""
+  try:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+  except (OSError, subprocess.CalledProcessError, IndexError):
+    name = "cpu"
+  return re.sub(r"\W+", "_", name.strip().lower())
+
+
+def _versions() -> dict[str, str]:
+  names = ("jax", "jaxlib", "optax", "numpy", "flashoptim_jax")
+  found = {"python": platform.python_version()}
+  for name in names:
+    module = sys.modules.get(name)
+    if module is not None and hasattr(module, "__version__"):
+      found[name] = module.__version__
+  return found
+
+
+# Timing
+
+
+def _time(run: Callable[[], Any], repeats: int) -> list[float]:
+  """Seconds of each call, after one that does not count."""
+  import jax
+
+  jax.block_until_ready(run())
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    seconds.append(time.perf_counter() - start)
+  return seconds
+
+
+def _loops(size: int) -> int:
+  return 20 if size >= 2**24 else 2
+
+
+def _many_steps(step: Callable[[Any, Any, Any], Any], kept: Any, grads: Any, size: int) -> Row:
+  """Milliseconds of a step among many of one program, so that the host does not count.
+
+  Args:
+    step: (what is kept, gradients, number of the step) → what is kept.
+    kept: to begin with; it is used up.
+    grads: of every step.
+    size: weights.
+
+  Returns:
+    Median and extremes, temporaries and bytes at rest per weight.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  loops = _loops(size)
+  program = jax.jit(
+    lambda kept, grads: jax.lax.fori_loop(0, loops, lambda i, x: step(x, grads, i), kept),
+    donate_argnums=0,
+  )
+  compiled = program.lower(kept, grads).compile()
+  used: Any = compiled.memory_analysis()
+  rest = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept) if jnp.ndim(x)) / size
+
+  def run() -> Any:
+    nonlocal kept
+    kept = compiled(kept, grads)
+    return kept
+
+  seconds = [1e3 * x / loops for x in _time(run, 3)]
+  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  return {
+    "milliseconds": statistics.median(seconds),
+    "least": min(seconds),
+    "most": max(seconds),
+    "steps_in_one_program": loops,
+    "bytes_at_rest": rest,
+    "temporaries": used.temp_size_in_bytes / size,
+    "process_peak_bytes": peak,
+  }
+
+
+# Ceilings
+
+
+def ceilings(size: int) -> Rows:
+  """Bandwidth of a copy, and rates of products."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  loops = _loops(size)
+  x = jax.random.normal(jax.random.key(0), (size // 4096, 4096), jnp.float32)
+  copies = jax.jit(
+    lambda x: jax.lax.fori_loop(0, loops, lambda i, x: x * np.float32(1.0000001), x),
+    donate_argnums=0,
+  )
+
+  def copy() -> Any:
+    nonlocal x
+    x = copies(x)
+    return x
+
+  seconds = statistics.median(_time(copy, 3)) / loops
+  yield (
+    "copy",
+    {"gigabytes_per_second": 2 * x.nbytes / seconds / 1e9, "milliseconds": 1e3 * seconds},
+  )
+  del x
+
+  contract = (((1,), (1,)), ((), ()))  # As Hopper's FP8 units want it.
+  side = 8192 if size >= 2**26 else 64
+  for name in ("bfloat16", "float8_e4m3fn"):
+    dtype: Any = jnp.dtype(getattr(jnp, name))
+    a, b = (
+      jax.random.normal(jax.random.key(k), (side, side), jnp.float32).astype(dtype) for k in (0, 1)
+    )
+
+    def products(a: Any, b: Any, dtype: Any = dtype) -> Any:
+      def one(_: Any, a: Any) -> Any:
+        y = jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.bfloat16)
+        return (y * np.dtype(jnp.bfloat16).type(0.01)).astype(dtype)
+
+      return jax.lax.fori_loop(0, loops, one, a)
+
+    seconds = statistics.median(_time(functools.partial(jax.jit(products), a, b), 3)) / loops
+    yield f"{name} product of {side}", {"teraflops": 2 * side**3 / seconds / 1e12}
+
+
+# Fused steps
+
+
+def _shape(size: int, leaves: int = _LEAVES) -> tuple[int, int]:
+  """(in, out) of one of the matrices."""
+  leaf = size // leaves
+  rows = min(4096, 1 << (leaf.bit_length() // 2))
+  return rows, leaf // rows
+
+
+def _draw(
+  shape: tuple[int, int], leaves: int, scale: float, key: int, dtype: Any = None
+) -> dict[str, Any]:
+  import jax
+  import jax.numpy as jnp
+
+  make = jax.jit(lambda key: (scale * jax.random.normal(key, shape)).astype(dtype or jnp.float32))
+  keys = jax.random.split(jax.random.key(key), leaves)
+  return {f"layer{i:02}": make(keys[i]) for i in range(leaves)}
+
+
+def _optax_step(tx: Any) -> Callable[[Any, Any, Any], Any]:
+  import eco_optax as eco
+
+  def step(kept: Any, grads: Any, i: Any) -> Any:
+    del i
+    params, state = kept
+    updates, state = tx.update(grads, state, params)
+    return eco.apply_updates(params, updates), state
+
+  return step
+
+
+class Way(NamedTuple):
+  """A way to train matrices."""
+
+  moved: float  # Bytes read and written per weight, at least; of scales too.
+  init: Callable[[dict[str, Any]], Any]
+  step: Callable[[Any, Any, Any], Any]
+  transposed: bool = False  # Stored (out, in).
+
+
+def _adamw(dtype: Any, moved: float) -> Way:
+  import optax
+
+  tx = optax.adamw(RATE)
+
+  def init(dense: Any) -> Any:
+    params = optax.tree.cast(dense, dtype)
+    return params, tx.init(params)
+
+  step = _optax_step(tx)
+  return Way(moved, init, lambda kept, grads, i: step(kept, optax.tree.cast(grads, dtype), i))
+
+
+def _eco(format: Any, moved: float, moments: str | None = None, transposed: bool = False) -> Way:
+  import jax
+
+  import eco_optax as eco
+
+  tx: Any = eco.adamw(RATE)
+  if moments:
+    tx = eco.low_bit_moments(tx, moments, moments)  # type: ignore[arg-type]
+
+  def init(dense: Any) -> Any:
+    # Leaf by leaf, so that there are no copies of all at once.
+    pack = jax.jit(lambda x: eco.quantize({"kernel": x}, format)["kernel"], donate_argnums=0)
+    params = {}
+    for name in list(dense):
+      params[name] = pack(dense.pop(name))
+    return params, jax.jit(tx.init)(params)
+
+  return Way(moved, init, _optax_step(tx), transposed)
+
+
+def _kernel_scalars() -> Any:
+  from eco_optax.optimizers.adamw import AdamScalars
+
+  values = (1.0, 0.1, 0.9, 0.001, 0.999, 1.9, 0.0, 1.5, 0.0, 1e-8, 1e-4, 1e-3, -50.0, 1e20)
+  return AdamScalars(*values)
+
+
+def _leafwise(
+  run: Callable[[Any], Any],
+  format: Any,
+  moved: float,
+  moments: str = "float32",
+  transposed: bool = False,
+) -> Way:
+  """Leaves by themselves through one kernel: without an optimizer's state around them."""
+  import jax
+  import jax.numpy as jnp
+
+  import eco_optax as eco
+  from eco_optax import rounding
+  from eco_optax.fused.leaf import Leaf
+  from eco_optax.transforms import stored_moments
+
+  kinds: Any = ("first", "second")
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def one(x: Any) -> Any:
+    weight = eco.quantize({"kernel": x}, format)["kernel"]
+    first, second = 0.05 * x, jnp.square(0.05 * x) + 1e-9
+    if moments == "float32":
+      return weight, (first, second)
+    bits = rounding.counter_bits(rounding.stream_key(0, 0, "m"), x.shape)
+    axis = stored_moments.block_axis(format)
+    return weight, tuple(
+      stored_moments.store(m, kind, moments, bits, True, axis)
+      for m, kind in zip((first, second), kinds, strict=True)
+    )
+
+  def init(dense: Any) -> Any:
+    return {name: one(dense.pop(name)) for name in list(dense)}
+
+  def step(kept: Any, grads: Any, i: Any) -> Any:
+    new = {}
+    for name, (weight, m) in kept.items():
+      keys = [rounding.stream_key(0, i, name + kind) for kind in ("", "mu", "nu")]
+      scalars = jax.tree.map(jnp.float32, _kernel_scalars())
+      low = () if moments == "float32" else tuple(keys[1:])
+      leaf = Leaf(scalars, keys[0], None, weight, grads[name], m, low)
+      new[name] = run(leaf)
+    return new
+
+  return Way(moved, init, step, transposed)
+
+
+def _interpreted() -> bool:
+  import jax
+
+  return jax.default_backend() == "cpu"
+
+
+def _target() -> Any:
+  from eco_optax.fused import gpu_math
+
+  return gpu_math.Target(interpret=_interpreted())
+
+
+def _by_tiles(**tuning: Any) -> Callable[[Any], Any]:
+  from eco_optax.fused import gpu
+  from eco_optax.optimizers.adamw import ADAMW
+
+  chosen = gpu.Tuning(**tuning)
+  return lambda leaf: gpu.by_tiles(ADAMW, "stochastic", leaf, _target(), chosen)
+
+
+# Bytes per weight, moments in float32: gradient 2, codes, moments; scales are few.
+_MOVED = 20.0
+_COLUMNS_MOVED = 2 * 11 + 9.0  # What two launches read twice, columns' scales among it.
+_LOW = 2 + 3 * 2 + 4 / 32  # All in one byte, with scales of two moments.
+_COLUMNS_LOW = 2 * (2 + 3 + 2 / 32) + 3 + 2 / 32
+_BFLOAT16 = 2 + 5 * 2
+_INT4 = 2 * 10.5 + 8.5
+_MXFP8 = 20 + 2 / 32
+_NVFP4 = 2 * (10.5 + 1 / 16) + 8.5 + 1 / 16
+
+
+def _formats() -> dict[str, Any]:
+  import eco_optax as eco
+  from eco_optax.formats import Format
+
+  found = {name: getattr(eco, name) for name in ("FP8", "INT4", "MXFP8", "NVFP4", "FP8_BLOCK128")}
+  found["rows"] = Format("float8_e4m3fn", contraction_axis=-1)
+  return found
+
+
+def ways() -> dict[str, Callable[[], Way | None]]:
+  """What is compared, by name; the first is the unit of ratios."""
+  formats, f8 = _formats(), "float8_e4m3fn"
+  rows = formats["rows"]
+  return {
+    REFERENCE: lambda: _adamw("float32", 26),
+    "eco.adamw FP8 (out, in)": lambda: _eco(rows, _MOVED, transposed=True),
+    "eco.adamw FP8 (out, in), FP8 moments": lambda: _eco(rows, _LOW, f8, True),
+    "eco.adamw FP8 (in, out)": lambda: _eco(formats["FP8"], _COLUMNS_MOVED),
+    "eco.adamw INT4": lambda: _eco(formats["INT4"], _INT4),
+    "eco.adamw FP8 (out, in), bfloat16 moments": lambda: _eco(rows, _BFLOAT16, "bfloat16", True),
+    "eco.adamw FP8 (in, out), FP8 moments": lambda: _eco(formats["FP8"], _COLUMNS_LOW, f8),
+    "eco.adamw MXFP8": lambda: _eco(formats["MXFP8"], _MXFP8),
+    "eco.adamw NVFP4": lambda: _eco(formats["NVFP4"], _NVFP4),
+    "eco.adamw FP8_BLOCK128": lambda: _eco(formats["FP8_BLOCK128"], _MOVED),
+    "bfloat16 optax.adamw": lambda: _adamw("bfloat16", 14),
+    "flashoptim-jax, 24-bit master": _flashoptim,
+  }
+
+
+def _flashoptim() -> Way | None:
+  """AdamW of flashoptim-jax, if that is installed."""
+  import jax.numpy as jnp
+  import optax
+
+  try:
+    flashoptim = importlib.import_module("flashoptim_jax")
+  except ImportError:
+    return None
+  tx = flashoptim.flash_adamw(learning_rate=RATE, master_weight_bits=24)
+
+  def init(dense: Any) -> Any:
+    params = optax.tree.cast(dense, jnp.bfloat16)
+    return params, tx.init(params)
+
+  return Way(2 + 2 * 5.125, init, lambda kept, grads, i: tx.step(*kept, grads))
+
+
+def _measured(
+  makers: dict[str, Callable[[], Way | None]], size: int, leaves: int = _LEAVES
+) -> Rows:
+  """Each way's time, also as a ratio to the first's, and its share of a copy's bandwidth."""
+  import jax
+  import jax.numpy as jnp
+
+  shape, reference, copied = _shape(size, leaves), None, None
+  for name, figures in ceilings(min(size, 2**28)):
+    if name == "copy":
+      copied = figures["gigabytes_per_second"]
+      break
+  yield "copy", {"gigabytes_per_second": copied}
+  for name, make in makers.items():
+    try:
+      way = make()
+      if way is None:
+        continue
+      own = shape[::-1] if way.transposed else shape
+      grads = _draw(own, leaves, 1e-3, 1, jnp.bfloat16)
+      kept = way.init(_draw(own, leaves, 0.02, 0))
+      row = _many_steps(way.step, kept, grads, size)
+    except Exception as error:  # The next may work.
+      yield name, {"error": f"{type(error).__name__}: {error}"[:500]}
+      continue
+    del kept, grads
+    reference = reference or row["milliseconds"]
+    moved = way.moved * size / row["milliseconds"] / 1e6
+    yield (
+      name,
+      row
+      | {
+        "ratio": row["milliseconds"] / reference,
+        "bytes_moved": way.moved,
+        "share_of_copy": moved / copied,
+      },
+    )
+    jax.clear_caches()
+
+
+def fused_steps(size: int) -> Rows:
+  """Steps of about 1.07B weights in every way."""
+  yield from _measured(ways(), size)
+
+
+def _variants(
+  format: str, moved: float, moments: str, tunings: Sequence[dict[str, Any]]
+) -> Callable[[int], Rows]:
+  """Kernels by how they are tuned."""
+
+  def rows(size: int) -> Rows:
+    chosen = _formats()[format]
+
+    def maker(tuning: dict[str, Any]) -> Callable[[], Way | None]:
+      run = _by_tiles(**tuning)
+      return lambda: _leafwise(run, chosen, moved, moments, format == "rows")
+
+    makers: dict[str, Callable[[], Way | None]] = {REFERENCE: lambda: _adamw("float32", 26)}
+    for tuning in tunings:
+      name = ", ".join(f"{key} {value}" for key, value in tuning.items()) or "default"
+      makers[name] = maker(tuning)
+    yield from _measured(makers, size, _FEW)
+
+  return rows
+
+
+_ROWS: tuple[dict[str, Any], ...] = (
+  {},
+  {"row": 1024},
+  {"row": 1024, "elements": 16},
+  {"row": 2048, "chunk": 2048},
+  {"row": 512, "chunk": 512},
+  {"elements": 8},
+)
+_LOW_ROWS: tuple[dict[str, Any], ...] = ({}, {"row": 1024}, {"elements": 8}, {"per": 4})
+_COLUMNS: tuple[dict[str, Any], ...] = (
+  {},
+  {"chunk": 2048, "elements": 16},
+  {"chunk": 1024, "elements": 16},
+  {"chunk": 2048},
+  {"width": 128},
+)
+_LOW_COLUMNS: tuple[dict[str, Any], ...] = ({}, {"per": 8}, {"elements": 8}, {"width": 32})
+_MATRICES: tuple[dict[str, Any], ...] = (
+  {},
+  {"chunk": 2048, "elements": 16},
+  {"chunk": 1024, "elements": 16},
+)
+_BLOCKS: tuple[dict[str, Any], ...] = (
+  {},
+  {"chunk": 1024, "width": 32},
+  {"chunk": 1024, "width": 32, "elements": 8},
+  {"width": 128},
+)
+
+
+# The arithmetic of kernels
+
+
+def _difference(found: Any, wanted: Any) -> Row:
+  """How much two results differ."""
+  import jax
+  import numpy as np
+
+  parts: list[Row] = []
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    raw = [np.asarray(x) for x in (a, b)]
+    same = float(np.mean(raw[0].view(np.uint8) == raw[1].view(np.uint8)))
+    a, b = (x.astype(np.float32) for x in raw)
+    gap = np.abs(a - b)
+    largest = np.nanmax(np.abs(b)) + 1e-30
+    parts.append(
+      {
+        "dtype": str(raw[0].dtype),
+        "bytes_that_differ": 1 - same,
+        "beyond_last_places": float(np.mean(gap > 1e-5 * largest)),
+        "largest_gap": float(np.nanmax(gap) / largest),
+      }
+    )
+  return {"arrays": parts, "worst": max(x["beyond_last_places"] for x in parts)}
+
+
+def arithmetic(size: int) -> Rows:
+  """Functions of `gpu_math` against those that they stand for, to the bit, on random bits."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.experimental import pallas as pl
+
+  from eco_optax import rounding
+  from eco_optax.fused import gpu_math
+  from eco_optax.transforms import stored_moments
+
+  target, dtype = _target(), jnp.dtype(jnp.float8_e4m3fn)
+  n = max(min(size, 2**26) // 4096, 1)
+  shape = (n, 1024, 4)
+
+  def call(kernel: Any, out: Any, *args: Any) -> Any:
+    spec = pl.BlockSpec((1, 1024, 4), lambda i: (i, 0, 0))
+    fn = pl.pallas_call(
+      kernel, grid=(n,), in_specs=[spec] * len(args), out_specs=spec,
+      out_shape=jax.ShapeDtypeStruct(shape, out), interpret=target.interpret,
+    )  # fmt: skip
+    return jax.jit(fn)(*args)
+
+  raw = jax.random.bits(jax.random.key(2), shape, jnp.uint32)
+  dither = jax.random.bits(jax.random.key(3), shape, jnp.uint32)
+  as_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
+  any_float = as_float(raw)
+  any_float = jnp.where(jnp.isfinite(any_float), any_float, 1.5)
+  # In E4M3's range and below it.
+  log = jax.random.uniform(jax.random.key(4), shape, minval=-20.0, maxval=9.0)
+  y = jnp.where(raw & 1, -1.0, 1.0) * jnp.exp2(log)
+  same = lambda a, b: float(jnp.mean((a == b) | (jnp.isnan(a) & jnp.isnan(b))))
+
+  codes = (raw & 255).astype(jnp.uint8)
+  found = call(
+    lambda c, out: out.__setitem__(..., gpu_math.decode(target, c[...], dtype)), jnp.float32, codes
+  )
+  wanted = rounding.decode(codes.astype(jnp.int32), dtype)
+  yield "decode E4M3", {"equal": same(found, wanted), "of": math.prod(shape)}
+
+  for name, values in (("any float", any_float), ("in range", y)):
+    for bits in (dither, None):
+      args = (values,) if bits is None else (values, bits)
+
+      def kernel(*refs: Any) -> None:
+        *given, out = (ref for ref in refs)
+        x = given[0][...]
+        drawn = given[1][...] if len(given) > 1 else None
+        out[...] = gpu_math.code_bits(target, x, x, dtype, drawn).astype(jnp.uint8)
+
+      found = call(kernel, jnp.uint8, *args)
+      wanted = (rounding.code_bits(values, dtype, bits) & 255).astype(jnp.uint8)
+      rounded = "nearest" if bits is None else "stochastic"
+      yield f"codes of {name}, {rounded}", {"equal": same(found, wanted), "of": math.prod(shape)}
+
+  scale = jnp.exp2(jax.random.uniform(jax.random.key(5), (n, 1, 1), minval=-30.0, maxval=3.0))
+  spread = jnp.broadcast_to(scale, shape)
+  x = y * spread
+
+  def divide(x_ref: Any, s_ref: Any, out: Any) -> None:
+    by = gpu_math.divisor(target, s_ref[...], False)
+    out[...] = gpu_math.over(target, x_ref[...], by)
+
+  found = np.asarray(call(divide, jnp.float32, x, spread))
+  quotients: Any = np.asarray(x) / np.asarray(spread)  # By the host.
+  equal = float(np.mean(found == quotients))
+  yield "division by a scale", {"equal": equal, "of": math.prod(shape)}
+
+  root = jnp.abs(y)
+
+  def roots(y_ref: Any, out: Any) -> None:
+    y = y_ref[...]
+    out[...] = gpu_math.root_on_grid(target, y, y * y, dtype)
+
+  found = call(roots, jnp.float32, root)
+  wanted = jax.jit(lambda y: stored_moments.root_on_grid(y, y * y, dtype))(root)
+  gap = float(jnp.max(jnp.abs(found - wanted) / wanted))
+  yield "roots on the grid", {"equal": same(found, wanted), "largest_relative": gap}
+
+
+def check(size: int) -> Rows:
+  """Whole steps on real shapes against the definition on the same GPU.
+
+  Last places differ where XLA contracts products and sums, and with them, rarely, codes.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  import eco_optax as eco
+  from eco_optax import rounding
+  from eco_optax.fused import gpu
+  from eco_optax.fused.leaf import Leaf
+  from eco_optax.fused.step import definition
+  from eco_optax.optimizers.adamw import ADAMW
+  from eco_optax.transforms import stored_moments
+
+  formats, kinds = _formats(), ("first", "second")
+  real = size >= 2**26
+  cases = [
+    ("rows", (4096, 4096) if real else (16, 256), "float32"),
+    ("FP8", (4096, 4096) if real else (64, 64), "float32"),
+    ("rows", (512, 11008) if real else (8, 1376), "float8_e4m3fn"),
+    ("rows", (2, 1024, 14336) if real else (2, 8, 128), "bfloat16"),
+    ("FP8", (2, 4096, 2816) if real else (2, 64, 96), "float8_e4m3fn"),
+    ("INT4", (4096, 4096) if real else (64, 64), "float32"),
+    ("MXFP8", (4096, 4096) if real else (64, 64), "float8_e4m3fn"),
+    ("NVFP4", (4096, 4096) if real else (64, 64), "float32"),
+    ("FP8_BLOCK128", (4096, 4096) if real else (128, 128), "float32"),
+  ]
+  for k, (name, shape, moments) in enumerate(cases):
+
+    def make(key: Any, name: str = name, shape: Any = shape, moments: str = moments) -> Any:
+      keys = jax.random.split(key, 4)
+      draw = lambda i, scale: scale * jax.random.normal(keys[i], shape)
+      weight = eco.quantize({"w": draw(0, 0.02)}, formats[name])["w"]
+      m = draw(1, 1e-3), jnp.square(draw(2, 1e-3))
+      low: Any = ()
+      if moments != "float32":
+        bits = jax.random.bits(keys[1], shape, jnp.uint32)
+        axis = stored_moments.block_axis(formats[name])
+        m = tuple(  # type: ignore[assignment]
+          stored_moments.store(x, kind, moments, bits, True, axis)  # type: ignore[arg-type]
+          for x, kind in zip(m, kinds, strict=True)
+        )
+        low = tuple(rounding.stream_key(5, 7, x) for x in ("mu", "nu"))
+      layer = jnp.int32(5) if len(shape) > 2 else None
+      scalars = jax.tree.map(jnp.float32, _kernel_scalars())
+      gradient = draw(3, 1e-3).astype(jnp.bfloat16)
+      key = rounding.stream_key(3, 7, "w")
+      return Leaf(scalars, key, layer, weight, gradient, m, low)
+
+    label = f"{name} {' × '.join(map(str, shape))}, {moments} moments"
+    try:
+      leaf = jax.jit(make)(jax.random.key(k))
+      planned = gpu.plan(ADAMW, "stochastic", leaf, _target())
+      if planned is None:
+        yield label, {"error": "no kernel"}
+        continue
+      found = jax.jit(functools.partial(gpu.by_tiles, ADAMW, "stochastic", target=_target()))(
+        leaf=leaf
+      )
+      wanted = jax.jit(functools.partial(definition, ADAMW, "stochastic"))(leaf)
+      figures = _difference(found, wanted) | {"schedule": planned.schedule}
+      again = jax.jit(functools.partial(gpu.by_tiles, ADAMW, "stochastic", target=_target()))(
+        leaf=leaf
+      )
+      differ = (x["bytes_that_differ"] for x in _difference(found, again)["arrays"])
+      figures["again_equal"] = not any(differ)
+      yield label, figures
+    except Exception as error:
+      yield label, {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+# Whole training steps
+
+
+def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Callable[[int], Rows]:
+  """Steps of a config's model on random tokens, by what is changed in it."""
+
+  def rows(size: int) -> Rows:
+    import runpy
+
+    import jax
+    import ml_collections
+    import numpy as np
+
+    from eco_optax.training import loop, sharding
+    from eco_optax.training import step as step_lib
+    from eco_optax.training.data import pipeline
+
+    name = config if size >= 2**26 else "tiny"
+    path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
+    base, first = runpy.run_path(str(path))["get_config"](), None
+    for label, change in changes.items():
+      try:
+        own = ml_collections.ConfigDict(base.to_dict())
+        own.update_from_flattened_dict(change)
+        own.batch_size, own.accumulation = batch if size >= 2**26 else 4, 1
+        tx, mesh = loop.prepare(own)
+        tokens = np.random.default_rng(0).integers(
+          0, own.model.vocabulary, (own.batch_size, own.length + 1), np.int32
+        )
+        with jax.set_mesh(mesh):
+          data = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
+          state = step_lib.init_state(own, tx, mesh)
+          started = time.perf_counter()
+          train_step = step_lib.make_train_step(own, tx, mesh).lower(state, data).compile()
+          compiled = time.perf_counter() - started
+          used: Any = train_step.memory_analysis()
+          seconds = []
+          for _ in range(8 if size >= 2**26 else 2):
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(train_step(state, data))
+            seconds.append(time.perf_counter() - start)
+        took = 1e3 * statistics.median(seconds[2:] or seconds)
+        first = first or took
+        yield (
+          label,
+          {
+            "milliseconds": took,
+            "ratio": took / first,
+            "tokens_per_step": own.batch_size * own.length,
+            "temporaries": used.temp_size_in_bytes,
+            "arguments": used.argument_size_in_bytes,
+            "seconds_to_compile": compiled,
+          },
+        )
+        del state, train_step, data
+      except Exception as error:
+        yield label, {"error": f"{type(error).__name__}: {error}"[:500]}
+
+  return rows
+
+
+_METHODS: dict[str, dict[str, Any]] = {
+  "BF16": {"method": "bf16_mw"},
+  "ECO + SR": {"method": "eco_sr"},
+  "ECO + SR, FP8 moments": {
+    "method": "eco_sr",
+    "moments.mu": "float8_e4m3fn",
+    "moments.nu": "float8_e4m3fn",
+  },
+}
+
+
+ENTRIES: dict[str, Entry] = {
+  "arithmetic": Entry(60, arithmetic),
+  "fused_steps": Entry(150, fused_steps),
+  "check": Entry(120, check),
+  "rows": Entry(90, _variants("rows", _MOVED, "float32", _ROWS)),
+  "columns": Entry(90, _variants("FP8", _COLUMNS_MOVED, "float32", _COLUMNS)),
+  "rows_fp8_moments": Entry(60, _variants("rows", _LOW, "float8_e4m3fn", _LOW_ROWS)),
+  "columns_fp8_moments": Entry(60, _variants("FP8", _COLUMNS_LOW, "float8_e4m3fn", _LOW_COLUMNS)),
+  "matrices": Entry(60, _variants("INT4", _INT4, "float32", _MATRICES)),
+  "blocks": Entry(60, _variants("MXFP8", _MXFP8, "float32", _BLOCKS)),
+  "ceilings": Entry(90, ceilings),
+  "train_800m": Entry(120, _training("llama_800m", 32, _METHODS)),
+  "train_30m": Entry(90, _training("packages_30m", 64, _METHODS)),
+}
+
+
+# The queue
+
+
+def _load(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _save(path: pathlib.Path, figures: dict[str, Any]) -> None:
+  """Writes a whole file or none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  new = path.with_suffix(".new")
+  new.write_text(json.dumps(figures, indent=2) + "\n")
+  os.replace(new, path)
+
+
+def _put(path: pathlib.Path, name: str, **changes: Any) -> None:
+  """Changes what the file has of an entry."""
+  figures = _load(path)
+  figures[name] = figures.get(name, {}) | changes
+  _save(path, figures)
+
+
+def run_entry(name: str, path: pathlib.Path, size: int) -> None:
+  """Measures one entry in this process, and writes each row as it comes."""
+  started = time.perf_counter()
+  command = f"python scripts/gpu.py --entry={name}" + (f" --size={size}" if size != SIZE else "")
+  _put(path, name, status="running", command=command, size=size, rows={})
+  import jax
+
+  device = jax.devices()[0]
+  machine = {"device": device.device_kind, "cores": os.cpu_count()}
+  rows: dict[str, Row] = {}
+  for label, row in ENTRIES[name].rows(size):
+    rows[label] = row
+    seconds = time.perf_counter() - started
+    _put(path, name, rows=rows, seconds=seconds, versions=_versions(), machine=machine)
+    short = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
+    short.pop("arrays", None)
+    print(f"{name} [{seconds:.0f} s] {label}: {short}", flush=True)
+  _put(path, name, status="done", seconds=time.perf_counter() - started)
+
+
+def queue(
+  path: pathlib.Path,
+  seconds: float,
+  size: int = SIZE,
+  names: Sequence[str] = (),
+  again: bool = False,
+  command: Sequence[str] = (),
+) -> dict[str, str]:
+  """Runs entries in order until the time is over.
+
+  Args:
+    path: the card's file of results.
+    seconds: there are.
+    size: weights of a step.
+    names: of entries, or all.
+    again: whether those that are done run again.
+    command: that runs an entry whose name is appended to it as `--entry=`.
+
+  Returns:
+    By name, what became of the entries: "done", "failed", "out of time", or "skipped".
+  """
+  end, fates = time.monotonic() + seconds, {}
+  for name in names or ENTRIES:
+    if not again and _load(path).get(name, {}).get("status") == "done":
+      fates[name] = "skipped"
+      continue
+    left = end - time.monotonic()
+    if left < min(10.0, seconds / 2):
+      break
+    limit = min(ENTRIES[name].seconds, left)
+    process = subprocess.Popen(
+      [*command, f"--entry={name}"], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    try:
+      _, errors = process.communicate(timeout=limit)
+      fate = "done" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+      os.killpg(process.pid, signal.SIGKILL)
+      _, errors = process.communicate()
+      fate = "out of time"
+    fates[name] = fate
+    if fate != "done":
+      _put(path, name, status=fate, error=errors[-2000:])
+      print(f"{name}: {fate}\n{errors[-1500:]}", flush=True)
+  return fates
