@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -26,7 +27,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["qvalue", "scale", "tensor_scale", "sink"],
+  data_fields=["qvalue", "scale", "tensor_scale", "sink", "guard"],
   meta_fields=["format", "odd", "role"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ class QuantizedArray:
     sink: where the gradient of a layer that multiplies the codes directly is collected, see
       `value_and_grad`; None outside of it.
     odd: whether the last packed byte holds one code only (static).
-    role: a parameter, or the update that takes its place (static). The two are trees of different
-      structure: what adds updates to parameters leaf by leaf, as `optax.apply_updates` does, is
-      refused by JAX, in an error that says this, instead of adding codes to codes.
+    guard: of an update that takes a parameter's place, see `as_update`; None of a parameter.
+    role: a parameter, or an update (static). The two are trees of different structure, so that
+      JAX refuses to add one to the other leaf by leaf, as `optax.apply_updates` would.
   """
 
   qvalue: jax.Array
@@ -57,6 +58,7 @@ class QuantizedArray:
   sink: jax.Array | None = None
   odd: bool = False
   role: str = "parameter"
+  guard: jax.Array | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -127,15 +129,59 @@ class QuantizedArray:
     return groups_of(self.format, y.shape).times(y, self.float_scale())
 
 
-def as_update(leaf: Any) -> Any:
-  """A packed leaf as the update that replaces another; other leaves as they are."""
+# A guard that was not set to zero.
+_ALIVE = np.uint32(0x45434F55)
+
+
+@functools.cache
+def _guard_type(path: str) -> Any:
+  """A type of PRNG keys that says, wherever JAX refuses arithmetic on it, what it stands for."""
+  return jax.extend.random.define_prng_impl(
+    key_shape=(1,),
+    seed=lambda seed: seed.astype(jnp.uint32).reshape(1),
+    split=lambda key, shape: jnp.broadcast_to(key, (*shape, 1)),
+    random_bits=lambda key, width, shape: jnp.zeros(shape, f"uint{width}"),
+    fold_in=lambda key, data: key,
+    name=f"eco_optax update of {path}",
+    tag=(
+      f"the new value of {trees.leaf_name(path)}, which is packed: no transformation can change it."
+      " Put those that change updates before the quantizer, as in eco_optax.chain(optax.adamw(…),"
+      " optax.masked(…), eco_optax.quantize_params()) or as the optimizer of"
+      " eco_optax.error_feedback_to_momentum, and apply it by eco_optax.apply_updates"
+    ),
+  )
+
+
+def as_update(path: str, leaf: Any) -> Any:
+  """A packed leaf as the update that replaces another; other leaves as they are.
+
+  Arithmetic on codes and scales would be wrong, and nothing in them can tell. An update has a guard
+  beside them, an array of a type that has no arithmetic: JAX raises a `TypeError` that names the
+  leaf and the remedy. It may be selected and set to zero, as wrappers do to skip a step; zero is
+  the update that changes nothing, see `replaced`.
+  """
+  if not is_quantized(leaf):
+    return leaf
+  guard = jax.random.wrap_key_data(jnp.full((1,), _ALIVE), impl=_guard_type(path))
   role = "update: call eco_optax.apply_updates, not optax.apply_updates"
-  return dataclasses.replace(leaf, role=role) if is_quantized(leaf) else leaf
+  return dataclasses.replace(leaf, guard=guard, role=role)
 
 
 def as_parameter(leaf: Any) -> Any:
   """A packed update as a parameter; other leaves as they are."""
-  return dataclasses.replace(leaf, role="parameter") if is_quantized(leaf) else leaf
+  return dataclasses.replace(leaf, guard=None, role="parameter") if is_quantized(leaf) else leaf
+
+
+def replaced(old: QuantizedArray, update: QuantizedArray) -> QuantizedArray:
+  """The parameter after an update: the update's value, or the old one if that was set to zero."""
+  new = as_parameter(update)
+  if update.guard is None:
+    return new
+  # A constant in a program that makes the update itself, so that no select is left of it.
+  alive = jax.random.key_data(update.guard)[..., 0] == _ALIVE
+  old = dataclasses.replace(old, sink=new.sink)
+  select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
+  return jax.tree.map(select, new, old)
 
 
 def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from eco_optax import trees
-from eco_optax.quantized_array import as_parameter, dequantize, is_quantized
+from eco_optax.quantized_array import dequantize, is_quantized, replaced
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -38,7 +38,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
   def apply(path: str, leaf: Any, update: Any) -> Any:
     if is_quantized(leaf) and is_quantized(update):
-      return as_parameter(update)
+      return replaced(leaf, update)
     if is_quantized(leaf):
       raise ValueError(
         f"{trees.leaf_name(path)} is packed, but its update is not: end the optimizer with"

@@ -78,7 +78,7 @@ def _together(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]
 
 def random_bits(size: int, repeats: int) -> dict[str, dict[str, float]]:
   """32 random bits for each of `size` elements: the counter hash beside JAX's generators."""
-  shape = (size // 4096, 4096)
+  shape = (size // 4096, 4096)  # The width of a large model's kernels.
   counter = jax.jit(
     lambda step: rounding.counter_bits(rounding.stream_key(0, step, "kernel"), shape)
   )

@@ -63,6 +63,10 @@ with jobs.plain_errors():
   loop.train(changed, sys.argv[2])
 """
 
+# An undisturbed run takes less than a minute, also where tests share two cores. A process that
+# needs minutes is taken for hung; a machine ten times slower needs more.
+_RUN_SECONDS, _WAIT_SECONDS, _STOP_SECONDS = 600, 300, 120
+
 # Runs import this package from here, since it is not installed.
 _ROOT = str(pathlib.Path(__file__).parents[1])
 
@@ -175,7 +179,7 @@ class Bench:
   def run(self, name: str, **kwargs: Any) -> tuple[int, str]:
     """Exit code and output of a run that is left to itself."""
     process = self.start(name, **kwargs)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=_RUN_SECONDS)
     return process.returncode, output
 
   def finish(self, name: str, **kwargs: Any) -> str:
@@ -241,13 +245,15 @@ def poison(step: str) -> None:
   pipeline.batches = batches
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen, limit: float = 300) -> bool:
+def until(
+  condition: Callable[[], bool], process: subprocess.Popen, limit: float = _WAIT_SECONDS
+) -> bool:
   """Waits for a condition; False if the process ended before."""
   stop = time.monotonic() + limit
   while not condition():
     if process.poll() is not None or time.monotonic() > stop:
       return False
-    time.sleep(0.002)
+    time.sleep(0.002)  # A save takes tens of milliseconds, and kills have to hit it.
   return True
 
 
@@ -294,7 +300,7 @@ def kill(bench: Bench, name: str, times: int, **kwargs: Any) -> tuple[int, int]:
     if i % 2:
       reached = reached and until(lambda: _is_saving(bench, name), process)
     else:
-      time.sleep(draw.random() * 0.2)
+      time.sleep(draw.random() * 0.2)  # Anywhere between two log lines.
     saving = _is_saving(bench, name)
     process.kill()
     output, _ = process.communicate()
@@ -315,7 +321,7 @@ def _sigterm(bench: Bench) -> str:
   process = bench.start("sigterm")
   _until_step(bench, "sigterm", 45, process)
   process.terminate()
-  output, _ = process.communicate(timeout=120)
+  output, _ = process.communicate(timeout=_STOP_SECONDS)
   assert process.returncode == 0, output
   line = next(line for line in output.splitlines() if "asked to stop" in line)
   bench.finish("sigterm")
@@ -328,7 +334,7 @@ def _stopped(bench: Bench) -> None:
     process = bench.start("stopped")
     _until_step(bench, "stopped", 100, process)
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=_STOP_SECONDS)
 
 
 def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
@@ -442,6 +448,7 @@ def _full_disk(bench: Bench) -> str:
 
   def limit() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # Metrics and records are smaller, the embedding in a checkpoint is larger.
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
   said = _refused(bench, "full", "could not", prepare=limit)
@@ -476,7 +483,7 @@ def _second_job(bench: Bench) -> str:
   process = bench.start("twice")
   _until_step(bench, "twice", 5, process)
   said = _refused(bench, "twice", "is in use by process")
-  process.communicate(timeout=300)
+  process.communicate(timeout=_WAIT_SECONDS)
   return f"the second {said}; the first {bench.check_same_end('twice')}"
 
 
@@ -488,7 +495,7 @@ def _other_devices(bench: Bench) -> str:
     if step:
       _until_step(bench, "devices", step, process)
       process.terminate()
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=_WAIT_SECONDS)
     assert process.returncode == 0, output
   return f"1, then 4, then 2 devices: {bench.check_same_end('devices', 'groups')}"
 

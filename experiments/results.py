@@ -122,6 +122,7 @@ def _momentum(results: pathlib.Path) -> str:
 
 def _similar(results: pathlib.Path) -> str:
   runs = _load(results / "theory" / "similarity.json")["runs"]
+  # The first steps start from weights on the grid, whose errors are far smaller.
   settled = lambda run, key: [x for x in runs[run][key][20:] if x is not None]
   ratios, cosines = (settled("master weights + RTN", key) for key in ("norm_ratio", "cosine"))
   other = settled("ECO + SR", "cosine")

@@ -82,6 +82,7 @@ class Trained:
       params: Any, tokens_1xL: jax.Array, last: jax.Array, temperature: jax.Array, key: jax.Array
     ) -> jax.Array:
       logits_V = transformer.next_logits(self.model, params, tokens_1xL, last)[0]
+      # 1e-6 only keeps the branch that is not taken at temperature 0 from dividing by it.
       sampled = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
       return jnp.where(temperature > 0, sampled, jnp.argmax(logits_V))
 
@@ -211,6 +212,7 @@ def evaluate(trained: Trained, data: shards.Dataset, split: str = "validation") 
   is_whole = size and stream.read_mask(0, 1) is None
   loss = nats / max(targets, 1)
   per_byte = nats / size if is_whole else None
+  # e^709 is the largest power that a float holds; a loss above 700 is shown as e^700.
   return Result(loss, math.exp(min(loss, 700.0)), per_byte, targets)
 
 

@@ -78,6 +78,7 @@ def tensorboard(folder: pathlib.Path, log: pathlib.Path) -> Iterator[Callable[..
     ) from error
   rows = read_metrics(log) if log.exists() else []
   suffix = f".from-{rows[-1]['step'] if rows else 0}"
+  # Every 10 s: a viewer lags by that much, and a killed run loses no events, which are made again.
   with tensorboardX.SummaryWriter(
     str(folder), purge_step=0, flush_secs=10, filename_suffix=suffix
   ) as writer:

@@ -191,6 +191,8 @@ def plot_losses(runs: dict[str, pathlib.Path], out: pathlib.Path) -> None:
     axes.plot(*held_out, color=color, marker="o", ms=3, label=f"{label}, validation")
   axes.set(xlabel="step", ylabel="loss (nats per token)")
   low, high = axes.get_ylim()
+  # A run starts at uniform guessing, 5.5 nats and more, beside which the rest would look flat. 2.5
+  # nats above the lowest loss keep the end of the fall.
   axes.set_ylim(low, min(high, low + 2.5))
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)

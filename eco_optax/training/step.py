@@ -175,7 +175,8 @@ def make_train_step(
   def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     if batch.weights is not None:
       # Of mean 1 over the whole batch, so that the mean of its parts' means is the weighted mean.
-      mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)  # A batch may have no target at all.
+      # A batch may have no target at all; one among 2³⁰ tokens makes a mean of 1e-9.
+      mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)
       batch = batch._replace(weights=batch.weights / mean)
     metrics, grads = accumulated(state.params, batch)
     # A sum over the devices' parts would depend on how many there are.

@@ -147,8 +147,9 @@ def rates_ahead(learning_rate: optax.ScalarOrSchedule | None, count: jax.Array) 
     return jnp.ones(HORIZON + 1, jnp.float32)
   rate = lambda k: jnp.asarray(learning_rate(count + k), jnp.float32)
   rates = jax.vmap(rate)(jnp.arange(HORIZON + 1, dtype=count.dtype))
-  # Behind the end of a run a schedule may say anything; nothing is paid back there.
-  return jnp.where(rates > 0, rates, 0)
+  # Behind the end of a run a schedule may say anything; nothing is paid back there. Rates are
+  # negative where the schedule has the sign of the update in it.
+  return jnp.where(rates * rates[0] > 0, rates, 0)
 
 
 def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = None) -> jax.Array:

@@ -178,17 +178,26 @@ class Momentum:
     }
 
 
+# States whose `count` is the step that a learning-rate schedule is asked for; the first kind that
+# an optimizer has. Others count something else, as `ReduceLROnPlateauState` does.
+_SCHEDULE_STATES = (
+  ("ScaleByScheduleState",),
+  ("WrappedScheduleState", "InjectStatefulHyperparamsState", "InjectHyperparamsState"),
+  _BIAS_CORRECTED,
+)
+
+
 def inner_count(state: Any) -> jax.Array | None:
-  """The step count of an optimizer's learning-rate schedule, or any count of it, if it has one.
+  """The step count of an optimizer's learning-rate schedule; None if no state is known to keep it.
 
   Wrappers such as `optax.MultiSteps` and `optax.apply_if_finite` advance it only with real steps.
   """
-  found = []
-  for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-    key = path[-1] if path else None
-    if getattr(key, "name", None) == "count" and getattr(leaf, "shape", None) == ():
-      found.append(leaf)
-  return found[-1] if found else None
+  for names in _SCHEDULE_STATES:
+    is_one = lambda node, names=names: type(node).__name__ in names
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+    if found:
+      return found[-1].count
+  return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +267,13 @@ def differentiate(
   )
 
 
-_PROBE_STEPS = 1024
+# Steps of the miniature: one after another, and then a few at each power of two, for a learning
+# rate of zero before a warm-up says nothing. Where still no leaf has moved, as with gradients that
+# are accumulated over hundreds of steps, one after another again.
+_PROBE_STEPS = 64
+_STEPS_AT_A_POWER = 4
+_ACCUMULATED_STEPS = 1024
+_LAST_POWER = 24  # Ahead of 2^24 = 16.8 million steps a schedule has begun.
 _REMEDY = (
   "Use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
   " momentum), eco_optax.master_weights, which touches no momentum, or leave the leaf float"
@@ -340,8 +355,8 @@ def _probe(
       ) from failure
   if reports is None:
     return ()
-  usual, at_ten, at_large = reports
-  for path in paths:
+  # A leaf that never moves, as a frozen one, has no errors to be paid back.
+  for path, (usual, at_ten, at_large) in reports.items():
     message = _refusal(path, usual) or _refusal(path, at_large)
     j, other = (np.asarray(report.by_momentum[path]) for report in (usual, at_ten))
     # Where an update is clipped element by element it is 0.
@@ -355,7 +370,7 @@ def _probe(
   # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
   return tuple(
     path
-    for path in paths
+    for path, (usual, _, _) in reports.items()
     if any(
       np.allclose(np.abs(usual.by_momentum[path]), np.abs(usual.decay[path]) ** k, rtol=1e-5)
       for k in (1, 2)
@@ -377,8 +392,8 @@ class _Report(NamedTuple):
 
 def _try_out(
   inner: optax.GradientTransformationExtraArgs, where: Momentum, draw: Any, extra_args: Any
-) -> list[_Report] | None:
-  """Reports at usual, tenfold and huge momenta; None if the optimizer never makes a step."""
+) -> dict[str, tuple[_Report, _Report, _Report]]:
+  """By path, reports at usual, tenfold and huge momenta; no path that the optimizer never moves."""
   weights = draw(1.0)
   state = inner.init(weights)
   one = {
@@ -404,25 +419,48 @@ def _try_out(
     )
     return diagonal.state, report
 
-  moved = 0
-  for _ in range(_PROBE_STEPS):
-    before, grads = state, draw(0.1)
-    state, report = step(grads, before)
-    # A learning rate of zero or gradient accumulation says nothing yet, and some optimizers treat
-    # their first step specially.
-    moved += all(np.any(np.asarray(u) != 0) for u in report.updates.values())
-    if moved == 3:
+  # Some optimizers treat their first step specially: a leaf is judged by its third that moves it.
+  moves = dict.fromkeys(where.paths, 0)
+  done: dict[str, tuple[_Report, _Report, _Report]] = {}
+
+  def judge(before: Any, grads: Any, report: _Report) -> None:
+    moved = jax.device_get({path: jnp.any(u != 0) for path, u in report.updates.items()})
+    for path, has_moved in moved.items():
+      moves[path] += bool(has_moved)
+    if ready := [path for path in where.paths if moves[path] >= 3 and path not in done]:
+      momentum = where.get(before)
+      _, at_ten = step(grads, where.put(before, jax.tree.map(lambda m: 10 * m, momentum)))
+      # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
+      noise = flat(draw(1e4))
+      large = {path: noise[path].astype(m.dtype) for path, m in momentum.items()}
+      _, at_large = step(grads, where.put(before, large))
+      reports = jax.device_get((report, at_ten, at_large))
+      for path in ready:
+        done[path] = tuple(r._replace(is_large=k > 0) for k, r in enumerate(reports))  # type: ignore[assignment]
+
+  counts = [*[0] * _PROBE_STEPS]
+  for power in range(7, _LAST_POWER + 1):
+    counts += [2**power, *[0] * (_STEPS_AT_A_POWER - 1)]
+  for i, count in enumerate([*counts, *[0] * _ACCUMULATED_STEPS]):
+    if i >= len(counts) and done:
       break
-  else:
-    return None
-  momentum = where.get(before)
-  _, at_ten = step(grads, where.put(before, jax.tree.map(lambda m: 10 * m, momentum)))
-  # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
-  noise = flat(draw(1e4))
-  large = {path: noise[path].astype(m.dtype) for path, m in momentum.items()}
-  _, at_large = step(grads, where.put(before, large))
-  report, at_ten, at_large = jax.device_get((report, at_ten, at_large))
-  return [report, at_ten._replace(is_large=True), at_large._replace(is_large=True)]
+    before, grads = _at_count(state, count) if count else state, draw(0.1)
+    state, report = step(grads, before)
+    judge(before, grads, report)
+    if len(done) == len(where.paths):
+      break
+  return done
+
+
+def _at_count(state: Any, count: int) -> Any:
+  """A state whose step counters, arrays called `count`, stand at a step."""
+
+  def change(path: tuple, x: Any) -> Any:
+    name = getattr(path[-1], "name", None) if path else None
+    is_counter = name == "count" and jnp.shape(x) == () and jnp.issubdtype(x.dtype, jnp.integer)
+    return jnp.asarray(count, x.dtype) if is_counter else x
+
+  return jax.tree_util.tree_map_with_path(change, state)
 
 
 def _refusal(path: str, report: _Report) -> str | None:

@@ -75,7 +75,7 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
       if gradient_scale is not None:
         context = context._replace(gradient_scale=gradient_scale)
       updates, state = update(updates, state, params, context=context, **extra_args)
-      return jax.tree.map(as_update, updates, is_leaf=is_quantized), state
+      return trees.map_with_path(as_update, updates, is_leaf=is_quantized), state
 
     tx = super().__new__(cls, init, update_with_context)
     tx.takes_whole = takes_whole

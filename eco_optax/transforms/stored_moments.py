@@ -36,7 +36,7 @@ _LONGEST_BLOCK, _SHORTEST_BLOCK = 128, 16
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["qvalue", "scale", "tensor_scale", "sink"],
+  data_fields=["qvalue", "scale", "tensor_scale", "sink", "guard"],
   meta_fields=["format", "odd", "role"],
 )
 @dataclasses.dataclass(frozen=True)

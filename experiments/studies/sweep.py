@@ -186,7 +186,7 @@ def sweep(
         run, own = todo.pop(0), free.pop()
         show(f"{run.name}; {len(todo)} are left")
         busy.append((run, _start(config, run, workdir / run.folder, own), own))
-      time.sleep(0.5)
+      time.sleep(0.5)  # Runs take a minute or more.
       if time.monotonic() >= end and not is_over:
         is_over = True  # They are asked once: a second time would end them while they save.
         for _, process, _ in busy:
