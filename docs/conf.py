@@ -124,9 +124,19 @@ def _visit_block(translator, node) -> None:
   raise nodes.SkipNode
 
 
+def _keep_short_cells_whole(app, doctree) -> None:
+  """Marks short cells of tables: a number and its error stay on one line, and the table scrolls."""
+  from docutils import nodes
+
+  for cell in doctree.findall(nodes.entry):
+    if len(cell.astext()) <= 24:
+      cell["classes"].append("short")
+
+
 def setup(app) -> None:
   """Registers the checks, the formulas, the reading of fields and the search for names."""
   app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
+  app.connect("doctree-read", _keep_short_cells_whole)
   app.connect("missing-reference", _find_alias)
   app.connect("env-check-consistency", _check_names)
   app.connect("autodoc-process-docstring", _list_fields)

@@ -49,7 +49,7 @@ def stability_limit(beta: Any, curvature: Any) -> Any:
 
   Args:
     beta: decay of the momentum.
-    curvature: L.
+    curvature: the L of the quadratic.
 
   Returns:
     The limit, the same for all methods: what they do with noise does not change how it fades.
@@ -71,7 +71,7 @@ def contraction(learning_rate: float, beta: float, curvature: float) -> float:
   Args:
     learning_rate: η.
     beta: decay of the momentum.
-    curvature: L.
+    curvature: the L of the quadratic.
 
   Returns:
     The factor; below 1 where the learning rate is below `stability_limit`.
@@ -106,7 +106,7 @@ def stationary_second_moment(
     method: a name of `METHODS`.
     learning_rate: η, a number or an array.
     beta: decay of the momentum.
-    curvature: L.
+    curvature: the L of the quadratic.
     variance: σ².
 
   Returns:
@@ -360,7 +360,7 @@ def simulate_stationary(
     method: a name of `METHODS`.
     learning_rate: η.
     beta: decay of the momentum.
-    curvature: L.
+    curvature: the L of the quadratic.
     variance: σ² of `add_noise`.
     chains: how many, a multiple of 100.
     seed: of the noise.

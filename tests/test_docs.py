@@ -129,7 +129,7 @@ def test_the_map_of_the_code_names_files_that_exist():
   text = (ROOT / "CONTRIBUTING.md").read_text()
   named = set(re.findall(r"[a-z_0-9]+\.(?:py|sh)\b", re.search(r"```\n(.*?)```", text, re.S)[1]))
   assert len(named) > 50
-  rooms = [ROOT / room for room in ("eco_optax", "scripts", "tests")]
+  rooms = [ROOT / room for room in ("eco_optax", "experiments", "scripts", "tests")]
   assert named - {path.name for room in rooms for path in room.rglob("*.*")} == set()
 
 

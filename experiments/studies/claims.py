@@ -297,9 +297,9 @@ def _plot_bytes(plt: Any, rows: Rows, path: pathlib.Path) -> None:
     ax.legend(*_noise_alone(ax), loc="upper left", fontsize=8, frameon=False)
   axes[0][0].set_ylabel(f"validation loss minus {BASELINE}\n(nats per token; lower is better)")
   handles, labels = axes[0][0].get_legend_handles_labels()
-  own = [i for i, name in enumerate(labels) if not name.startswith(figures.NOISE)]
+  methods_only = [i for i, label in enumerate(labels) if not label.startswith(figures.NOISE)]
   figure.legend(
-    [handles[i] for i in own], [labels[i] for i in own],
+    [handles[i] for i in methods_only], [labels[i] for i in methods_only],
     title="filled: stochastic rounding (SR); open: rounding to nearest (RTN)",
     loc="outside lower center", ncol=3, fontsize=9, title_fontsize=9, frameon=False,
   )  # fmt: skip
