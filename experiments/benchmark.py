@@ -440,10 +440,51 @@ _LOSSES = {
 }
 
 
+# Rows of `experiments.gpu`, whose steps are many in one program, by the names that they have here.
+_ON_GPUS = {
+  "float32 optax.adamw": REFERENCE,
+  "bfloat16 optax.adamw": "bfloat16 AdamW",
+  "flashoptim-jax, 24-bit master": "flashoptim-jax AdamW, 24-bit master",
+  "eco.adamw FP8 (in, out)": "eco.adamw, SR",
+  "eco.adamw FP8 (out, in)": "eco.adamw, SR, kernels (out, in)",
+  "eco.adamw INT4": "eco.adamw, SR, INT4",
+  "eco.adamw MXFP8": "eco.adamw, SR, MXFP8",
+  "eco.adamw NVFP4": "eco.adamw, SR, NVFP4",
+  "eco.adamw FP8_BLOCK128": "eco.adamw, SR, FP8_BLOCK128",
+  "eco.adamw FP8 (out, in), bfloat16 moments": "eco.adamw, SR, (out, in), bfloat16 moments",
+  "eco.adamw FP8 (in, out), FP8 moments": "eco.adamw, SR, FP8 moments",
+  "eco.adamw FP8 (out, in), FP8 moments": "eco.adamw, SR, (out, in), FP8 moments",
+}
+
+
+def _on_gpu(path: pathlib.Path) -> dict[str, Any]:
+  """The steps in a file of `experiments.gpu`, as `scripts/benchmark.py` would have written them."""
+  entry = json.loads(path.read_text())["fused_steps"]
+  first = entry["rows"]["float32 optax.adamw"]["milliseconds"]
+  steps = {
+    _ON_GPUS[name]: {
+      "milliseconds": row["milliseconds"],
+      "ratio": row["ratio"],
+      "low": row["least"] / first,
+      "high": row["most"] / first,
+      "bytes_at_rest": row["bytes_at_rest"],
+    }
+    for name, row in entry["rows"].items()
+    if name in _ON_GPUS and "ratio" in row
+  }
+  return {
+    "elements": entry["size"],
+    "gradient_bytes": 2,
+    "optimizer_step": steps,
+    "machine": entry["machine"],
+  }
+
+
 def _figures(results: pathlib.Path) -> dict[str, Any]:
-  """What `scripts/benchmark.py` wrote, by file."""
+  """What `scripts/benchmark.py` and `scripts/gpu.py` wrote, by file."""
   files = sorted(results.glob("benchmark/*.json"))
-  return {path.stem: json.loads(path.read_text()) for path in files}
+  found = {path.stem: json.loads(path.read_text()) for path in files}
+  return found | {path.stem: _on_gpu(path) for path in sorted(results.glob("gpu/*.json"))}
 
 
 def _loss(name: str, rows: dict[str, Any]) -> str:
@@ -514,8 +555,10 @@ _SHORT = (
   "flashoptim-jax AdamW, 24-bit master",
   "master weights, SR",
   "eco.adamw, SR",
+  "eco.adamw, SR, kernels (out, in)",
   "eco.adamw, SR, MXFP8",
   "eco.adamw, SR, FP8 moments",
+  "eco.adamw, SR, (out, in), FP8 moments",
 )
 
 
@@ -583,7 +626,8 @@ def _panel(figures: dict[str, Any]) -> _Panel | None:
   floors = {}
   if device in _BANDWIDTH:
     unit = 1e-3 * rows[REFERENCE]["milliseconds"] * _BANDWIDTH[device] / figures["elements"]
-    floors = {name: _least(name, rows[name], 4) / unit for name in bars}
+    gradient = figures.get("gradient_bytes", 4)
+    floors = {name: _least(name, rows[name], gradient) / unit for name in bars}
   return _Panel(f"time of a step, {device}\n{REFERENCE} = 1", bars, floors)
 
 
@@ -597,7 +641,8 @@ def _chart(panels: Sequence[_Panel], names: Sequence[str], path: pathlib.Path) -
   )  # fmt: skip
   for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
     for i, name in enumerate(names):
-      color = figures_lib.ECO if name in ours else "0.6"
+      is_ours = name in ours or name.startswith("eco.")
+      color = figures_lib.ECO if is_ours else "0.6"
       if name in panel.bars:
         ax.barh(i, panel.bars[name], color=color, height=0.7)
         ax.text(panel.bars[name], i, f" {panel.bars[name]:.3g}", va="center", fontsize=9)
