@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -23,6 +24,9 @@ Where = Callable[[str, Any], bool]
 
 # Below this, arithmetic on CPU and TPU flushes to zero, and a scale of zero would divide by zero.
 _SMALLEST_NORMAL = np.float32(2.0**-126)
+
+# Weights of a leaf from which on its bytes are worth a warning.
+_LARGE = 512
 
 
 @functools.partial(
@@ -526,7 +530,16 @@ def quantize(
     bits = None
     if rounding == "stochastic":
       bits = rounding_lib.counter_bits(rounding_lib.stream_key(seed, 0, path), leaf.shape)
-    return quantize_array(jnp.asarray(leaf), format, rounding, bits)
+    packed = quantize_array(jnp.asarray(leaf), format, rounding, bits)
+    if leaf.size >= _LARGE and packed.nbytes >= 2 * leaf.size:
+      warnings.warn(
+        f"{trees.leaf_name(path)} of shape {leaf.shape} takes {packed.nbytes / leaf.size:.1f} bytes"
+        f" per weight in {format}, no less than bfloat16: its scales are as many as its codes. Name"
+        " the axes that are summed over by contraction_axis=, as in Format('float8_e4m3fn',"
+        " contraction_axis=(-3, -2)), or leave it float with where=",
+        stacklevel=4,
+      )
+    return packed
 
   return trees.map_with_path(pack, tree, is_leaf=is_quantized)
 

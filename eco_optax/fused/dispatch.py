@@ -81,6 +81,8 @@ def _compiled(**params: Any) -> Any:
 
 @_take_step_p.def_impl
 def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
+  if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+    return _flat(step.by_layers)(*flat, **params)
   return _compiled(**params)(*flat)
 
 

@@ -23,6 +23,7 @@ from eco_optax.transforms.packed import (
   PackedTransformation,
   float_gradients,
   require_params,
+  require_state,
   run,
   scale_gradients,
 )
@@ -43,8 +44,13 @@ class Optimizer(NamedTuple):
 
   def find(self, state: Any) -> Any:
     """The link of a state that has the moments."""
-    nodes = jax.tree.leaves(state, is_leaf=self.is_state)
-    return next(node for node in nodes if self.is_state(node))
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=self.is_state) if self.is_state(x)]
+    if not nodes:
+      raise ValueError(
+        f"the state has no {self.state_type.__name__}: it belongs to another optimizer. Restore the"
+        " state that this optimizer saved, or call tx.init(params)"
+      )
+    return nodes[0]
 
   def moments(self, state: Any) -> dict[str, tuple[Any, ...]]:
     """The moments in a state by path of their parameter, the momentum first."""
@@ -89,7 +95,7 @@ def _fusable(weights: dict[str, Any], moments: dict[str, tuple], rounds: bool) -
   return [
     path
     for path, leaf in weights.items()
-    if is_quantized(leaf) and all(fits(x, rounds) for x in moments[path])
+    if is_quantized(leaf) and path in moments and all(fits(x, rounds) for x in moments[path])
   ]
 
 
@@ -158,6 +164,7 @@ def fuse(
     updates: Any, state: ErrorFeedbackState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, ErrorFeedbackState]:
     require_params(params)
+    require_state(state, ErrorFeedbackState, "this optimizer")
     factor = _factor(float_gradients(updates, params), context.gradient_scale, max_norm)
     count, node = momentum_lib.inner_count(state.inner), optimizer.find(state.inner)
     weights, gradients = _flat_leaves(params), momentum_lib.flat(updates)

@@ -47,6 +47,8 @@ from eco_optax.transforms.packed import (
   float_gradients,
   is_packed_transformation,
   require_params,
+  require_state,
+  require_stock,
   run,
   stored_weight,
 )
@@ -107,6 +109,23 @@ def moved_paths(
 
   jax.eval_shape(trace, state, params)
   return tuple(moved)
+
+
+def require_momenta(where: Momentum, state: Any) -> None:
+  """Raises `ValueError` for a quantized leaf that a state has no momentum for."""
+  found = where.get(state)
+  for path in where.paths:
+    if path not in found:
+      raise ValueError(
+        f"{trees.leaf_name(path)} has no momentum of its shape {where.shapes[path]} in the state:"
+        " the state is of another optimizer or of other parameters. Call tx.init(params), or"
+        " restore the state that belongs to them"
+      )
+    if is_quantized(found[path]):
+      raise ValueError(
+        f"the momentum of {trees.leaf_name(path)} is stored in few bits: put"
+        " eco_optax.low_bit_moments around eco_optax.error_feedback_to_momentum, not inside"
+      )
 
 
 def refuse_packed(path: str, leaf: Any) -> None:
@@ -211,6 +230,12 @@ def build(
   observe: Callable[[Observation], Any] | None = None,
 ) -> PackedTransformation:
   """`error_feedback_to_momentum` whose update may also hand out what it did (`diagnostics`)."""
+  require_stock(
+    inner,
+    "eco_optax.error_feedback_to_momentum",
+    "use eco_optax.adamw and eco_optax.sgd by themselves, and put eco_optax.low_bit_moments and"
+    " eco_optax.layer_by_layer around the rule",
+  )
   inner = optax.with_extra_args_support(inner)
   packed_quantizer = is_packed_transformation(quantizer)
   aware = learning_rate is not None
@@ -247,12 +272,19 @@ def build(
     updates: Any, state: ErrorFeedbackState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, Any]:
     require_params(params)
+    require_state(state, ErrorFeedbackState, "eco_optax.error_feedback_to_momentum")
+    if (state.error is not None) != keep_error:
+      raise ValueError(
+        f"keep_error is {keep_error}, but the state was made with {not keep_error}: call"
+        " tx.init(params), or keep it as long as the state"
+      )
     updates, context = context.scale(updates)
     updates = float_gradients(updates, params)
     paths, early = plan(state.quantizer, params)
     dense = dequantize(params)
     weights = momentum_lib.flat(dense)
     where = Momentum({path: leaf.shape for path, leaf in weights.items()}, paths)
+    require_momenta(where, state.inner)
     step = momentum_lib.differentiate(
       inner, where, updates, state.inner, dense, extra_args, by_weight=aware and keep_error
     )

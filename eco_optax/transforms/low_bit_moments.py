@@ -13,7 +13,13 @@ from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.momentum import shapes_of
-from eco_optax.transforms.packed import Context, PackedTransformation, require_params, run
+from eco_optax.transforms.packed import (
+  Context,
+  PackedTransformation,
+  require_params,
+  require_state,
+  run,
+)
 from eco_optax.transforms.stored_moments import (
   DTYPES,
   Kind,
@@ -32,6 +38,11 @@ class LowBitMomentsState(NamedTuple):
 
   step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
   inner: optax.OptState  # With QuantizedArray, SecondMoment or bfloat16 leaves as moments.
+
+
+def _is_stored(x: Any) -> bool:
+  """Whether a moment is stored in few bits: an array of floats with an axis and an element."""
+  return bool(x.ndim) and x.size > 0 and trees.is_float(x)
 
 
 class MomentStorage(NamedTuple):
@@ -58,7 +69,7 @@ class MomentStorage(NamedTuple):
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       dtype = self._dtype(kind)
-      if dtype == "float32" or not x.ndim or not trees.is_float(x):
+      if dtype == "float32" or not _is_stored(x):
         return x
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
       # The longest end of the moment's path that is one of a parameter.
@@ -74,9 +85,16 @@ class MomentStorage(NamedTuple):
     """The state with stored moments as float32; shapes are the parameters'."""
 
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
-      del path
-      is_low = is_quantized(x) or (self._dtype(kind) == "bfloat16" and trees.is_float(x))
-      return read(x) if is_low else x
+      wanted = self._dtype(kind)
+      found = x.format.dtype.name if is_quantized(x) else x.dtype.name
+      if not is_quantized(x) and (wanted == "float32" or not _is_stored(x)):
+        return x
+      if found != wanted:
+        raise ValueError(
+          f"the moment {path!r} in the state is {found}, but eco_optax.low_bit_moments stores it in"
+          f" {wanted}: keep mu= and nu= as long as the state, or call tx.init(params)"
+        )
+      return read(x)
 
     return momentum_lib.map_moments(read_leaf, state, shapes)
 
@@ -150,6 +168,7 @@ def low_bit_moments(
     updates: Any, state: LowBitMomentsState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, LowBitMomentsState]:
     require_params(params)
+    require_state(state, LowBitMomentsState, "eco_optax.low_bit_moments")
     moments = MomentStorage(mu, nu, state.step)
     if getattr(inner, "takes_stored_moments", False):
       context = context._replace(moments=moments)

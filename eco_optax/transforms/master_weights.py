@@ -20,6 +20,8 @@ from eco_optax.transforms.packed import (
   float_gradients,
   is_packed_transformation,
   require_params,
+  require_state,
+  require_stock,
   run,
   stored_weight,
 )
@@ -134,11 +136,23 @@ def master_weights(
   References:
     Micikevicius et al, `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2017.
   """
+  require_stock(
+    inner, "eco_optax.master_weights", "give it the optimizer, and round by its quantizer"
+  )
   if residual not in KINDS:
     raise ValueError(f"residual must be one of {', '.join(KINDS)}, got {residual!r}")
   inner = optax.with_extra_args_support(inner)
+  stored_in = jnp.dtype("uint8" if residual == "int12" else residual)
   packed_quantizer = is_packed_transformation(quantizer)
   largest_error = getattr(quantizer, "largest_error", 1.0)
+
+  def check_residual(path: str, r: Any) -> None:
+    if r.dtype != stored_in:
+      raise ValueError(
+        f"the residual of {trees.leaf_name(path)} in the state is {r.dtype}, but residual="
+        f"{residual!r} is stored in {stored_in}: keep residual= as long as the state, or call"
+        " tx.init(params)"
+      )
 
   def init(params: Any) -> MasterWeightsState:
     if not packed_quantizer:
@@ -166,6 +180,8 @@ def master_weights(
     updates: Any, state: MasterWeightsState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, MasterWeightsState]:
     require_params(params)
+    require_state(state, MasterWeightsState, "eco_optax.master_weights")
+    trees.map_with_path(check_residual, state.residual)
     updates, context = context.scale(updates)
     updates = float_gradients(updates, params)
     is_leaf = lambda x: is_quantized(x) or isinstance(x, optax.MaskedNode)

@@ -347,6 +347,14 @@ def _probe(
     except (TypeError, ValueError) as error:
       failure = error
   else:
+    if isinstance(failure, jax.errors.UnexpectedTracerError):
+      raise ValueError(
+        f"{trees.leaf_name(paths[0])}: the optimizer has a traced value in it, such as a learning"
+        " rate that is an argument of jax.jit, so that it cannot be tried on a miniature of the"
+        " parameters. Make the optimizer outside of jit with a schedule, or put the value in its"
+        " state: eco_optax.error_feedback_to_momentum(optax.inject_hyperparams(optax.adamw)("
+        "learning_rate=…), eco_optax.quantize_params())"
+      ) from failure
     # An argument of the user's own cannot be made up: then the rule is taken on trust.
     if not (isinstance(failure, TypeError) and "missing" in str(failure)):
       raise ValueError(

@@ -108,6 +108,25 @@ def require_params(params: Any) -> None:
     raise ValueError("params are missing: call tx.update(grads, state, params)")
 
 
+def require_state(state: Any, kind: type, name: str) -> None:
+  """Raises `ValueError` for a state that is not of the kind that the transformation `name` keeps."""
+  if not isinstance(state, kind):
+    raise ValueError(
+      f"the state is a {type(state).__name__}, but {name} keeps a {kind.__name__}: it belongs to"
+      " another optimizer, or is nested in another order. Restore the state that this optimizer"
+      " saved, or call tx.init(params)"
+    )
+
+
+def require_stock(inner: optax.GradientTransformation, name: str, remedy: str) -> None:
+  """Raises `ValueError` where a transformation of this package stands for a stock optimizer."""
+  if is_packed_transformation(inner):
+    raise ValueError(
+      f"{name} takes a stock optimizer, such as optax.adamw(…), and got a transformation of"
+      f" eco_optax, which moves packed parameters itself: {remedy}"
+    )
+
+
 def float_gradients(updates: Any, params: Any) -> Any:
   """The updates with those of packed leaves in float32, as the dense view that they belong to."""
   if params is None:

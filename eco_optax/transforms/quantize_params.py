@@ -26,6 +26,7 @@ from eco_optax.transforms.packed import (
   float_gradients,
   is_packed_transformation,
   require_params,
+  require_state,
   run,
 )
 
@@ -113,6 +114,12 @@ def quantize_params(
             f"{trees.leaf_name(path)} holds {leaf.dtype}, only floats can be rounded to {format}:"
             " leave it out with where="
           )
+        if leaf.dtype != jnp.float32 and not (leaf.dtype == jnp.bfloat16 and format.power_of_two):
+          raise ValueError(
+            f"{trees.leaf_name(path)} is {leaf.dtype}, in which values of {format} are not exact, so"
+            " that weights would leave its grid: keep the parameters in float32, pack them with"
+            " eco.quantize, or for bfloat16 use a format with power_of_two=True"
+          )
         format.check(leaf.shape, path)
       elif where is not None and format is None and where(path, leaf):
         raise ValueError(
@@ -133,6 +140,7 @@ def quantize_params(
   ) -> Any:
     del extra_args
     require_params(params)
+    require_state(state, QuantizeParamsState, "eco_optax.quantize_params")
 
     def put_on_grid(path: str, leaf: Any, update: Any) -> Any:
       leaf_format = chosen(path, leaf)
@@ -172,6 +180,12 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     dtype('float32')
   """
   packed = [is_packed_transformation(link) for link in links]
+  for i, own in enumerate(packed[:-1]):
+    if own:
+      raise ValueError(
+        f"link {i} of {len(links)} of eco_optax.chain moves packed parameters, so that no link can"
+        " follow it: put it last, and a clip or a mask before it"
+      )
 
   def init(params: Any) -> tuple:
     dense = dequantize(params)
@@ -182,6 +196,7 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
   def update(
     updates: Any, state: tuple, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, tuple]:
+    require_state(state, tuple, "eco_optax.chain")
     if len(state) != len(links):
       raise ValueError(
         f"the state is of {len(state)} links, the chain has {len(links)}: init again"
