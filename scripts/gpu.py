@@ -16,6 +16,11 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments import gpu
 
+try:
+  from eco_optax.training.jobs import run
+except ImportError:  # Most entries need JAX and Optax alone.
+  run = app.run
+
 _ROOT = pathlib.Path(__file__).parents[1]
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "That the queue may take.")
 _ENTRIES = flags.DEFINE_list("entries", [], "Of the queue, in this order; all by default.")
@@ -38,4 +43,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

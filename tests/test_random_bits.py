@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax import rounding
+from eco_optax.quantized_array import as_parameter
 
 SHAPE = (8, 16, 24)
 
@@ -55,7 +56,7 @@ def test_a_stochastic_step_is_the_same_on_any_mesh(format):
   updates = {"w": jnp.asarray(0.05 * generator.standard_normal(SHAPE), jnp.float32)}
 
   def step(params, updates, state):
-    return tx.update(updates, state, params)[0]["w"]
+    return as_parameter(tx.update(updates, state, params)[0]["w"])
 
   wanted = jax.tree.leaves(jax.jit(step)(params, updates, tx.init(params)))
   assert np.any(np.asarray(wanted[0]) != np.asarray(params["w"].qvalue))
