@@ -212,3 +212,123 @@ def test_a_frozen_leaf_does_not_hide_an_optimizer_that_cannot_carry_errors():
       tx.init(PARAMS)
     assert name
   eco.error_feedback_to_momentum(optax.chain(optax.adamw(1e-3), frozen), nearest()).init(PARAMS)
+
+
+REFUSED = {
+  "the rule over eco.adamw": (
+    lambda: eco.error_feedback_to_momentum(eco.adamw(1e-3), nearest()),
+    "use eco_optax.adamw and eco_optax.sgd by themselves",
+  ),
+  "master weights over eco.adamw": (
+    lambda: eco.master_weights(eco.adamw(1e-3), nearest()),
+    "takes a stock optimizer",
+  ),
+  "a link behind a packed one": (
+    lambda: eco.chain(eco.adamw(1e-3), nearest()),
+    "link 0 of 2 of eco_optax.chain moves packed parameters",
+  ),
+  "moments in few bits inside the rule": (
+    lambda: eco.error_feedback_to_momentum(
+      eco.low_bit_moments(optax.adamw(1e-3)), nearest()
+    ).update(
+      GRADS,
+      eco.error_feedback_to_momentum(eco.low_bit_moments(optax.adamw(1e-3)), nearest()).init(
+        PARAMS
+      ),
+      PARAMS,
+    ),
+    "put eco_optax.low_bit_moments around eco_optax.error_feedback_to_momentum",
+  ),
+  "emulation in bfloat16": (
+    lambda: eco.quantize_params(eco.FP8).init({"k": jnp.ones((4, 4), jnp.bfloat16)}),
+    "leaf 'k' is bfloat16.*keep the parameters in float32",
+  ),
+  "a traced learning rate": (
+    lambda: jax.jit(
+      lambda rate: eco.error_feedback_to_momentum(optax.adamw(rate), nearest()).init(PARAMS)
+    )(1e-3),
+    "traced value.*inject_hyperparams",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_compositions_are_refused_with_the_remedy(name):
+  make, message = REFUSED[name]
+  with pytest.raises(ValueError, match=f"(?s){message}"):
+    make()
+
+
+ADAMW, SGD = eco.adamw(1e-3), eco.sgd(1e-3, momentum=0.9)
+RULE = lambda keep: eco.error_feedback_to_momentum(optax.sgd(1e-3, 0.9), nearest(), None, keep)
+MASTER = lambda kind: eco.master_weights(optax.sgd(1e-3), nearest(), kind)
+STATES = {
+  "another optimizer's": (ADAMW, SGD, "has no ScaleByAdamState"),
+  "without low bits": (eco.low_bit_moments(ADAMW), ADAMW, "is a ErrorFeedbackState"),
+  "in low bits": (ADAMW, eco.low_bit_moments(ADAMW), "is a LowBitMomentsState"),
+  "other low bits": (
+    eco.low_bit_moments(ADAMW),
+    eco.low_bit_moments(ADAMW, "int8", "float8_e4m3fn"),
+    "moment 'inner/0/mu/.*is int8, but .* stores it in float8_e4m3fn",
+  ),
+  "keep_error switched": (RULE(True), RULE(False), "keep_error is True"),
+  "another residual": (MASTER("int8"), MASTER("int16"), "residual of leaf 'frozen'.*is int16"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_another_kind_is_refused(name):
+  tx, other, message = STATES[name]
+  with pytest.raises(ValueError, match=message):
+    tx.update(GRADS, other.init(PARAMS), PARAMS)
+
+
+def test_a_layer_that_the_state_does_not_know_is_named():
+  tx = eco.error_feedback_to_momentum(optax.adamw(1e-3), nearest())
+  state = tx.init({"k": PARAMS["k"], "b": PARAMS["b"]})
+  with pytest.raises(ValueError, match=r"frozen|structure"):
+    tx.update(GRADS, state, PARAMS)
+
+
+def test_an_eager_step_without_jit():
+  tx = eco.adamw(1e-3)
+  wanted = one_step(tx, True)
+  with jax.disable_jit():
+    assert equal(one_step(tx, False)["k"], wanted["k"])
+
+
+def test_scalars_and_bfloat16_leaves_keep_their_moments_dtype():
+  params = {"k": PARAMS["k"], "gate": jnp.zeros((), jnp.bfloat16), "none": jnp.zeros((0, 4))}
+  tx = eco.low_bit_moments(eco.adamw(1e-3), "bfloat16", "bfloat16")
+  grads = {"k": GRADS["k"], "gate": jnp.bfloat16(1), "none": jnp.zeros((0, 4))}
+  step = lambda state, _: (tx.update(grads, state, params)[1], None)
+  state, _ = jax.lax.scan(step, tx.init(params), None, length=2)
+  assert state.inner.inner[0].mu["gate"].dtype == jnp.bfloat16
+
+
+def test_a_leaf_whose_scales_are_as_many_as_its_codes_is_warned_of():
+  kernel = jnp.ones((32, 1, 16))
+  with pytest.warns(UserWarning, match=r"leaf 'q' of shape \(32, 1, 16\) takes 5.0 bytes"):
+    eco.quantize({"q": kernel}, eco.FP8)
+  summed = eco.Format("float8_e4m3fn", contraction_axis=(-3, -2))
+  packed = eco.quantize({"q": kernel}, summed)["q"]
+  assert packed.nbytes / packed.size < 1.2
+
+
+@pytest.mark.parametrize("tx", ["eco.adamw", "rule", "master weights", "naive"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_mesh_with_explicit_axes(tx, count):
+  """Which JAX's own `make_mesh` makes."""
+  wanted = one_step(PACKED[tx](), True)
+  with jax.set_mesh(jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])):
+    split = lambda leaf: jax.device_put(leaf, jax.P("x") if leaf.ndim > 1 else jax.P())
+    params = jax.tree.map(lambda leaf: split(leaf) if leaf.shape[0] > 1 else leaf, PARAMS)
+    grads = jax.tree.map(split, GRADS)
+    optimizer = PACKED[tx]()
+
+    def step(grads, state, params):
+      updates, state = optimizer.update(grads, state, params)
+      return eco.apply_updates(params, updates)
+
+    found = jax.jit(step)(grads, optimizer.init(params), params)
+  assert equal(found["k"].qvalue, wanted["k"].qvalue)

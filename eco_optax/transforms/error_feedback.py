@@ -94,7 +94,8 @@ def moved_paths(
 
   def trace(state: Any, params: Any) -> None:
     updates = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, jnp.float32 if is_quantized(leaf) else leaf.dtype),
+      # Like the leaf, so that it lies on a mesh with explicit axes as that does.
+      lambda leaf: jnp.zeros_like(leaf.dequantize() if is_quantized(leaf) else leaf),
       params,
       is_leaf=is_quantized,
     )
@@ -121,11 +122,6 @@ def require_momenta(where: Momentum, state: Any) -> None:
         " the state is of another optimizer or of other parameters. Call tx.init(params), or"
         " restore the state that belongs to them"
       )
-    if is_quantized(found[path]):
-      raise ValueError(
-        f"the momentum of {trees.leaf_name(path)} is stored in few bits: put"
-        " eco_optax.low_bit_moments around eco_optax.error_feedback_to_momentum, not inside"
-      )
 
 
 def refuse_packed(path: str, leaf: Any) -> None:
@@ -135,6 +131,13 @@ def refuse_packed(path: str, leaf: Any) -> None:
       f"{trees.leaf_name(path)} is packed, which this quantizer cannot move: use"
       " eco.quantize_params, or keep the leaf float"
     )
+
+
+def _one_of(x: jax.Array) -> jax.Array:
+  """Any element of an array whose elements are all the same."""
+  is_split = any(axes is not None for axes in jax.typeof(x).sharding.spec)
+  # On a mesh with explicit axes an element cannot be taken from a part.
+  return jnp.max(x) if is_split else x.ravel()[0]
 
 
 def rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Array) -> jax.Array:
@@ -149,7 +152,7 @@ def bias_ratio(decay: jax.Array, count: jax.Array) -> jax.Array:
   """(1 − B^t) / (1 − B^{t+1}): how bias correction changes J from step t to the next."""
   # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
   # to another, in the last place.
-  decay = decay.ravel()[0]
+  decay = _one_of(decay)
   t = count.astype(jnp.float32)
   return (1 - decay**t) / (1 - decay ** (t + 1))
 
@@ -185,7 +188,7 @@ def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = N
   """
   # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
   # to another, in the last place; so may powers from products.
-  b = decay.ravel()[0]
+  b = _one_of(decay)
   powers = jnp.cumprod(jnp.full(HORIZON, b, jnp.float32))
   powers = jnp.concatenate([jnp.ones(1, jnp.float32), powers])
   corrected = jnp.ones_like(rates)
@@ -260,7 +263,7 @@ def build(
       paths = plan(quantizer_state, params)[0]
       error = trees.map_with_path(
         lambda path, leaf: (
-          jnp.zeros(leaf.shape, jnp.float32) if path in paths else optax.MaskedNode()
+          jnp.zeros_like(leaf, jnp.float32) if path in paths else optax.MaskedNode()
         ),
         dense,
       )

@@ -168,7 +168,8 @@ def master_weights(
           f"{trees.leaf_name(path)} is not packed, so an {residual} residual has no step to count"
           " in: use residual='bfloat16', or pack it with eco.quantize"
         )
-      zeros = jnp.zeros(leaf.shape, jnp.int32 if residual == "int12" else residual)
+      dense = leaf.dequantize() if is_quantized(leaf) else leaf
+      zeros = jnp.zeros_like(dense, jnp.int32 if residual == "int12" else residual)
       return _pack_pairs(zeros) if residual == "int12" else zeros
 
     start_residual = trees.map_with_path(start, params, is_leaf=is_quantized)

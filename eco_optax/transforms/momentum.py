@@ -338,6 +338,11 @@ def _probe(
         f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
         f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
       )
+    if is_quantized(found[path]):
+      raise ValueError(
+        f"{trees.leaf_name(path)}: the optimizer stores its momentum in few bits: put"
+        " eco_optax.low_bit_moments around eco_optax.error_feedback_to_momentum, not inside"
+      )
   reports = None
   # A loss is what some optimizers want besides gradients.
   for extra_args in ({}, {"value": jnp.ones([])}):

@@ -109,7 +109,7 @@ def require_params(params: Any) -> None:
 
 
 def require_state(state: Any, kind: type, name: str) -> None:
-  """Raises `ValueError` for a state that is not of the kind that the transformation `name` keeps."""
+  """Raises `ValueError` for a state of another kind than the transformation `name` keeps."""
   if not isinstance(state, kind):
     raise ValueError(
       f"the state is a {type(state).__name__}, but {name} keeps a {kind.__name__}: it belongs to"

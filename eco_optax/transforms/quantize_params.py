@@ -116,8 +116,8 @@ def quantize_params(
           )
         if leaf.dtype != jnp.float32 and not (leaf.dtype == jnp.bfloat16 and format.power_of_two):
           raise ValueError(
-            f"{trees.leaf_name(path)} is {leaf.dtype}, in which values of {format} are not exact, so"
-            " that weights would leave its grid: keep the parameters in float32, pack them with"
+            f"{trees.leaf_name(path)} is {leaf.dtype}, in which values of {format} are not exact,"
+            " so that weights would leave its grid: keep the parameters in float32, pack them with"
             " eco.quantize, or for bfloat16 use a format with power_of_two=True"
           )
         format.check(leaf.shape, path)
