@@ -11,7 +11,7 @@ from absl import flags
 from eco_optax.training import jobs, metrics
 from eco_optax.training.data import prepare, readers
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the prepared corpus.", required=True)
+_OUTPUT = jobs.define_path("output", None, "Folder of the prepared corpus.", required=True)
 _CORPUS = flags.DEFINE_enum(
   "corpus",
   None,
@@ -19,22 +19,20 @@ _CORPUS = flags.DEFINE_enum(
   "One that needs no files, in place of --input.",
 )
 _KINDS = flags.DEFINE_list("kinds", [], "Of --corpus=packages: prose, code, or both.")
-_CACHE = flags.DEFINE_string(
-  "cache", str(pathlib.Path.home() / ".cache" / "eco_optax"), "Folder for downloads."
-)
+_CACHE = jobs.define_path("cache", "~/.cache/eco_optax", "Folder for downloads.")
 _FORMAT = flags.DEFINE_enum(
   "format",
   None,
   [name for name in readers.FORMATS if name not in ("packages", "stdlib")],
   "Of the files.",
 )
-_INPUT = flags.DEFINE_multi_string("input", [], "Files: paths or patterns, may be repeated.")
-_VALIDATION = flags.DEFINE_multi_string("validation", [], "Files of the validation split.")
+_INPUT = jobs.define_paths("input", "Files: paths or patterns, may be repeated.")
+_VALIDATION = jobs.define_paths("validation", "Files of the validation split.")
 _PERCENT = flags.DEFINE_float(
   "validation_percent", None, "Of the documents, chosen by hash, if there is no --validation: 2."
 )
 _FIELD = flags.DEFINE_string("field", "text", "Key of JSON or column of Parquet with the text.")
-_TOKENIZER = flags.DEFINE_string(
+_TOKENIZER = jobs.define_path(
   "tokenizer", "bpe", "bytes, bpe (trained here), a SentencePiece .model, or a tokenizer.json."
 )
 _VOCABULARY = flags.DEFINE_integer("vocabulary", None, "Of --tokenizer=bpe: 4096.")
@@ -55,7 +53,7 @@ def _sources() -> tuple[list[prepare.Source], str, str]:
   if _CORPUS.value == "stdlib":
     sources = prepare.from_standard_library()
     return sources, "stdlib", sources[0].name
-  cache, show = pathlib.Path(_CACHE.value).expanduser(), lambda text: print(text, flush=True)
+  cache, show = pathlib.Path(_CACHE.value), lambda text: print(text, flush=True)
   if _CORPUS.value == "docstrings":
     return prepare.from_docstrings(cache), "guanaco", "chats on Python's standard library"
   sources = prepare.from_packages(cache, _KINDS.value, show)
