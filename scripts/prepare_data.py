@@ -37,6 +37,9 @@ _TOKENIZER = jobs.define_path(
 )
 _VOCABULARY = flags.DEFINE_integer("vocabulary", None, "Of --tokenizer=bpe: 4096.")
 _SEPARATOR = flags.DEFINE_string("separator", None, "Piece behind documents, if not the usual one.")
+_SKIP_BAD = flags.DEFINE_bool(
+  "skip_bad", False, "Leave out and count rows that are null or broken; without, an error."
+)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes; the result does not depend on it.")
 
 
@@ -45,7 +48,7 @@ def _sources() -> tuple[list[prepare.Source], str, str]:
   if _CORPUS.value is None:
     if _FORMAT.value is None:
       raise ValueError("--input needs --format; or use --corpus=packages or --corpus=stdlib")
-    sources = prepare.from_files(_INPUT.value, _VALIDATION.value)
+    sources = prepare.from_files(_INPUT.value, _VALIDATION.value, _OUTPUT.value)
     files = "file" if len(sources) == 1 else "files"
     return sources, _FORMAT.value, f"{len(sources)} {_FORMAT.value} {files}"
   if _INPUT.value or _VALIDATION.value or _FORMAT.value:
@@ -80,6 +83,7 @@ def main(_: list[str]) -> None:
     tokenizer=_TOKENIZER.value,
     vocabulary=4096 if _VOCABULARY.value is None else _VOCABULARY.value,
     separator=_SEPARATOR.value,
+    skip_bad=_SKIP_BAD.value,
     workers=_WORKERS.value,
   )
   seconds = time.monotonic() - started
