@@ -376,9 +376,10 @@ def test_folder_of_something_else_is_left_alone(files, tmp_path):
 def test_damaged_records_are_named(files, tmp_path):
   output = tmp_path / "out"
   run(output, files)
-  (output / "units" / "00001.json").write_text("{")
-  with pytest.raises(ValueError, match=r"units/00001.json is damaged .*empty folder"):
-    run(output, files)
+  for damage in ("{", "[" * 10**5, "\0"):
+    (output / "units" / "00001.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"units/00001.json is damaged .*empty folder"):
+      run(output, files)
 
 
 def test_one_folder_is_prepared_once_at_a_time(files, tmp_path):
@@ -563,3 +564,21 @@ def test_ambiguous_chats_are_kept_and_counted(tmp_path):
   assert "\nambiguous chats: 1 trained on as their marks say; the first: a.json" in (
     prepare.table(manifest)
   )
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_named(tmp_path):
+  import tokenizers as library
+
+  write_jsonl(tmp_path / "a.json", [*"cdcdfghjklcdcdcdcd", "e"])
+  model = library.Tokenizer(
+    library.models.WordLevel({x: i for i, x in enumerate([*"cdfghjkl", "</s>"])})
+  )
+  model.save(str(tmp_path / "tokenizer.json"))
+  options = {"tokenizer": str(tmp_path / "tokenizer.json"), "percent": 50.0}
+  said = r"a.json, line 19: .*tokenizer.json cannot encode it .*: use another --tokenizer"
+  with pytest.raises(ValueError, match=said):
+    run(tmp_path / "out", tmp_path / "a.json", **options)
+  manifest = run(tmp_path / "skipped", tmp_path / "a.json", skip_bad=True, **options)
+  assert manifest["counts"]["bad rows"] == 1
+  assert str(tmp_path) not in json.dumps(manifest)
+  assert manifest["counts"]["dropped characters"] == 0

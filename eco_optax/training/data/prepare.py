@@ -293,7 +293,7 @@ def _read_json(path: pathlib.Path) -> Any:
   """What this module wrote, always whole."""
   try:
     return json.loads(path.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is damaged ({error}): use an empty folder as --output") from error
 
 
@@ -429,10 +429,13 @@ def _encode(
 
   A token is trained on if it starts in a span, the separator if the last span reaches the end.
   """
-  if masked:
-    tokens, starts = tokenizer.encode_with_starts(document.text)
-  else:
-    tokens = tokenizer.encode(document.text)
+  try:
+    if masked:
+      tokens, starts = tokenizer.encode_with_starts(document.text)
+    else:
+      tokens = tokenizer.encode(document.text)
+  except ValueError as error:
+    raise ValueError(f"{document.place}: {error}") from error
   if len(at := np.flatnonzero(tokens == tokenizer.separator)):
     character = tokenizer.encode_with_starts(document.text)[1][at[0]]
     raise ValueError(
@@ -487,7 +490,10 @@ def _prepare_unit(
     about = {"name": source.name, "bytes": source.size, "sha256": digest, "documents": count}
     if tally.counts:
       # The manifest knows no absolute paths.
-      first = {kind: x.replace(str(source.path), source.name) for kind, x in tally.first.items()}
+      first = {
+        kind: x.replace(str(source.path), source.name).replace(f"{job.folder}{os.sep}", "")
+        for kind, x in tally.first.items()
+      }
       about |= {"counts": tally.counts, "first": first}
     described.append(about | ({"kind": source.kind} if source.kind else {}))
   for writer in writers.values():

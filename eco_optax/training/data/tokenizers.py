@@ -54,14 +54,19 @@ class Losses:
     if self._tokenizer.is_lossless:
       return {}
     characters = set(text)
-    encode, decode = self._tokenizer.encode, self._tokenizer.decode
     for character in characters - self._is_dropped.keys():
-      self._is_dropped[character] = not (
-        character.isspace()
-        or decode(encode(character).tolist()).strip()
-        or encode(f"a{character}b").tolist() != encode("ab").tolist()
-      )
+      self._is_dropped[character] = not character.isspace() and self._leaves_no_trace(character)
     return {x: text.count(x) for x in sorted(characters) if self._is_dropped[x]}
+
+  def _leaves_no_trace(self, character: str) -> bool:
+    """Whether a text's tokens are the same without it."""
+    encode, decode = self._tokenizer.encode, self._tokenizer.decode
+    try:
+      if decode(encode(character).tolist()).strip():
+        return False
+      return encode(f"a{character}b").tolist() == encode("ab").tolist()
+    except ValueError:  # It knows words alone, and not these.
+      return False
 
 
 def kind_of(name: str) -> str:
@@ -201,12 +206,18 @@ def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
       " ends a text there with --separator"
     )
 
+  def encoded(encode: Callable[..., Any], text: Any) -> Any:
+    try:
+      return encode(text, add_special_tokens=False)
+    except Exception as error:  # As of a vocabulary of words without an unknown one.
+      raise ValueError(f"{path} cannot encode it ({error}): use another --tokenizer") from error
+
   def encode(text: str) -> np.ndarray:
-    (encoding,) = model.encode_batch_fast([text], add_special_tokens=False)
+    (encoding,) = encoded(model.encode_batch_fast, [text])
     return np.array(encoding.ids, np.int64)
 
   def encode_with_starts(text: str) -> tuple[np.ndarray, np.ndarray]:
-    encoding = model.encode(text, add_special_tokens=False)
+    encoding = encoded(model.encode, text)
     starts = [start for start, _ in encoding.offsets]
     return np.array(encoding.ids, np.int64), np.array(starts, np.int64)
 
