@@ -2,8 +2,8 @@
 
 Or from files: --format=c4 --input='c4/*.json.gz' --tokenizer=tokenizer.json --output=data/c4.
 
-Files may be compressed with gzip, zstd, bzip2 or xz. Each counts once, however many paths lead to it;
-files in --output and in other prepared corpora are no input.
+Files may be compressed with gzip, zstd, bzip2 or xz. Each counts once, however many paths lead to
+it; files in --output and in other prepared corpora are no input.
 """
 
 import pathlib

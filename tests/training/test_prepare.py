@@ -437,10 +437,10 @@ def test_progress_says_what_is_left(monkeypatch, capsys):
   assert second.startswith("2 documents, 20 tokens, 1.0 MB/s, 1:20 left")
 
 
-def script(*arguments):
+def script(*arguments, **environment):
   return subprocess.run(
     [sys.executable, str(SCRIPT), *arguments],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     capture_output=True,
     text=True,
   )
@@ -501,23 +501,26 @@ def test_skipped_rows_are_counted_in_the_manifest_and_shown(files, tmp_path, wor
   name = "05.json.gz"
   texts = [document(1), None, "a\0b", " ", document(2)]
   write_jsonl(files / name, texts)
-  (files / "12.json.gz").write_bytes(b"")
   with pytest.raises(ValueError, match=rf"{name}, line 2: 'text' is null.*or --skip_bad leaves"):
-    run(tmp_path / "out", files)
+    run(tmp_path / "out", files, workers=workers)
+  assert list((tmp_path / "out").glob("units/*.json")) or workers == 2
   output = tmp_path / "skipped"
   manifest = run(output, files, skip_bad=True, workers=workers)
   none = {"ambiguous chats": 0, "unknown tokens": 0, "dropped characters": 0}
-  assert manifest["counts"] == {"bad rows": 3, "blank documents": 1} | none
+  assert manifest["counts"] == {"bad rows": 2, "blank documents": 1} | none
   source = next(source for source in manifest["sources"] if source["name"] == name)
   assert source["documents"] == 2
   assert source["counts"] == {"bad rows": 2, "blank documents": 1}
   assert source["first"]["bad rows"].startswith(f"{name}, line 2: 'text' is null")
   assert str(tmp_path) not in json.dumps(manifest)
   shown = prepare.table(manifest)
-  assert f"\nbad rows: 3 left out; the first: {name}, line 2: 'text' is null" in shown
+  assert f"\nbad rows: 2 left out; the first: {name}, line 2: 'text' is null" in shown
   assert "\nblank documents: 1 left out" in shown
   assert "ambiguous" not in shown
-  with pytest.raises(ValueError, match=r"skip_bad was True and is False"):
+
+  assert run(tmp_path / "out", files, skip_bad=True) == manifest  # Goes on where it had ended.
+  assert contents(tmp_path / "out") == contents(output)
+  with pytest.raises(ValueError, match=rf"{name}, line 2: 'text' is null"):
     run(output, files)
 
 
@@ -582,3 +585,36 @@ def test_text_that_a_tokenizer_cannot_encode_is_named(tmp_path):
   assert manifest["counts"]["bad rows"] == 1
   assert str(tmp_path) not in json.dumps(manifest)
   assert manifest["counts"]["dropped characters"] == 0
+
+
+@pytest.mark.parametrize(
+  ("data", "said"),
+  [
+    (b"", "is empty"),
+    ("{}".encode("utf-16"), "is UTF-16: convert it"),
+    (b"PK\x03\x04", "is a ZIP archive"),
+    (gzip.compress(b"{}")[:-9], "is cut short"),
+    (b"no JSON", "line 1 is not JSON"),
+    (b'{"body": "x"}', "line 1 has no key 'text'"),
+  ],
+)
+def test_files_of_another_kind_are_named_before_anything_is_written(files, tmp_path, data, said):
+  (files / "12.json.gz").write_bytes(data)
+  with pytest.raises(ValueError, match=rf"12.json.gz,? {said}"):
+    run(tmp_path / "out", files)
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_script_knows_the_home_folder_and_skips_rows(files, tmp_path):
+  write_jsonl(files / "05.json.gz", [document(1), None])
+  flags = ["--format=c4", "--input=~/files/*", "--output=~/out", "--tokenizer=bytes"]
+  flags += ["--validation_percent=20", "--workers=1"]
+  result = script(*flags, HOME=str(tmp_path))
+  assert (result.returncode, result.stdout) == (1, "")
+  assert re.fullmatch(
+    r"error: .*/05.json.gz, line 2: 'text' is null.* --skip_bad.*\n", result.stderr
+  )
+  result = script(*flags, "--skip_bad", HOME=str(tmp_path))
+  assert result.returncode == 0, result.stderr
+  assert "\nbad rows: 1 left out; the first: 05.json.gz, line 2: 'text' is null" in result.stdout
+  assert shards.load(tmp_path / "out").manifest["counts"]["bad rows"] == 1

@@ -186,7 +186,8 @@ def prepare(
     tokenizer: "bytes", "bpe", or a path, see `tokenizers.kind_of`.
     vocabulary: of a BPE that is trained here.
     separator: see `tokenizers.describe`.
-    skip_bad: whether rows that cannot be read are left out and counted, rather than an error.
+    skip_bad: whether rows that cannot be read are left out and counted, rather than an error; a
+      preparation that such a row ended goes on with it.
     workers: processes; the result does not depend on it.
 
   Returns:
@@ -207,13 +208,15 @@ def prepare(
     raise ValueError(f"workers {workers} is not 1 or more")
   folder, kind, units = pathlib.Path(output), tokenizers.kind_of(tokenizer), _units(sources)
   size = sum(source.size for source in sources)
+  # Files of another kind are told by their start, before anything is written.
+  for source in () if (folder / SETTINGS).exists() else sources:
+    next(readers.read(format, source.path, field, readers.Tally(skip_bad)), None)
   settings = {
     "version": shards.VERSION,
     "corpus": name,
     "format": format,
     "field": field,
     "validation_percent": percent,
-    "skip_bad": skip_bad,
     "shard_tokens": SHARD_TOKENS,
     "tokenizer": _asked(tokenizer, kind, vocabulary, separator, size),
     "units": [
@@ -529,6 +532,8 @@ def _finished(
   for source, digest, before in zip(sources, digests, record["sources"], strict=True):
     if digest != before["sha256"]:
       raise ValueError(f"{source.path} has changed since it was prepared: {other}")
+    if not job.skip_bad and before.get("counts", {}).get("bad rows"):
+      return None  # Made again, which names the row.
   for shard in (shard for written in record["splits"].values() for shard in written):
     for name, digest in (("file", "sha256"), ("mask", "mask_sha256")):
       file = job.folder / shard.get(name, shard["file"])
