@@ -20,10 +20,10 @@ from eco_optax.training import report as report_lib
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = jobs.define_config("config", str(_ROOT / "configs" / "llama_30m.py"))
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Such as v5e:4x4, v5p:4x4x4 or h100:1.")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the report.")
-_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program, to read.")
+_OUT = jobs.define_path("out", None, "JSON file for the report.")
+_HLO = jobs.define_path("hlo", None, "File for the compiled program, to read.")
 _ALL = flags.DEFINE_bool("all", False, "Every config of the paper, ECO and master weights.")
-_RESULTS = flags.DEFINE_string("results", str(_ROOT / "results" / "compile"), "Folder of --all.")
+_RESULTS = jobs.define_path("results", str(_ROOT / "results" / "compile"), "Folder of --all.")
 
 
 def _compile(config, topology: str, out: str | pathlib.Path | None) -> dict:

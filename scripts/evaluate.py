@@ -13,18 +13,18 @@ from absl import flags, logging
 from eco_optax.training import evaluation, jobs, metrics, report
 from eco_optax.training.data import readers
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
-_DATA = flags.DEFINE_string("data", None, "Folder of prepared data; without, the run's own.")
+_WORKDIR = jobs.define_path("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
+_DATA = jobs.define_path("data", None, "Folder of prepared data; without, the run's own.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "train"], "Of the data.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on with, instead of a loss.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "To write after the prompt, at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 draws.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of lm-eval, such as arc_easy,hellaswag,piqa.")
-_TASK_FOLDER = flags.DEFINE_string("task_folder", None, "Folder with your own tasks.")
+_TASK_FOLDER = jobs.define_path("task_folder", None, "Folder with your own tasks.")
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples before each question of a task.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Questions of each task.")
-_OUTPUT = flags.DEFINE_string("output", None, "File for the figures, in JSON.")
+_OUTPUT = jobs.define_path("output", None, "File for the figures, in JSON.")
 
 
 def measure(trained: evaluation.Trained) -> dict[str, Any]:

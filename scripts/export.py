@@ -12,8 +12,8 @@ from absl import flags, logging
 from eco_optax.interop import config_json
 from eco_optax.training import evaluation, export, jobs
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
+_WORKDIR = jobs.define_path("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
+_OUTPUT = jobs.define_path("output", None, "Folder to make.", required=True)
 _KIND = flags.DEFINE_enum(
   "kind",
   None,

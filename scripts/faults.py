@@ -14,8 +14,8 @@ from eco_optax.training import jobs, report
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
 from experiments import faults
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Folder of the runs.")
-_OUT = flags.DEFINE_string("out", "results/faults", "Folder of faults.json and faults.md.")
+_WORKDIR = jobs.define_path("workdir", "runs/faults", "Folder of the runs.")
+_OUT = jobs.define_path("out", "results/faults", "Folder of faults.json and faults.md.")
 _ONLY = flags.DEFINE_multi_string("only", [], "Names of faults; all if none is given.")
 _SOAK = flags.DEFINE_float("soak", 0, "Minutes to kill and continue runs, and nothing else.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which runs are killed.")

@@ -47,8 +47,8 @@ _STUDY = flags.DEFINE_enum(
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Folder of the runs themselves.")
-_RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
+_WORKDIR = jobs.define_path("workdir", "runs/reproduce", "Folder of the runs themselves.")
+_RESULTS = jobs.define_path("results", str(_ROOT / "results"), "Where figures go.")
 
 
 def main(_: list[str]) -> None:

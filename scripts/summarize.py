@@ -1,10 +1,8 @@
 """Makes a run's summary and plot again: python scripts/summarize.py --workdir=runs/stdlib_1m."""
 
-from absl import flags
-
 from eco_optax.training import jobs, report
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
+_WORKDIR = jobs.define_path("workdir", "runs/stdlib_1m", "Folder of a run, finished or not.")
 
 
 def main(_: list[str]) -> None:

@@ -21,7 +21,7 @@ _STUDY = flags.DEFINE_enum(
   " errors in training.",
 )
 _SMALL = flags.DEFINE_bool("small", False, "Fewer points, chains and steps: under a minute.")
-_RESULTS = flags.DEFINE_string(
+_RESULTS = jobs.define_path(
   "results", str(_ROOT / "results" / "theory"), "Folder where figures go."
 )
 

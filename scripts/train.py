@@ -10,7 +10,7 @@ from eco_optax.training import jobs, loop
 _CONFIG = jobs.define_config(
   "config", str(pathlib.Path(__file__).parents[1] / "configs" / "stdlib_1m.py")
 )
-_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_1m", "Folder for metrics and figures.")
+_WORKDIR = jobs.define_path("workdir", "runs/stdlib_1m", "Folder for metrics and figures.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters and memory, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the processes of all hosts; the same command runs on each."

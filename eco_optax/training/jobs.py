@@ -7,6 +7,7 @@ import fcntl
 import logging as python_logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -87,8 +88,49 @@ def plain_errors() -> Iterator[None]:
     sys.exit(message)
 
 
+def from_home(path: str) -> str:
+  """A path whose leading `~` is the home folder, as in a shell, which leaves `--name=~/…` alone.
+
+  Raises:
+    ValueError: if there is no such user.
+  """
+  full = os.path.expanduser(path)
+  if full.startswith("~"):
+    raise ValueError(f"{path} is in the home folder of no user: write ./{path} if that is its name")
+  return full
+
+
+class _Path(flags.ArgumentParser):
+  """Parses the path of a file or folder."""
+
+  syntactic_help = "a path"
+
+  def parse(self, argument: str) -> str:
+    """The path with its home folder."""
+    return from_home(argument)
+
+
+def define_path(name: str, default: str | None, help: str, **more: Any) -> Any:
+  """`flags.DEFINE_string` for a path, in which `~` is the home folder."""
+  return flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **more)
+
+
+def define_paths(name: str, help: str, **more: Any) -> Any:
+  """`define_path` for a flag that may be repeated."""
+  return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], help, **more)
+
+
 def define_config(name: str, default: str | None) -> Any:
-  """`config_flags.DEFINE_config_file`; an unknown key among the overrides ends in one line."""
+  """`config_flags.DEFINE_config_file`; an unknown key among the overrides ends in one line.
+
+  In the path of the config, and in overrides such as `--config.data.path=~/data`, `~` is the home
+  folder.
+  """
+  for i, argument in enumerate(sys.argv):
+    flag, equals, value = argument.partition("=")
+    if re.fullmatch(rf"--?{name}(\..*)?", flag) and value.startswith("~"):
+      with plain_errors():
+        sys.argv[i] = flag + equals + from_home(value)
   try:
     return config_flags.DEFINE_config_file(name, default)
   except AttributeError as error:  # Overrides of the default are checked here, not in `run`.

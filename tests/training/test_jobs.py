@@ -1,13 +1,18 @@
 """One job per folder, plain errors, and an end when asked."""
 
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from eco_optax.training import jobs
+
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
 def test_the_second_job_in_a_folder_is_refused(tmp_path):
@@ -68,3 +73,40 @@ def test_sigterm_is_a_question_that_a_run_answers():
     os.kill(os.getpid(), signal.SIGTERM)
     assert is_asked_to_stop(2)
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_home_folder_in_path_flags(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/x")
+  values = flags.FlagValues()
+  one = jobs.define_path("output", "~/out", "", flag_values=values)
+  many = jobs.define_paths("input", "", flag_values=values)
+  values(["script", "--input=~", "--input=a~b/~/c", "--input=~/*.txt"])
+  assert one.value == "/home/x/out"
+  assert many.value == ["/home/x", "a~b/~/c", "/home/x/*.txt"]
+  with pytest.raises(flags.IllegalFlagValueError, match=r"~nobody9/x is in the home folder of no"):
+    values(["script", "--output=~nobody9/x"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_home_folder_in_configs_and_their_overrides(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "c.py").write_text(
+    "import ml_collections\n"
+    "def get_config():\n  return ml_collections.ConfigDict({'data': {'path': '', 'note': ''}})\n"
+  )
+  arguments = ["--home=~/c.py", "--home.data.path=~/d", "--home.data.note=a=~/b"]
+  monkeypatch.setattr(sys, "argv", ["script", *arguments])
+  config = jobs.define_config("home", None)
+  try:
+    flags.FLAGS(sys.argv)
+    assert config.value.data.to_dict() == {"path": str(tmp_path / "d"), "note": "a=~/b"}
+  finally:
+    for name in [name for name in flags.FLAGS if name == "home" or name.startswith("home.")]:
+      delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_path_flag_of_the_scripts_knows_the_home_folder(script):
+  plain = re.findall(r'flags\.DEFINE_(?:multi_)?string\(\s*"(\w+)"', script.read_text())
+  known = {"field", "separator", "prompt", "topology", "only", "coordinator_address"}
+  assert set(plain) <= known, "a path is defined by jobs.define_path; add any other flag to `known`"

@@ -376,9 +376,10 @@ def test_folder_of_something_else_is_left_alone(files, tmp_path):
 def test_damaged_records_are_named(files, tmp_path):
   output = tmp_path / "out"
   run(output, files)
-  (output / "units" / "00001.json").write_text("{")
-  with pytest.raises(ValueError, match=r"units/00001.json is damaged .*empty folder"):
-    run(output, files)
+  for damage in ("{", "[" * 10**5, "\0"):
+    (output / "units" / "00001.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"units/00001.json is damaged .*empty folder"):
+      run(output, files)
 
 
 def test_one_folder_is_prepared_once_at_a_time(files, tmp_path):
@@ -436,10 +437,10 @@ def test_progress_says_what_is_left(monkeypatch, capsys):
   assert second.startswith("2 documents, 20 tokens, 1.0 MB/s, 1:20 left")
 
 
-def script(*arguments):
+def script(*arguments, **environment):
   return subprocess.run(
     [sys.executable, str(SCRIPT), *arguments],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     capture_output=True,
     text=True,
   )
@@ -457,3 +458,163 @@ def test_the_script_prepares_and_says_what(files, tmp_path):
   result = script("--format=c4", "--tokenizer=bytes", "--vocabulary=300", *arguments)
   assert (result.returncode, result.stdout) == (1, "")
   assert result.stderr.startswith("error: --vocabulary is of --tokenizer=bpe alone")
+
+
+def test_a_file_of_both_splits_is_refused_however_it_is_reached(files, tmp_path):
+  (tmp_path / "link").symlink_to(files)
+  (tmp_path / "held.json.gz").hardlink_to(files / "05.json.gz")
+  for held, said in (
+    (files / "05*", r"05.json.gz is both in --input and in --validation: leave it out of one"),
+    (tmp_path / "link" / "05.json.gz", r"link/05.json.gz is both .* .*files/05.json.gz, the same"),
+    (
+      tmp_path / "held.json.gz",
+      r"held.json.gz is both .* .*files/05.json.gz, the same file, is in",
+    ),
+  ):
+    with pytest.raises(ValueError, match=said):
+      prepare.from_files([f"{files}/*"], [str(held)])
+  twice = prepare.from_files([f"{files}/0*"], [f"{files}/1*", f"{tmp_path}/link/11*"])
+  assert [source.split for source in twice] == ["train"] * 10 + ["validation"] * 2
+
+
+def test_output_is_no_input(tmp_path):
+  (tmp_path / "a.txt").write_text("\n".join(map(str, range(100))))
+  options = {"format": "lines", "name": "x", "tokenizer": "bytes", "percent": 20.0}
+  find = lambda output: prepare.from_files([f"{tmp_path}/**/*", f"{tmp_path}/*"], (), output)
+  one, two = tmp_path / "one", tmp_path / "two"
+  first = prepare.prepare(one, find(one), **options)
+  (one / "half").write_text("x")  # As a run leaves it that dies.
+  (tmp_path / "link").symlink_to(one)
+  assert prepare.prepare(one, find(one), **options) == first
+  assert prepare.prepare(two, find(two), **options) == first  # The other corpus is none either.
+  (tmp_path / "three").mkdir()
+  (tmp_path / "three" / "lock").touch()  # All there is at first.
+  assert [source.name for source in find(tmp_path / "three")] == ["a.txt"]
+  with pytest.raises(
+    FileNotFoundError, match=r"no file matches .*one/\*' that is not in a prepared"
+  ):
+    prepare.from_files([f"{one}/*"], (), two)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skipped_rows_are_counted_in_the_manifest_and_shown(files, tmp_path, workers):
+  name = "05.json.gz"
+  texts = [document(1), None, "a\0b", " ", document(2)]
+  write_jsonl(files / name, texts)
+  with pytest.raises(ValueError, match=rf"{name}, line 2: 'text' is null.*or --skip_bad leaves"):
+    run(tmp_path / "out", files, workers=workers)
+  assert list((tmp_path / "out").glob("units/*.json")) or workers == 2
+  output = tmp_path / "skipped"
+  manifest = run(output, files, skip_bad=True, workers=workers)
+  none = {"ambiguous chats": 0, "unknown tokens": 0, "dropped characters": 0}
+  assert manifest["counts"] == {"bad rows": 2, "blank documents": 1} | none
+  source = next(source for source in manifest["sources"] if source["name"] == name)
+  assert source["documents"] == 2
+  assert source["counts"] == {"bad rows": 2, "blank documents": 1}
+  assert source["first"]["bad rows"].startswith(f"{name}, line 2: 'text' is null")
+  assert str(tmp_path) not in json.dumps(manifest)
+  shown = prepare.table(manifest)
+  assert f"\nbad rows: 2 left out; the first: {name}, line 2: 'text' is null" in shown
+  assert "\nblank documents: 1 left out" in shown
+  assert "ambiguous" not in shown
+
+  assert run(tmp_path / "out", files, skip_bad=True) == manifest  # Goes on where it had ended.
+  assert contents(tmp_path / "out") == contents(output)
+  with pytest.raises(ValueError, match=rf"{name}, line 2: 'text' is null"):
+    run(output, files)
+
+
+def test_a_wrong_field_is_no_corpus_of_skipped_rows(files, tmp_path):
+  said = r"(?s)no document of test is in the train split.*bad rows: 121 .*has no key 'body'"
+  with pytest.raises(ValueError, match=said):
+    run(tmp_path / "out", files, skip_bad=True, field="body")
+  assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_text_that_a_tokenizer_loses_is_counted_and_shown(tmp_path):
+  import tokenizers as library
+
+  write_jsonl(tmp_path / "a.json", ["b a bé é", "漢a漢", "漢", *"ab" * 20])
+  model = library.Tokenizer(library.models.BPE({"a": 0, "b": 1, "é": 2, "</s>": 3}, []))
+  model.save(str(tmp_path / "tokenizer.json"))
+  options = {"tokenizer": str(tmp_path / "tokenizer.json"), "percent": 50.0}
+  manifest = run(tmp_path / "dropped", tmp_path / "a.json", **options)
+  assert manifest["counts"]["dropped characters"] == 3
+  assert manifest["counts"]["blank documents"] == 1  # What is left of one of them is nothing.
+  assert manifest["counts"]["unknown tokens"] == 0
+  assert (
+    r"dropped characters: 3 left out by the tokenizer; the first: a.json, line 2: '\u6f22'"
+    in (prepare.table(manifest))
+  )
+
+  model = library.Tokenizer(library.models.WordLevel({"[UNK]": 0, "a": 1, "</s>": 3}, "[UNK]"))
+  model.pre_tokenizer = library.pre_tokenizers.Whitespace()
+  model.save(str(tmp_path / "tokenizer.json"))
+  manifest = run(tmp_path / "unknown", tmp_path / "a.json", **options)
+  assert manifest["counts"]["unknown tokens"] == 3 + 1 + 1 + 20
+  assert manifest["counts"]["dropped characters"] == 0
+  assert "unknown tokens: 25 in place of what the tokenizer does not know; the first: a.json" in (
+    prepare.table(manifest)
+  )
+
+
+def test_ambiguous_chats_are_kept_and_counted(tmp_path):
+  chats = [f"### Human: {i}### Assistant: {i}" for i in range(20)]
+  write_jsonl(tmp_path / "a.json", [*chats, "### Human: a### Assistant: b### Assistant: c"])
+  manifest = run(tmp_path / "out", tmp_path / "a.json", format="guanaco", percent=50.0)
+  assert manifest["counts"]["ambiguous chats"] == 1
+  assert sum(split["documents"] for split in manifest["splits"].values()) == 21
+  assert "\nambiguous chats: 1 trained on as their marks say; the first: a.json" in (
+    prepare.table(manifest)
+  )
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_named(tmp_path):
+  import tokenizers as library
+
+  write_jsonl(tmp_path / "a.json", [*"cdcdfghjklcdcdcdcd", "e"])
+  model = library.Tokenizer(
+    library.models.WordLevel({x: i for i, x in enumerate([*"cdfghjkl", "</s>"])})
+  )
+  model.save(str(tmp_path / "tokenizer.json"))
+  options = {"tokenizer": str(tmp_path / "tokenizer.json"), "percent": 50.0}
+  said = r"a.json, line 19: .*tokenizer.json cannot encode it .*: use another --tokenizer"
+  with pytest.raises(ValueError, match=said):
+    run(tmp_path / "out", tmp_path / "a.json", **options)
+  manifest = run(tmp_path / "skipped", tmp_path / "a.json", skip_bad=True, **options)
+  assert manifest["counts"]["bad rows"] == 1
+  assert str(tmp_path) not in json.dumps(manifest)
+  assert manifest["counts"]["dropped characters"] == 0
+
+
+@pytest.mark.parametrize(
+  ("data", "said"),
+  [
+    (b"", "is empty"),
+    ("{}".encode("utf-16"), "is UTF-16: convert it"),
+    (b"PK\x03\x04", "is a ZIP archive"),
+    (gzip.compress(b"{}")[:-9], "is cut short"),
+    (b"no JSON", "line 1 is not JSON"),
+    (b'{"body": "x"}', "line 1 has no key 'text'"),
+  ],
+)
+def test_files_of_another_kind_are_named_before_anything_is_written(files, tmp_path, data, said):
+  (files / "12.json.gz").write_bytes(data)
+  with pytest.raises(ValueError, match=rf"12.json.gz,? {said}"):
+    run(tmp_path / "out", files)
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_script_knows_the_home_folder_and_skips_rows(files, tmp_path):
+  write_jsonl(files / "05.json.gz", [document(1), None])
+  flags = ["--format=c4", "--input=~/files/*", "--output=~/out", "--tokenizer=bytes"]
+  flags += ["--validation_percent=20", "--workers=1"]
+  result = script(*flags, HOME=str(tmp_path))
+  assert (result.returncode, result.stdout) == (1, "")
+  assert re.fullmatch(
+    r"error: .*/05.json.gz, line 2: 'text' is null.* --skip_bad.*\n", result.stderr
+  )
+  result = script(*flags, "--skip_bad", HOME=str(tmp_path))
+  assert result.returncode == 0, result.stderr
+  assert "\nbad rows: 1 left out; the first: 05.json.gz, line 2: 'text' is null" in result.stdout
+  assert shards.load(tmp_path / "out").manifest["counts"]["bad rows"] == 1

@@ -227,3 +227,28 @@ def test_missing_package_is_named(tmp_path, monkeypatch, kind, package):
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ImportError, match=rf"needs {package}: pip install 'eco_optax\[data\]'"):
     install(tmp_path, b"x", kind)
+
+
+def losses(tokenizer, text):
+  found = tokenizers.Losses(tokenizer)
+  return found.unknown(tokenizer.encode(text)), found.dropped(text)
+
+
+def test_what_a_tokenizer_loses_is_found(characters, unigram, bpe, tmp_path):
+  plain = train_sentencepiece(vocab_size=60, hard_vocab_limit=False, model_type="bpe")
+  byte = tokenizers.load(pathlib.Path(), tokenizers.describe("bytes", None))
+  words = install(tmp_path, word_level(**{"</s>": 9}), "huggingface")
+  without = install(tmp_path, plain, "sentencepiece")
+  text = "the cat Ж\u200b sat\x07"
+  assert losses(byte, text) == losses(bpe, text) == (0, {})
+  assert losses(unigram, text)[0] == 0  # It falls back to bytes.
+  assert losses(characters, text) == (2, {})  # Neighbours are one unknown token.
+  unknown, dropped = losses(without, text)
+  assert unknown == 1
+  assert dropped == {"\x07": 1}  # NFKC of SentencePiece has a zero-width space as a space.
+  assert losses(words, "a é b x\u3000") == (2, {})
+
+  model = library.Tokenizer(library.models.BPE({"a": 0, "é": 1, "</s>": 2}, []))
+  model.normalizer = library.normalizers.StripAccents()
+  characters_of_bpe = install(tmp_path, model.to_str().encode(), "huggingface")
+  assert losses(characters_of_bpe, "aa\u0301a漢 漢") == (0, {"\u0301": 1, "漢": 2})

@@ -34,6 +34,15 @@ UNIT_BYTES = 2**24  # Files are put together into one unit up to this size.
 SHARD_TOKENS = 2**26  # A shard is written once it holds this many; it ends with a document.
 BPE_BYTES = 2**25  # Of text that a BPE is trained on.
 
+# What a manifest counts, and what became of it.
+COUNTED = {
+  "bad rows": "left out",
+  "blank documents": "left out",
+  "ambiguous chats": "trained on as their marks say",
+  "unknown tokens": "in place of what the tokenizer does not know",
+  "dropped characters": "left out by the tokenizer",
+}
+
 _Report = Callable[[int, int, int], None]  # Takes numbers of documents, tokens, bytes.
 
 
@@ -47,13 +56,16 @@ class Source(NamedTuple):
   kind: str = ""  # Of text, such as "prose" or "code", where a corpus has several.
 
 
-def from_files(train: Sequence[str], validation: Sequence[str] = ()) -> list[Source]:
-  """The files that patterns match.
+def from_files(
+  train: Sequence[str], validation: Sequence[str] = (), output: str | os.PathLike | None = None
+) -> list[Source]:
+  """The files that patterns match, but for those in `output` and in other prepared corpora.
 
   Args:
     train: patterns of `readers.find`.
     validation: the same of files that are the validation split; without any, each document's hash
       decides.
+    output: folder of the corpus to be.
 
   Raises:
     FileNotFoundError: if a pattern matches nothing.
@@ -61,10 +73,24 @@ def from_files(train: Sequence[str], validation: Sequence[str] = ()) -> list[Sou
   """
   if not train:
     raise ValueError("no --input: name the files of the corpus, such as --input='c4/*.json.gz'")
-  paths = {path: "train" if validation else "" for path in readers.find(train)}
-  for path in readers.find(validation):
-    if path in paths:
-      raise ValueError(f"{path} is both in --input and in --validation: leave it out of one")
+  own = None if output is None else pathlib.Path(output).resolve()
+
+  def is_ours(path: str) -> bool:
+    folders = [real := pathlib.Path(path).resolve(), *real.parents]
+    return any(
+      folder == own or ((folder / SETTINGS).is_file() and (folder / "units").is_dir())
+      for folder in folders
+    )
+
+  paths = {path: "train" if validation else "" for path in readers.find(train, is_ours)}
+  same = {readers.identity(path): path for path in paths}
+  for path in readers.find(validation, is_ours):
+    if (other := same.get(readers.identity(path))) is not None:
+      also = "" if other == path else f" {other}, the same file, is in --input:"
+      raise ValueError(
+        f"{path} is both in --input and in --validation:{also} leave it out of one, so that"
+        " nothing that is trained on is evaluated on"
+      )
     paths[path] = "validation"
   base = os.path.commonpath([path.parent for path in paths])
   return [
@@ -123,6 +149,7 @@ class _Job(NamedTuple):
   format: str
   field: str
   percent: float
+  skip_bad: bool
   tokenizer: dict[str, Any]  # Its description.
   shard_tokens: int
 
@@ -144,6 +171,7 @@ def prepare(
   tokenizer: str = "bpe",
   vocabulary: int = 4096,
   separator: str | None = None,
+  skip_bad: bool = False,
   workers: int = 1,
 ) -> dict[str, Any]:
   """Makes a folder that `shards.load` opens, or goes on making it.
@@ -158,6 +186,8 @@ def prepare(
     tokenizer: "bytes", "bpe", or a path, see `tokenizers.kind_of`.
     vocabulary: of a BPE that is trained here.
     separator: see `tokenizers.describe`.
+    skip_bad: whether rows that cannot be read are left out and counted, rather than an error; a
+      preparation that such a row ended goes on with it.
     workers: processes; the result does not depend on it.
 
   Returns:
@@ -178,6 +208,9 @@ def prepare(
     raise ValueError(f"workers {workers} is not 1 or more")
   folder, kind, units = pathlib.Path(output), tokenizers.kind_of(tokenizer), _units(sources)
   size = sum(source.size for source in sources)
+  # Files of another kind are told by their start, before anything is written.
+  for source in () if (folder / SETTINGS).exists() else sources:
+    next(readers.read(format, source.path, field, readers.Tally(skip_bad)), None)
   settings = {
     "version": shards.VERSION,
     "corpus": name,
@@ -203,12 +236,11 @@ def prepare(
       if kind != "bpe":
         _copy(pathlib.Path(tokenizer), path)
       elif not path.exists():
-        text = tokenizers.train_bpe(_sample(sources, format, field, percent), vocabulary)
+        text = tokenizers.train_bpe(_sample(sources, format, field, percent, skip_bad), vocabulary)
         with _writing(folder):
           metrics.write_whole(path, text)
-    job = _Job(
-      folder, format, field, percent, tokenizers.describe(kind, path, separator), SHARD_TOKENS
-    )
+    described = tokenizers.describe(kind, path, separator)
+    job = _Job(folder, format, field, percent, skip_bad, described, SHARD_TOKENS)
     progress = _Progress(size)
     run = _run_here if workers == 1 or len(units) == 1 else _run_in_processes
     records = run(job, units, workers, progress)
@@ -264,7 +296,7 @@ def _read_json(path: pathlib.Path) -> Any:
   """What this module wrote, always whole."""
   try:
     return json.loads(path.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is damaged ({error}): use an empty folder as --output") from error
 
 
@@ -316,12 +348,15 @@ def _copy(source: pathlib.Path, path: pathlib.Path) -> None:
     new.replace(path)
 
 
-def _sample(sources: Sequence[Source], format: str, field: str, percent: float) -> Iterator[str]:
+def _sample(
+  sources: Sequence[Source], format: str, field: str, percent: float, skip_bad: bool
+) -> Iterator[str]:
   """Training text for a tokenizer: of each file its first documents, in proportion to its size."""
   total = sum(source.size for source in sources if source.split != "validation")
   for source in sources:
     left = 0 if source.split == "validation" else max(1, BPE_BYTES * source.size // max(1, total))
-    for document in readers.read(format, source.path, field) if left else ():
+    tally = readers.Tally(skip_bad)  # Rows are counted as they are encoded, not here.
+    for document in readers.read(format, source.path, field, tally) if left else ():
       if (source.split or split_of(document.text, percent)) == "train":
         yield document.text
         left -= len(document.text.encode())
@@ -397,10 +432,13 @@ def _encode(
 
   A token is trained on if it starts in a span, the separator if the last span reaches the end.
   """
-  if masked:
-    tokens, starts = tokenizer.encode_with_starts(document.text)
-  else:
-    tokens = tokenizer.encode(document.text)
+  try:
+    if masked:
+      tokens, starts = tokenizer.encode_with_starts(document.text)
+    else:
+      tokens = tokenizer.encode(document.text)
+  except ValueError as error:
+    raise ValueError(f"{document.place}: {error}") from error
   if len(at := np.flatnonzero(tokens == tokenizer.separator)):
     character = tokenizer.encode_with_starts(document.text)[1][at[0]]
     raise ValueError(
@@ -429,19 +467,37 @@ def _prepare_unit(
   if (record := _finished(job, path, sources, digests)) is not None:
     return record
   tokenizer = tokenizers.load(job.folder, job.tokenizer)
-  masked = readers.FORMATS[job.format].masked
+  losses = tokenizers.Losses(tokenizer)
+  masked = readers.FORMATS[job.format].spans is not None
   writers = {split: _Writer(job, f"{split}-{number:05d}") for split in shards.SPLITS}
   described = []
   for source, digest in zip(sources, digests, strict=True):
-    count = 0
-    for document in readers.read(job.format, source.path, job.field):
-      tokens, mask = _encode(tokenizer, document, masked)
+    count, tally = 0, readers.Tally(job.skip_bad)
+    for document in readers.read(job.format, source.path, job.field, tally):
+      try:
+        tokens, mask = _encode(tokenizer, document, masked)
+      except ValueError as error:
+        tally.bad(error)
+        continue
+      tally.add("unknown tokens", document.place, losses.unknown(tokens))
+      for character, times in losses.dropped(document.text).items():
+        tally.add("dropped characters", f"{document.place}: {character!a}", times)
       size = len(document.text.encode())
+      if len(tokens) == 1:  # The separator.
+        tally.add("blank documents", f"{document.place}: it has no tokens")
+        continue
       split = source.split or split_of(document.text, job.percent)
       writers[split].add(tokens, mask, size)
       report(1, len(tokens), size)
       count += 1
     about = {"name": source.name, "bytes": source.size, "sha256": digest, "documents": count}
+    if tally.counts:
+      # The manifest knows no absolute paths.
+      first = {
+        kind: x.replace(str(source.path), source.name).replace(f"{job.folder}{os.sep}", "")
+        for kind, x in tally.first.items()
+      }
+      about |= {"counts": tally.counts, "first": first}
     described.append(about | ({"kind": source.kind} if source.kind else {}))
   for writer in writers.values():
     writer.flush()
@@ -476,6 +532,8 @@ def _finished(
   for source, digest, before in zip(sources, digests, record["sources"], strict=True):
     if digest != before["sha256"]:
       raise ValueError(f"{source.path} has changed since it was prepared: {other}")
+    if not job.skip_bad and before.get("counts", {}).get("bad rows"):
+      return None  # Made again, which names the row.
   for shard in (shard for written in record["splits"].values() for shard in written):
     for name, digest in (("file", "sha256"), ("mask", "mask_sha256")):
       file = job.folder / shard.get(name, shard["file"])
@@ -614,13 +672,14 @@ def _manifest(
   Raises:
     ValueError: if a split is empty.
   """
+  sources = [source for record in records for source in record["sources"]]
   splits: dict[str, Any] = {}
   for split in shards.SPLITS:
     written = [shard for record in records for shard in record["splits"][split]]
     if not written:
       raise ValueError(
         f"no document of {settings['corpus']} is in the {split} split: use another"
-        " --validation_percent, or more text"
+        f" --validation_percent, or more text{_told(sources)}"
       )
     totals: dict[str, Any] = _totals(written)
     kinds = {shard["kind"] for shard in written if "kind" in shard}
@@ -639,9 +698,24 @@ def _manifest(
     "separator": tokenizers.load(job.folder, job.tokenizer).separator,
     "dtype": _dtype(vocabulary).name,
     "splits": splits,
-    "sources": [source for record in records for source in record["sources"]],
+    "counts": {kind: _count(sources, kind) for kind in COUNTED},
+    "sources": sources,
     "settings": {key: settings[key] for key in settings if key not in ("version", "units")},
   }
+
+
+def _count(sources: Sequence[dict[str, Any]], kind: str) -> int:
+  return sum(source.get("counts", {}).get(kind, 0) for source in sources)
+
+
+def _told(sources: Sequence[dict[str, Any]]) -> str:
+  """What was left out of sources, or is to be looked at, a line each; "" if there is nothing."""
+  lines = [""]
+  for kind, what in COUNTED.items():
+    if number := _count(sources, kind):
+      first = next(source["first"][kind] for source in sources if kind in source.get("first", {}))
+      lines.append(f"{kind}: {number:,} {what}; the first: {first}")
+  return "\n".join(lines)
 
 
 def _totals(written: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -664,4 +738,4 @@ def table(manifest: dict[str, Any]) -> str:
     f" {manifest['vocabulary']:,} ({kind}), separator {manifest['separator']},"
     f" {manifest['dtype']}"
   )
-  return "\n".join(lines)
+  return "\n".join(lines) + _told(manifest["sources"])

@@ -148,7 +148,7 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   try:
     manifest = json.loads(path.read_text())
     version = manifest["version"]
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(f"{path} is damaged ({error}). {_AGAIN}") from error
   if version != VERSION:
     raise ValueError(

@@ -33,6 +33,40 @@ class Tokenizer(NamedTuple):
   decode: Callable[[Sequence[int]], str]
   vocabulary: int  # Every token is below it.
   separator: int  # The token behind each document, which no text is encoded to.
+  unknown: int | None = None  # The token for whatever the vocabulary lacks, if there is one.
+  is_lossless: bool = False  # Whether every text is known to come back from its tokens.
+
+
+class Losses:
+  """Finds what a tokenizer loses of texts."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._is_dropped: dict[str, bool] = {}
+
+  def unknown(self, tokens: np.ndarray) -> int:
+    """Number of unknown tokens among those of a text."""
+    token = self._tokenizer.unknown
+    return 0 if token is None else int(np.count_nonzero(tokens == token))
+
+  def dropped(self, text: str) -> dict[str, int]:
+    """How often a text has each character that leaves no trace, and is no space."""
+    if self._tokenizer.is_lossless:
+      return {}
+    characters = set(text)
+    for character in characters - self._is_dropped.keys():
+      self._is_dropped[character] = not character.isspace() and self._leaves_no_trace(character)
+    return {x: text.count(x) for x in sorted(characters) if self._is_dropped[x]}
+
+  def _leaves_no_trace(self, character: str) -> bool:
+    """Whether a text's tokens are the same without it."""
+    encode, decode = self._tokenizer.encode, self._tokenizer.decode
+    try:
+      if decode(encode(character).tolist()).strip():
+        return False
+      return encode(f"a{character}b").tolist() == encode("ab").tolist()
+    except ValueError:  # It knows words alone, and not these.
+      return False
 
 
 def kind_of(name: str) -> str:
@@ -95,7 +129,8 @@ def load(folder: pathlib.Path, description: dict[str, Any]) -> Tokenizer:
 def _open(kind: str, path: pathlib.Path | None, separator: str | None) -> Tokenizer:
   if path is None:
     return _bytes()
-  return (_sentencepiece if kind == "sentencepiece" else _huggingface)(path, separator)
+  tokenizer = (_sentencepiece if kind == "sentencepiece" else _huggingface)(path, separator)
+  return tokenizer._replace(is_lossless=kind == "bpe")
 
 
 def _bytes() -> Tokenizer:
@@ -107,7 +142,7 @@ def _bytes() -> Tokenizer:
     return ids, np.cumsum(ids & 0xC0 != 0x80) - 1
 
   decode = lambda ids: bytes(np.asarray(ids).tolist()).decode(errors="replace")
-  return Tokenizer(encode, encode_with_starts, decode, 256, 0)
+  return Tokenizer(encode, encode_with_starts, decode, 256, 0, is_lossless=True)
 
 
 def _bytes_in_json() -> str:
@@ -146,7 +181,8 @@ def _sentencepiece(path: pathlib.Path, separator: str | None) -> Tokenizer:
 
   encode = lambda text: np.array(model.encode(text), np.int64)
   decode = lambda ids: model.decode(np.asarray(ids).tolist())
-  return Tokenizer(encode, encode_with_starts, decode, model.get_piece_size(), token)
+  unknown = model.unk_id() if model.unk_id() >= 0 else None
+  return Tokenizer(encode, encode_with_starts, decode, model.get_piece_size(), token, unknown)
 
 
 def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
@@ -170,19 +206,29 @@ def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
       " ends a text there with --separator"
     )
 
+  def encoded(encode: Callable[..., Any], text: Any) -> Any:
+    try:
+      return encode(text, add_special_tokens=False)
+    except Exception as error:  # As of a vocabulary of words without an unknown one.
+      raise ValueError(f"{path} cannot encode it ({error}): use another --tokenizer") from error
+
   def encode(text: str) -> np.ndarray:
-    (encoding,) = model.encode_batch_fast([text], add_special_tokens=False)
+    (encoding,) = encoded(model.encode_batch_fast, [text])
     return np.array(encoding.ids, np.int64)
 
   def encode_with_starts(text: str) -> tuple[np.ndarray, np.ndarray]:
-    encoding = model.encode(text, add_special_tokens=False)
+    encoding = encoded(model.encode, text)
     starts = [start for start, _ in encoding.offsets]
     return np.array(encoding.ids, np.int64), np.array(starts, np.int64)
 
   decode = lambda ids: model.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
   # Tokens may be left out of a vocabulary, so its size alone does not bound them.
   vocabulary = max(model.get_vocab(with_added_tokens=True).values()) + 1
-  return Tokenizer(encode, encode_with_starts, decode, vocabulary, token)
+  described = json.loads(path.read_bytes())["model"]
+  unknown = described.get("unk_id")
+  if (piece := described.get("unk_token")) is not None:
+    unknown = model.token_to_id(piece)
+  return Tokenizer(encode, encode_with_starts, decode, vocabulary, token, unknown)
 
 
 def train_bpe(texts: Iterator[str], vocabulary: int) -> str:
