@@ -459,7 +459,9 @@ _ON_GPUS = {
 
 def _on_gpu(path: pathlib.Path) -> dict[str, Any]:
   """The steps in a file of `experiments.gpu`, as `scripts/benchmark.py` would have written them."""
-  entry = json.loads(path.read_text())["fused_steps"]
+  entry = json.loads(path.read_text()).get("fused_steps", {})
+  if "float32 optax.adamw" not in entry.get("rows", {}):  # Not measured yet.
+    return {}
   first = entry["rows"]["float32 optax.adamw"]["milliseconds"]
   steps = {
     _ON_GPUS[name]: {
