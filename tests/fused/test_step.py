@@ -20,6 +20,7 @@ from eco_optax.fused.dispatch import take_step
 from eco_optax.fused.step import definition
 from eco_optax.optimizers.adamw import ADAMW
 from eco_optax.optimizers.sgd import SGD
+from eco_optax.quantized_array import as_parameter, is_quantized
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -149,12 +150,18 @@ def test_gradients_are_scaled_on_the_way(tx):
   state = tx.init(params)
   grads = jax.tree.map(lambda x: jnp.sin(x).astype(jnp.bfloat16), eco.dequantize(params))
   quarter = jax.tree.map(lambda g: g / 4, grads)
-  found = jax.jit(tx.update)(grads, state, params, gradient_scale=0.25)
-  wanted = jax.jit(tx.update)(quarter, state, params)
+
+  @jax.jit
+  def step(grads, state, params, **kwargs):
+    updates, state = tx.update(grads, state, params, **kwargs)
+    return jax.tree.map(as_parameter, updates, is_leaf=is_quantized), state
+
+  found = step(grads, state, params, gradient_scale=0.25)
+  wanted = step(quarter, state, params)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     a, b = (np.asarray(x).astype(np.float32) for x in (a, b))
     np.testing.assert_allclose(a, b, rtol=1e-6)
-  unscaled = jax.tree.leaves(jax.jit(tx.update)(grads, state, params))
+  unscaled = jax.tree.leaves(step(grads, state, params))
   pairs = zip(jax.tree.leaves(found), unscaled, strict=True)
   assert any(np.any(np.asarray(a != b)) for a, b in pairs)
 
