@@ -17,9 +17,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is no
 from experiments import gpu
 
 try:
-  from eco_optax.training.jobs import run
+  from eco_optax.training.jobs import define_path, run
 except ImportError:  # Most entries need JAX and Optax alone.
-  run = app.run
+  define_path, run = flags.DEFINE_string, app.run
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "That the queue may take.")
@@ -27,7 +27,7 @@ _ENTRIES = flags.DEFINE_list("entries", [], "Of the queue, in this order; all by
 _ENTRY = flags.DEFINE_enum("entry", None, list(gpu.ENTRIES), "To measure here, by itself.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Whether to measure what the file has.")
 _SIZE = flags.DEFINE_integer("size", gpu.SIZE, "Weights of a step.")
-_RESULTS = flags.DEFINE_string("results", str(_ROOT / "results"), "Where figures go.")
+_RESULTS = define_path("results", str(_ROOT / "results"), "Where figures go.")
 
 
 def main(_: list[str]) -> None:
