@@ -19,7 +19,7 @@ from experiments import gpu
 try:
   from eco_optax.training.jobs import define_path, run
 except ImportError:  # Most entries need JAX and Optax alone.
-  define_path, run = flags.DEFINE_string, app.run
+  define_path, run = flags.DEFINE_string, app.run  # type: ignore[assignment]
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "That the queue may take.")
