@@ -10,9 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
+import pytest
 
 import eco_optax as eco
 from eco_optax import rounding
+
+# Some draws have as many scales as codes, which is warned of.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:leaf .* bytes per weight", "ignore:the array .* bytes per weight"
+)
 
 # Fixed examples (derandomize), so that a failure is the same everywhere; no deadline, because the
 # first example of a shape compiles.
