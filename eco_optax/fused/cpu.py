@@ -157,8 +157,8 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
       own = {name: _as_bits(new[name]) for name in weight}
       return own, new_moments, {name: new[name] for name in whole}
 
-    # Each turn writes the chunk that the one before it computed, and then reads: an array of which
-    # nothing else is read while it changes is one that the compiler does not copy.
+    # Each turn writes the chunk that the one before it computed, and then reads: the
+    # compiler does not copy an array that nothing else reads while it changes.
     def turn(i: jax.Array, carry: Any) -> Any:
       stored, (*new, _) = carry
       put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(

@@ -79,7 +79,7 @@ class _Groups(NamedTuple):
     return gpu_math.float_of(self.largest_bits(x))
 
   def spread(self, scale: jax.Array) -> jax.Array:
-    """The scale, which broadcasts as it is."""
+    """The scale itself: it broadcasts."""
     return scale
 
   def times(self, y: jax.Array, scale: jax.Array, product: Any) -> jax.Array:
