@@ -59,6 +59,12 @@ def _matmul(
   sink: jax.Array | None,
 ) -> jax.Array:
   del sink  # Only its gradient is of use.
+  return _product(activation_format, x, w)
+
+
+def _product(
+  activation_format: Format | None, x: jax.Array, w: jax.Array | QuantizedArray
+) -> jax.Array:
   values, x_scale = _factor(x, activation_format)
   w_scale = None
   if isinstance(w, QuantizedArray) and (w_scale := _outer_scale(w)) is not None:
@@ -80,7 +86,8 @@ def _dense(w: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
 def _forward(
   activation_format: Format | None, x: jax.Array, w: Any, sink: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-  return _matmul(activation_format, x, w, sink), (x, w, sink)
+  # Without the sink, which a checkpoint would keep as an array of zeros.
+  return _product(activation_format, x, w), (x, w, sink)
 
 
 def _backward(activation_format: Format | None, residuals: Any, dy: jax.Array) -> tuple:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eco_optax import trees
-from eco_optax.quantized_array import dequantize, is_quantized, replaced
+from eco_optax import dense_view, trees
+from eco_optax.quantized_array import is_quantized, replaced
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -84,16 +84,10 @@ def value_and_grad(
            [2., 2.]], dtype=float32))
   """
 
-  def with_dense(params: Any, *args: Any, **kwargs: Any) -> Any:
-    # Differentiated at the dense view's own dtype, so that a gradient rounds once, at the end.
-    value, grads = jax.value_and_grad(fn, has_aux=has_aux)(dequantize(params), *args, **kwargs)
-    cast = lambda leaf, g: g.astype(gradient_dtype) if is_quantized(leaf) else g
-    return value, jax.tree.map(cast, params, grads, is_leaf=is_quantized)
-
-  def with_codes(params: Any, *args: Any, **kwargs: Any) -> Any:
+  def of_sinks(params: Any, call: Callable[[Any], Any], sink_dtype: Any) -> tuple[Any, Any]:
     # The sinks are zeros that nothing reads, so they cost no memory once compiled.
     sinks = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, gradient_dtype) if is_quantized(leaf) else leaf,
+      lambda leaf: jnp.zeros(leaf.shape, sink_dtype) if is_quantized(leaf) else leaf,
       params,
       is_leaf=is_quantized,
     )
@@ -105,8 +99,18 @@ def value_and_grad(
         sinks,
         is_leaf=is_quantized,
       )
-      return fn(leaves, *args, **kwargs)
+      return call(leaves)
 
     return jax.value_and_grad(fn_of_sinks, has_aux=has_aux)(sinks)
+
+  def with_dense(params: Any, *args: Any, **kwargs: Any) -> Any:
+    # Differentiated at the dense view's own dtype, so that a gradient rounds once, at the end.
+    call = lambda leaves: dense_view.apply(lambda view: fn(view, *args, **kwargs), leaves)
+    value, grads = of_sinks(params, call, jnp.float32)
+    cast = lambda leaf, g: g.astype(gradient_dtype) if is_quantized(leaf) else g
+    return value, jax.tree.map(cast, params, grads, is_leaf=is_quantized)
+
+  def with_codes(params: Any, *args: Any, **kwargs: Any) -> Any:
+    return of_sinks(params, lambda leaves: fn(leaves, *args, **kwargs), gradient_dtype)
 
   return with_dense if dense else with_codes

@@ -1,0 +1,157 @@
+"""The dense view of packed weights, made where a function uses it and not before.
+
+A float32 view of all weights is four bytes per parameter if it has to wait: what a `jax.checkpoint`
+takes as an argument is kept for the backward pass, and what a `lax.scan` takes has all its layers.
+Here packed weights go into both, and are dequantized inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core, source_info_util
+
+from eco_optax.quantized_array import QuantizedArray, dequantize, is_quantized
+
+# Of functions that run on the values of their arguments, which have none while they are traced.
+_NEEDS_VALUES = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+
+
+@jax.custom_vjp
+def _dequantize(leaf: QuantizedArray, sink: jax.Array) -> jax.Array:
+  """The float32 values of a leaf; their gradient is the sink's."""
+  del sink
+  return leaf.dequantize()
+
+
+_dequantize.defvjp(
+  # Without the sink, which a checkpoint would keep as an array of zeros.
+  lambda leaf, sink: (leaf.dequantize(), None),
+  lambda _, grad: (None, grad),
+)
+
+
+def _dense(x: Any) -> Any:
+  """`x` as a function of dense weights knows it."""
+  if not is_quantized(x):
+    return x
+  return _dequantize(dataclasses.replace(x, sink=None), x.sink)
+
+
+def apply(fn: Callable[[Any], Any], params: Any) -> Any:
+  """`fn(dequantize(params))`, without the dense view of a leaf that `fn` does not need at once.
+
+  Args:
+    fn: of parameters, written for dense ones.
+    params: packed leaves have a float32 `sink`, which collects the gradient of their dense view.
+
+  Returns:
+    What `fn` returns. A function that needs the values of its arguments, such as one with a Python
+    `if` on a weight, gets the dense view itself.
+  """
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+  returned = []
+
+  def flat(*leaves: Any) -> list[Any]:
+    outputs, out_tree = jax.tree.flatten(fn(jax.tree.unflatten(treedef, leaves)))
+    returned.append(out_tree)
+    return outputs
+
+  try:
+    closed = jax.make_jaxpr(flat)(*jax.eval_shape(dequantize, leaves))
+  except _NEEDS_VALUES:
+    return fn(jax.tree.unflatten(treedef, map(_dense, leaves)))
+  return jax.tree.unflatten(returned[0], _evaluate(closed.jaxpr, closed.consts, leaves))
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+  """The outputs of a traced function of dense arguments, of which some are given packed."""
+  values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+  values |= zip(jaxpr.invars, args, strict=True)
+  views: dict[Any, jax.Array] = {}
+
+  def read(x: Any) -> Any:
+    return x.val if isinstance(x, core.Literal) else values[x]
+
+  def read_dense(x: Any) -> Any:
+    if not is_quantized(value := read(x)):
+      return value
+    if x not in views:
+      views[x] = _dense(value)
+    return views[x]
+
+  for eqn in jaxpr.eqns:
+    operands = [read(x) for x in eqn.invars]
+    outer = _OUTER.get(eqn.primitive.name) if any(map(is_quantized, operands)) else None
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
+      outputs = outer and outer(eqn, operands)
+    if outputs is None:
+      needed = list(dict.fromkeys(x for x in eqn.invars if not isinstance(x, core.Literal)))
+      alone = jaxpr.replace(constvars=[], invars=needed, outvars=eqn.outvars, eqns=[eqn])
+      outputs = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*map(read_dense, needed))
+    values |= zip(eqn.outvars, outputs, strict=True)
+  return [read_dense(x) for x in jaxpr.outvars]
+
+
+def _checkpoint(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+  """A `jax.checkpoint` that keeps codes."""
+  fn = lambda *operands: _evaluate(eqn.params["jaxpr"], (), operands)
+  options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
+  return jax.checkpoint(fn, **options)(*operands)
+
+
+def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+  """A `lax.scan` that dequantizes one layer at a time."""
+  p = eqn.params
+  closed, carried = p["jaxpr"], p["num_consts"] + p["num_carry"]
+  consts, carry, xs = (
+    operands[: p["num_consts"]],
+    operands[p["num_consts"] : carried],
+    operands[carried:],
+  )
+
+  def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+    outputs = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
+    return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
+
+  xs = [x if _has_layers(x) else _dense(x) for x in xs]
+  options = {key: p[key] for key in ("length", "reverse", "unroll")}
+  carry, ys = jax.lax.scan(body, [_dense(x) for x in carry], xs, **options)
+  return [*carry, *ys]
+
+
+def _has_layers(x: Any) -> bool:
+  """Whether the first axis of a leaf is one of all its arrays, so that its layers are leaves."""
+  return not is_quantized(x) or (
+    x.ndim >= 3 and all(array.shape[:1] == x.shape[:1] for array in jax.tree.leaves(x))
+  )
+
+
+def _jit(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+  """The body of a `jax.jit`, if it has a place to dequantize in."""
+  closed = eqn.params["jaxpr"]
+  placed = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
+  if not _has_place(closed.jaxpr) or any(isinstance(x, jax.sharding.Sharding) for x in placed):
+    return None
+  return _evaluate(closed.jaxpr, closed.consts, operands)
+
+
+def _has_place(jaxpr: core.Jaxpr) -> bool:
+  names = {eqn.primitive.name for eqn in jaxpr.eqns}
+  return bool(names & {"checkpoint", "remat2", "scan"}) or any(
+    _has_place(eqn.params["jaxpr"].jaxpr) for eqn in jaxpr.eqns if eqn.primitive.name in _JIT
+  )
+
+
+_JIT = ("jit", "pjit")
+# What takes packed operands, by the name of its primitive; of all else the operands are dense.
+_OUTER: dict[str, Callable[[core.JaxprEqn, list[Any]], list[Any] | None]] = {
+  "checkpoint": _checkpoint,
+  "remat2": _checkpoint,
+  "scan": _scan,
+  **dict.fromkeys(_JIT, _jit),
+}
