@@ -16,6 +16,12 @@ from jax.extend import core, source_info_util
 
 from eco_optax.quantized_array import QuantizedArray, dequantize, is_quantized
 
+# Names of primitives, in all versions of JAX.
+JIT, CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat2")
+
+# (equation, its operands) → its outputs, or None if it is to be evaluated as it is.
+Rule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
+
 # Of functions that run on the values of their arguments, which have none while they are traced.
 _NEEDS_VALUES = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
@@ -64,11 +70,20 @@ def apply(fn: Callable[[Any], Any], params: Any) -> Any:
     closed = jax.make_jaxpr(flat)(*jax.eval_shape(dequantize, leaves))
   except _NEEDS_VALUES:
     return fn(jax.tree.unflatten(treedef, map(_dense, leaves)))
-  return jax.tree.unflatten(returned[0], _evaluate(closed.jaxpr, closed.consts, leaves))
+  return jax.tree.unflatten(returned[0], evaluate(closed.jaxpr, closed.consts, leaves, _PACKED))
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-  """The outputs of a traced function of dense arguments, of which some are given packed."""
+def evaluate(
+  jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: dict[str, Rule]
+) -> list[Any]:
+  """The outputs of a traced function of dense arguments, of which some may be given packed.
+
+  Args:
+    jaxpr: of the function.
+    consts: of the jaxpr.
+    args: of the function.
+    rules: how to evaluate an equation, by the name of its primitive.
+  """
   values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
   values |= zip(jaxpr.invars, args, strict=True)
   views: dict[Any, jax.Array] = {}
@@ -85,10 +100,10 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
 
   for eqn in jaxpr.eqns:
     operands = [read(x) for x in eqn.invars]
-    outer = _OUTER.get(eqn.primitive.name) if any(map(is_quantized, operands)) else None
+    rule = rules.get(eqn.primitive.name)
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
-      outputs = outer and outer(eqn, operands)
+      outputs = rule and rule(eqn, operands)
     if outputs is None:
       needed = list(dict.fromkeys(x for x in eqn.invars if not isinstance(x, core.Literal)))
       alone = jaxpr.replace(constvars=[], invars=needed, outvars=eqn.outvars, eqns=[eqn])
@@ -97,15 +112,19 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
   return [read_dense(x) for x in jaxpr.outvars]
 
 
-def _checkpoint(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+def _checkpoint(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   """A `jax.checkpoint` that keeps codes."""
-  fn = lambda *operands: _evaluate(eqn.params["jaxpr"], (), operands)
+  if not any(map(is_quantized, operands)):
+    return None
+  fn = lambda *operands: evaluate(eqn.params["jaxpr"], (), operands, _PACKED)
   options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
   return jax.checkpoint(fn, **options)(*operands)
 
 
-def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   """A `lax.scan` that dequantizes one layer at a time."""
+  if not any(map(is_quantized, operands)):
+    return None
   p = eqn.params
   closed, carried = p["jaxpr"], p["num_consts"] + p["num_carry"]
   consts, carry, xs = (
@@ -115,43 +134,48 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
   )
 
   def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-    outputs = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
+    outputs = evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs], _PACKED)
     return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
 
-  xs = [x if _has_layers(x) else _dense(x) for x in xs]
+  xs = [x if _is_stack(x) else _dense(x) for x in xs]
   options = {key: p[key] for key in ("length", "reverse", "unroll")}
   carry, ys = jax.lax.scan(body, [_dense(x) for x in carry], xs, **options)
   return [*carry, *ys]
 
 
-def _has_layers(x: Any) -> bool:
+def _is_stack(x: Any) -> bool:
   """Whether the first axis of a leaf is one of all its arrays, so that its layers are leaves."""
   return not is_quantized(x) or (
     x.ndim >= 3 and all(array.shape[:1] == x.shape[:1] for array in jax.tree.leaves(x))
   )
 
 
-def _jit(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
-  """The body of a `jax.jit`, if it has a place to dequantize in."""
+def inline(
+  eqn: core.JaxprEqn, operands: list[Any], rules: dict[str, Rule] | None = None
+) -> list[Any] | None:
+  """The body of a `jax.jit`, if it has a checkpoint or a scan."""
   closed = eqn.params["jaxpr"]
   placed = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
-  if not _has_place(closed.jaxpr) or any(isinstance(x, jax.sharding.Sharding) for x in placed):
+  if not _has_layers(closed.jaxpr) or any(isinstance(x, jax.sharding.Sharding) for x in placed):
     return None
-  return _evaluate(closed.jaxpr, closed.consts, operands)
+  rules = dict.fromkeys(JIT, inline) if rules is None else rules
+  return evaluate(closed.jaxpr, closed.consts, operands, rules)
 
 
-def _has_place(jaxpr: core.Jaxpr) -> bool:
+def _inline_packed(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+  return inline(eqn, operands, _PACKED) if any(map(is_quantized, operands)) else None
+
+
+def _has_layers(jaxpr: core.Jaxpr) -> bool:
   names = {eqn.primitive.name for eqn in jaxpr.eqns}
-  return bool(names & {"checkpoint", "remat2", "scan"}) or any(
-    _has_place(eqn.params["jaxpr"].jaxpr) for eqn in jaxpr.eqns if eqn.primitive.name in _JIT
+  return bool(names & {*CHECKPOINT, "scan"}) or any(
+    _has_layers(eqn.params["jaxpr"].jaxpr) for eqn in jaxpr.eqns if eqn.primitive.name in JIT
   )
 
 
-_JIT = ("jit", "pjit")
-# What takes packed operands, by the name of its primitive; of all else the operands are dense.
-_OUTER: dict[str, Callable[[core.JaxprEqn, list[Any]], list[Any] | None]] = {
-  "checkpoint": _checkpoint,
-  "remat2": _checkpoint,
+# What takes packed operands; of all else the operands are dense.
+_PACKED: dict[str, Rule] = {
+  **dict.fromkeys(CHECKPOINT, _checkpoint),
   "scan": _scan,
-  **dict.fromkeys(_JIT, _jit),
+  **dict.fromkeys(JIT, _inline_packed),
 }

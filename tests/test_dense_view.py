@@ -1,4 +1,4 @@
-"""The dense view of packed weights is made inside checkpoints and scans, and nothing else changes."""
+"""The dense view of packed weights is made inside checkpoints and scans; nothing else changes."""
 
 import dataclasses
 import functools
