@@ -326,8 +326,14 @@ def test_another_model_is_named(tmp_path):
     ({"attention_bias": True}, "no attention_bias True"),
     ({"scoring_func": "sigmoid"}, "no scoring_func 'sigmoid'"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "no rope_type 'yarn'"),
-    ({"hidden_act": "relu", "moe_layer_freq": 2}, "no hidden_act 'relu', no moe_layer_freq 2"),
-    ({"hidden_size": None, "rms_norm_eps": None}, "does not say hidden_size, rms_norm_eps"),
+    (
+      {"hidden_act": "relu", "moe_layer_freq": 2},
+      "no hidden_act 'relu'; models here have no moe_layer_freq 2",
+    ),
+    (
+      {"hidden_size": None, "rms_norm_eps": "0"},
+      "hidden_size null has to be .*rms_norm_eps '0' has",
+    ),
   ],
 )
 def test_what_models_here_have_not_is_refused(tmp_path, changes, message):
