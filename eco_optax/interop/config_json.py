@@ -413,6 +413,8 @@ def _layer_types(
   else:
     default = own.defaults.get("sliding_window", _DEFAULTS["sliding_window"])
     window = told.take("sliding_window", POSITIVE, default, null=True)
+    if window is None:
+      told.ignore("max_window_layers")
   if own.local in ("all", "qwen3_moe"):
     return window, [_GLOBAL if window is None else _LOCAL] * layers
   if own.local == "gemma2":
