@@ -380,8 +380,8 @@ def transformers_side(*args):
 
 
 def logits(config, params, tokens):
-  with jax.disable_jit():  # Operations are compiled once for all models, programs for each.
-    return np.asarray(transformer.apply(config, params, jnp.asarray(tokens, jnp.int32)))
+  apply = jax.jit(transformer.apply, static_argnums=0)
+  return np.asarray(apply(config, params, jnp.asarray(tokens, jnp.int32)))
 
 
 @needs_transformers
