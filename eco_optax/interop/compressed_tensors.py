@@ -219,17 +219,19 @@ def formats(
     ValueError: if there is none like it, naming every key that is in the way.
   """
   told = json_fields.Fields(quantization_config, "quantization_config")
-  found = _formats(told)
+  found = formats_of(told)
   if told.problems or found is None:
     raise ValueError(f"{where}: {'; '.join(told.problems)}")
   return found
 
 
-def _formats(told: json_fields.Fields) -> tuple[Format, Format | None] | None:
+def formats_of(told: json_fields.Fields) -> tuple[Format, Format | None] | None:
+  """The same, adding what is wrong to `told.problems`; None if there is anything."""
+  before = len(told.problems)
   method, groups = told.take("quant_method", TEXT), told.take("config_groups", OBJECT, {})
   if method != "compressed-tensors" or len(groups) != 1:
-    told.problems[:] = [
-      f"quant_method {method!r} with {len(groups)} config_groups cannot be read: only"
+    told.problems[before:] = [
+      f"{told.name}: quant_method {method!r} with {len(groups)} config_groups cannot be read: only"
       " compressed-tensors with one group can, or a checkpoint in float"
     ]
     return None
@@ -284,7 +286,7 @@ def _formats(told: json_fields.Fields) -> tuple[Format, Format | None] | None:
     _finish_arguments(inputs)
     name = _FLOAT if kind == "float" else "int8"
     activation_format = Format(name, "channel", contraction_axis=-1)
-  if told.problems:
+  if told.problems[before:]:
     return None
   scale = scales.get(layout.split("-")[0], "float32")
   try:

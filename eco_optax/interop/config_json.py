@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from eco_optax.interop import json_fields, safetensors
+from eco_optax.interop import compressed_tensors, json_fields, safetensors
 from eco_optax.interop.json_fields import FLAG, LIST, NATURAL, NUMBER, OBJECT, POSITIVE, TEXT
 
 if typing.TYPE_CHECKING:  # The harness imports the library, never the reverse.
@@ -286,6 +286,8 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
   """
   told = json_fields.Fields(read(folder))
   fields = _fields(told)
+  if (stored := told.raw.get("quantization_config")) is not None:
+    compressed_tensors.formats_of(told.child("quantization_config", stored))
   if told.problems:
     raise ValueError(f"{pathlib.Path(folder) / 'config.json'}: {'; '.join(told.problems)}")
   return fields
@@ -332,6 +334,13 @@ def _fields(told: json_fields.Fields) -> dict[str, Any]:
   optional = lambda key, kind: told.take(key, kind, default(key), null=True)
   fields["kv_heads"] = optional("num_key_value_heads", POSITIVE) or fields["heads"]
   fields["head_width"] = optional("head_dim", POSITIVE) or fields["width"] // fields["heads"]
+  if fields["heads"] % fields["kv_heads"]:
+    told.problems.append(
+      f"num_key_value_heads {fields['kv_heads']} does not divide num_attention_heads"
+      f" {fields['heads']}"
+    )
+  if fields["head_width"] % 2 or not fields["head_width"]:
+    told.problems.append(f"head_dim {fields['head_width']} has to be even and above 0")
   fields["norm_epsilon"] = float(told.take("rms_norm_eps", NUMBER, default("rms_norm_eps")))
   tied = fields["tied_embedding"]
   fields["tied_embedding"] = told.take("tie_word_embeddings", FLAG, tied)

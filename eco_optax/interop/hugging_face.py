@@ -193,7 +193,8 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   check_config(folder, config)
   raw = config_json.read(folder)
   tensors = safetensors.read(folder)
-  stored_format = _stored_format(folder, raw)
+  stored = raw.get("quantization_config")
+  stored_format = compressed_tensors.formats(stored)[0] if stored else None
   places = _places(raw["model_type"], config)
   gates = _shared_gates(raw["model_type"], config)
   flat, structure = jax.tree_util.tree_flatten_with_path(target, is_leaf=is_quantized)
@@ -211,17 +212,6 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
     structure,
     [_load(tensors, places[path], leaf, stored_format) for path, leaf in leaves.items()],
   )
-
-
-def _stored_format(folder: Any, raw: Mapping[str, Any]) -> Format | None:
-  """The format of the codes of a checkpoint, if it has any."""
-  stored = raw.get("quantization_config")
-  if stored is None:
-    return None
-  path = pathlib.Path(folder) / "config.json"
-  if not isinstance(stored, dict):
-    raise ValueError(f"{path}: quantization_config {stored!r} has to be an object")
-  return compressed_tensors.formats(stored, str(path))[0]
 
 
 def _is_tied(tensors: _Tensors) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints of Hugging Face, in and out, against NumPy and against transformers itself."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -69,6 +70,10 @@ GEMMA_LIKE = {
 }
 ROUTED = {"experts": 5, "experts_per_token": 2, "expert_width": 16}
 LONG = dataclasses.replace(LLAMA, rope_factor=8.0, rope_length=64, rope_low=1.0, rope_high=4.0)
+OLMO = dataclasses.replace(
+  LLAMA, pre_norms=False, post_norms=True, qk_norm=True, joint_qk_norm=True
+)
+MIXTRAL = dataclasses.replace(LLAMA, **ROUTED, mlp_width=0, normalize_expert_weights=True)
 NARROW = dataclasses.replace(LLAMA, window=8, global_every=5, rope_interleaved=False)
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 40)).astype(np.int32)
 
@@ -243,6 +248,9 @@ EXPORTS = {
   # With activations in FP8 too, one that lies between two codes may go to either.
   "gemma": (GEMMA, "gemma3_text", eco.FP8, None),
   "gemma, blocks": (GEMMA, "gemma3_text", eco.Format("float8_e4m3fn", (32, 32)), None),
+  "qwen2": (dataclasses.replace(LLAMA, qkv_bias=True), "qwen2", eco.FP8, None),
+  "olmo2": (OLMO, "olmo2", eco.FP8, None),
+  "mixtral": (MIXTRAL, "mixtral", eco.INT4, None),
   "deepseek": (DEEPSEEK, "deepseek", eco.INT4, None),
   "deepseek as qwen2_moe": (DEEPSEEK, "qwen2_moe", eco.INT4, None),
   "deepseek as qwen2_moe, FP8": (DEEPSEEK, "qwen2_moe", eco.FP8, None),
@@ -350,6 +358,49 @@ def test_what_models_here_have_not_is_refused(tmp_path, changes, message):
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   with pytest.raises(ValueError, match=message):
     hugging_face.read_config(tmp_path / "deepseek")
+
+
+@pytest.mark.parametrize("name", ["gemma", "deepseek as qwen2_moe"])
+def test_incomplete_and_malformed_configs_are_one_line_that_names_file_and_key(name, tmp_path):
+  export(name, tmp_path / "out")
+  path = tmp_path / "out" / "config.json"
+  whole = json.loads(path.read_text())
+  nested = ("rope_parameters", "rope_scaling", "quantization_config")
+  places = [((), key) for key in whole]
+  places += [((key,), inside) for key in nested for inside in whole.get(key, {})]
+  refused = 0
+  for at, key in places:
+    for value in ("absent", None, "x", -1, 0.5, True, [], {}, [1], {"y": 2}):
+      changed = copy.deepcopy(whole)
+      inside = changed[at[0]] if at else changed
+      if value == "absent":
+        del inside[key]
+      else:
+        inside[key] = value
+      path.write_text(json.dumps(changed))
+      try:
+        TransformerConfig(**hugging_face.read_config(tmp_path / "out"))
+      except ValueError as error:  # Anything else is a failure.
+        text = str(error)
+      else:
+        continue
+      refused += 1
+      assert "\n" not in text
+      assert text.startswith(f"{path}: ")
+      assert key in text or "rope_" in key  # One of two keys that say the same may be named.
+  assert refused > 80
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path):
+  tied = dataclasses.replace(LLAMA, tied_embedding=True)
+  hugging_face.save(tmp_path / "out", transformer.init(tied, 0), tied)
+  load = lambda: hugging_face.load(tmp_path / "out", shapes(tied), tied)
+  embedding = np.array(safetensors.read(tmp_path / "out")["model.embed_tokens.weight"])
+  rewrite(tmp_path / "out", lambda x: x.update({"lm_head.weight": embedding}))
+  load()
+  rewrite(tmp_path / "out", lambda x: x.update({"lm_head.weight": embedding + 1}))
+  with pytest.raises(ValueError, match=r"tie_word_embeddings is true in config\.json, and lm_head"):
+    load()
 
 
 def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
@@ -490,7 +541,7 @@ def test_transformers_computes_the_same_with_what_is_exported(tmp_path):
     wanted[tmp_path / name] = np.asarray(transformer.apply(config, params, jnp.asarray(TOKENS)))
     np.save(tmp_path / name / "tokens.npy", TOKENS)
     # Fused experts have no codes there, and micro-scaled ones become bfloat16 of themselves.
-    if "qwen2_moe" in name or "MX" in name or "NV" in name:
+    if "qwen2_moe" in name or "mixtral" in name or "MX" in name or "NV" in name:
       (tmp_path / name / "dequantize").touch()
   transformers_side("serve", *wanted)
   for folder, own in wanted.items():
