@@ -53,7 +53,9 @@ def main(_: list[str]) -> None:
     print(f"Activations are served in float; the run rounded them to {rounded}.")
   experts = trained.model.experts > 0
   print(_transformers(folder, told["model_type"], layout, activations is not None))
-  serves, note = compressed_tensors.vllm(weights, activations, experts) if stored else (True, "")
+  serves, note = (
+    compressed_tensors.vllm(weights, activations, experts) if stored and weights else (True, "")
+  )
   print(f"vllm serve {folder}{note and ': ' + note}." if serves else f"{note}.")
 
 

@@ -532,7 +532,7 @@ _MEANT = (*_SIZES, "kv_heads", "head_width", "mlp_width", "norm_epsilon", *_PLAI
 
 def _meaning(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Those fields that change what the model computes, in one way of saying it."""
-  kept = {name: fields.get(name) for name in _MEANT}
+  kept: dict[str, Any] = {name: fields.get(name) for name in _MEANT}
   has_global, has_local = _has_layers(kept)
   drop: set[str] = set()
   if not has_local:

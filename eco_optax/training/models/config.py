@@ -74,9 +74,9 @@ class TransformerConfig:
     numbers = ("layers", "width", "heads", "vocabulary", "global_every", "loss_chunks")
     counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
     more = ("dense_layers", "balance_weight", "rope_length")
-    more += ("logit_cap", "query_scalar", "attention_cap")
+    scalars = ("logit_cap", "query_scalar", "attention_cap")
     factors = ("rope_factor", "local_rope_factor")
-    for least, names in ((1, (*numbers, *factors)), (0, (*counts, *more))):
+    for least, names in ((1, (*numbers, *factors)), (0, (*counts, *more, *scalars))):
       for name in names:
         if getattr(self, name) < least:
           raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
