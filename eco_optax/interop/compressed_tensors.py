@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from eco_optax.formats import Format
+from eco_optax.interop import json_fields
+from eco_optax.interop.json_fields import FLAG, LIST, OBJECT, POSITIVE, TEXT
 from eco_optax.quantized_array import QuantizedArray
 
 _FLOAT, _INTEGER = "float8_e4m3fn", ("int8", "int4")
@@ -29,6 +31,9 @@ def _refuse(format: Format, reason: str) -> ValueError:
 def scheme(format: Format, activation_format: Format | None = None) -> dict[str, Any]:
   """What `config.json` says of quantized modules.
 
+  One scale per tensor is written as one per channel, all the same: vLLM puts queries, keys and
+  values into one matrix, and would round matrices anew to the largest of their scales.
+
   Args:
     format: of the weights.
     activation_format: of what they are multiplied with, one scale per token, made anew each time;
@@ -38,7 +43,8 @@ def scheme(format: Format, activation_format: Format | None = None) -> dict[str,
     A config group: `format`, `weights` and `input_activations`.
 
   Raises:
-    ValueError: if the layout does not define such a format.
+    ValueError: if the layout does not define such a format, or if no server multiplies such
+      weights with such activations.
 
   Example:
     >>> import eco_optax as eco
@@ -57,7 +63,7 @@ def scheme(format: Format, activation_format: Format | None = None) -> dict[str,
     "dynamic": False,
     **_strategy(format),
   }
-  activations = None if activation_format is None else _activations(activation_format)
+  activations = None if activation_format is None else _activations(format, activation_format)
   if name == "float8_e5m2":
     raise _refuse(format, "its FP8 is E4M3")
   if name == "float4_e2m1fn" or scale in ("float8_e8m0fnu", "float8_e4m3fn"):
@@ -73,9 +79,7 @@ def scheme(format: Format, activation_format: Format | None = None) -> dict[str,
     if format.two_level:
       weights["strategy"] = "tensor_group"
   elif name in _INTEGER:
-    layout = "int-quantized" if name == "int8" and activations else "pack-quantized"
-    if layout == "pack-quantized" and weights["strategy"] == "tensor":
-      weights["strategy"] = "channel"  # All channels have the tensor's scale.
+    layout = "int-quantized" if activations else "pack-quantized"
   else:
     layout = "float-quantized"
   return {
@@ -92,7 +96,7 @@ def _strategy(format: Format) -> dict[str, Any]:
   if granularity == "channel" and format.contraction_axis != -2:
     raise _refuse(format, "scales run over the inputs, axis -2")
   if isinstance(granularity, str):
-    return {"strategy": granularity}
+    return {"strategy": "channel"}
   if len(granularity) != 2:
     raise _refuse(format, "blocks have two axes")
   if granularity[1] == 1:
@@ -102,13 +106,19 @@ def _strategy(format: Format) -> dict[str, Any]:
   return {"strategy": "block", "block_structure": [granularity[1], granularity[0]]}
 
 
-def _activations(format: Format) -> dict[str, Any]:
+def _activations(weights: Format, format: Format) -> dict[str, Any]:
   name = format.dtype.name
   is_token = format.granularity == "channel" and format.contraction_axis == -1
   if name not in (_FLOAT, "int8") or not is_token or format.power_of_two:
     raise ValueError(
       f"activations in {format} cannot be served: use one scale per token, as FP8_TOKEN has, or"
       " None for float activations"
+    )
+  if served_activations(weights, format) is None:
+    raise ValueError(
+      f"weights in {weights} with activations in {format} cannot be served: vLLM rounds activations"
+      " to FP8 beside E4M3 and to INT8 beside INT8, with weight scales per tensor or channel;"
+      " activation_format None serves these weights with float activations"
     )
   return {
     "num_bits": 8,
@@ -119,49 +129,182 @@ def _activations(format: Format) -> dict[str, Any]:
   }
 
 
-def formats(quantization_config: Mapping[str, Any]) -> tuple[Format, Format | None]:
+def served_activations(weights: Format, activations: Format | None) -> Format | None:
+  """The format in which activations are served beside weights: the trained one, or floats.
+
+  Args:
+    weights: their format.
+    activations: the format that a run trained with; None for floats.
+
+  Returns:
+    `activations` if a server rounds to it beside such weights, else None.
+
+  Example:
+    >>> import eco_optax as eco
+    >>> from eco_optax.interop import compressed_tensors
+    >>> compressed_tensors.served_activations(eco.FP8, eco.FP8_TOKEN) == eco.FP8_TOKEN
+    True
+    >>> print(compressed_tensors.served_activations(eco.INT4, eco.FP8_TOKEN))
+    None
+  """
+  if activations is None or not isinstance(weights.granularity, str):
+    return None
+  is_token = activations.granularity == "channel" and activations.contraction_axis == -1
+  name = activations.dtype.name
+  same = name == weights.dtype.name and name in (_FLOAT, "int8")
+  return activations if same and is_token and not activations.power_of_two else None
+
+
+def vllm(
+  weights: Format, activations: Format | None = None, experts: bool = False
+) -> tuple[bool, str]:
+  """Whether vLLM serves a checkpoint, by its own choice of a scheme for each layer.
+
+  Args:
+    weights: their format.
+    activations: of activations in config.json; None for floats.
+    experts: whether weights of routed experts are among them.
+
+  Returns:
+    Whether it does, and in words what to know: why not, or what differs on some GPUs. No words
+    are needed where every supported GPU computes what was trained.
+
+  Example:
+    >>> import eco_optax as eco
+    >>> from eco_optax.interop import compressed_tensors
+    >>> compressed_tensors.vllm(eco.INT8)
+    (True, '')
+    >>> compressed_tensors.vllm(eco.Format("float8_e4m3fn", (32, 1)))
+    (False, 'vLLM has no scheme for E4M3 in groups with float32 scales')
+
+  References:
+    `_get_scheme_from_parts` and `get_moe_method` of `vllm.model_executor.layers.quantization
+    <https://github.com/vllm-project/vllm/tree/main/vllm/model_executor/layers/quantization/compressed_tensors>`_.
+  """
+  name, granularity = weights.dtype.name, weights.granularity
+  if weights.scale_dtype.name == "float8_e8m0fnu":
+    rounds = "MXFP8" if weights.bits == 8 else "MXFP4"
+    return True, (
+      f"GPUs that multiply {rounds} (compute capability 10) round activations to {rounds} too,"
+      " others keep them in float"
+    )
+  if weights.two_level:
+    return True, ""
+  if name in _INTEGER:
+    if isinstance(granularity, tuple) and granularity[0] not in (32, 64, 128):
+      return False, f"vLLM's kernels have groups of 32, 64 or 128 inputs, not {granularity[0]}"
+    return True, ""
+  if isinstance(granularity, tuple):
+    if granularity[1] == 1:
+      return False, "vLLM has no scheme for E4M3 in groups with float32 scales"
+    if granularity != (128, 128):
+      return False, f"vLLM's kernels have E4M3 blocks of 128 × 128, not {granularity}"
+  if activations is None and experts:
+    return False, "vLLM has no experts in E4M3 with float activations: export FP8 activations too"
+  if activations is not None:
+    return True, "GPUs below compute capability 8.9 keep activations in float"
+  return True, ""
+
+
+def formats(
+  quantization_config: Mapping[str, Any], where: str = "config.json"
+) -> tuple[Format, Format | None]:
   """The formats of weights and activations that `quantization_config` in `config.json` says.
 
+  Args:
+    quantization_config: the object of that name.
+    where: the file, for errors.
+
   Raises:
-    ValueError: if there is none like it, naming what is in the way.
+    ValueError: if there is none like it, naming every key that is in the way.
   """
-  method, groups = quantization_config.get("quant_method"), quantization_config.get("config_groups")
-  if method != "compressed-tensors" or not groups or len(groups) != 1:
-    raise ValueError(
-      f"quant_method {method!r} with {len(groups or ())} config_groups cannot be read: only"
+  told = json_fields.Fields(quantization_config, "quantization_config")
+  found = formats_of(told)
+  if told.problems or found is None:
+    raise ValueError(f"{where}: {'; '.join(told.problems)}")
+  return found
+
+
+def formats_of(told: json_fields.Fields) -> tuple[Format, Format | None] | None:
+  """The same, adding what is wrong to `told.problems`; None if there is anything."""
+  before = len(told.problems)
+  method, groups = told.take("quant_method", TEXT), told.take("config_groups", OBJECT, {})
+  if method != "compressed-tensors" or len(groups) != 1:
+    told.problems[before:] = [
+      f"{told.name}: quant_method {method!r} with {len(groups)} config_groups cannot be read: only"
       " compressed-tensors with one group can, or a checkpoint in float"
-    )
-  (group,) = groups.values()
-  weights, activations = group["weights"], group.get("input_activations")
-  for what in (weights, activations or {}):
-    if not what.get("symmetric", True) or what.get("actorder"):
-      raise ValueError(f"{what}: zero points and reordered inputs cannot be read")
-  bits, kind = weights["num_bits"], weights["type"]
+    ]
+    return None
+  told.ignore("ignore", "quantization_status", "global_compression_ratio", "version")
+  for key, off in (("kv_cache_scheme", None), ("sparsity_config", {}), ("transform_config", {})):
+    told.expect(key, off)
+  layout = told.take("format", TEXT, "", null=True)
+  told.finish()
+  ((name, raw),) = groups.items()
+  group = told.child(f"config_groups.{name}", raw)
+  layout = group.take("format", TEXT, None, null=True) or layout or ""
+  group.ignore("targets")  # The tensors say which modules have codes.
+  group.expect("output_activations", None)
+  weights = group.child("weights", group.take("weights", OBJECT))
+  activations = group.take("input_activations", OBJECT, None, null=True)
+  group.finish()
+
+  kind, bits = weights.take("type", TEXT, "int"), weights.take("num_bits", POSITIVE, 8)
   dtype = {
-    (8, "float"): _FLOAT,
-    (4, "float"): "float4_e2m1fn",
-    (8, "int"): "int8",
-    (4, "int"): "int4",
-  }.get((bits, kind))
+    ("float", 8): _FLOAT,
+    ("float", 4): "float4_e2m1fn",
+    ("int", 8): "int8",
+    ("int", 4): "int4",
+  }.get((kind, bits))
   if dtype is None:
-    raise ValueError(f"weights of {bits} bits and type {kind!r} cannot be read")
-  layout = group.get("format") or quantization_config.get("format")
-  scale = {"mxfp8": "float8_e8m0fnu", "mxfp4": "float8_e8m0fnu", "nvfp4": "float8_e4m3fn"}.get(
-    str(layout).split("-")[0], "float32"
-  )
-  strategy = weights["strategy"]
-  granularity: Any = strategy
-  if strategy in ("group", "tensor_group"):
-    granularity = (weights["group_size"], 1)
+    told.problems.append(f"{weights.name}: {bits} bits of type {kind!r} cannot be read")
+  scales = {"mxfp8": "float8_e8m0fnu", "mxfp4": "float8_e8m0fnu", "nvfp4": "float8_e4m3fn"}
+  strategy = weights.take("strategy", TEXT)
+  granularity: Any = None
+  if strategy in ("tensor", "channel"):
+    granularity = strategy
+  elif strategy in ("group", "tensor_group"):
+    granularity = (weights.take("group_size", POSITIVE), 1)
   elif strategy == "block":
-    granularity = tuple(weights["block_structure"][::-1])
+    shape = weights.take("block_structure", LIST)
+    granularity = tuple(x for x in shape[::-1] if POSITIVE.check(x))
+  if granularity is None or (isinstance(granularity, tuple) and len(granularity) != 2):
+    told.problems.append(f"{weights.name}: scales by strategy {strategy!r} cannot be read")
+  weights.expect("dynamic", False)
+  _finish_arguments(weights)
   activation_format = None
   if activations is not None:
-    if activations.get("strategy") != "token" or activations["num_bits"] != 8:
-      raise ValueError(f"input_activations {activations} cannot be read: only 8 bits per token")
-    name = _FLOAT if activations["type"] == "float" else "int8"
+    inputs = group.child("input_activations", activations)
+    kind, bits = inputs.take("type", TEXT, "int"), inputs.take("num_bits", POSITIVE, 8)
+    strategy = inputs.take("strategy", TEXT)
+    inputs.expect("dynamic", True)
+    if strategy != "token" or bits != 8 or kind not in ("float", "int"):
+      told.problems.append(
+        f"{inputs.name}: {bits} bits of type {kind!r} by strategy {strategy!r} cannot be read:"
+        " only 8 bits per token"
+      )
+    _finish_arguments(inputs)
+    name = _FLOAT if kind == "float" else "int8"
     activation_format = Format(name, "channel", contraction_axis=-1)
-  return Format(dtype, granularity, scale), activation_format
+  if told.problems[before:]:
+    return None
+  scale = scales.get(layout.split("-")[0], "float32")
+  try:
+    return Format(dtype, granularity, scale), activation_format
+  except ValueError as error:
+    told.problems.append(f"{weights.name}: {error}")
+    return None
+
+
+def _finish_arguments(arguments: json_fields.Fields) -> None:
+  """What weights and activations have in common: no zero points, no reordered inputs."""
+  if not arguments.take("symmetric", FLAG, True):
+    told = f"{arguments.name}.symmetric False: zero points cannot be read"
+    arguments.problems.append(told)
+  arguments.expect("actorder", False)
+  arguments.ignore("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+  arguments.ignore("group_size", "block_structure")  # Of the strategies that use them.
+  arguments.finish()
 
 
 def encode(weight: QuantizedArray, packed: bool) -> dict[str, np.ndarray]:
@@ -180,8 +323,7 @@ def encode(weight: QuantizedArray, packed: bool) -> dict[str, np.ndarray]:
   scale = np.ascontiguousarray(np.asarray(weight.scale).T)
   tensors: dict[str, np.ndarray] = {}
   if format.granularity == "tensor":
-    # A scale for each channel, all the same, is what integers have to have.
-    scale = np.repeat(scale, outputs, 0) if packed else scale.reshape(1)
+    scale = np.repeat(scale, outputs, 0)  # See `scheme`.
   if format.dtype.name == "float4_e2m1fn":
     tensors["weight_packed"] = codes  # Two to a byte, the first of them low, here as there.
   elif packed:

@@ -39,12 +39,13 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 class _Place(NamedTuple):
   """Where the numbers of one parameter are in a checkpoint."""
 
-  name: str  # Of the tensors, but for what is behind the last point; has {layer} and {expert}.
+  name: str  # Of the module; has {layer} and {expert}.
   layers: tuple[int, ...] | None = None  # The leading axis of the parameter.
   experts: int = 0  # The axis behind it.
   is_linear: bool = False  # Whether it is (in, out) here and (out, in) there.
   rotary: int = 0  # The head width of channels whose pairs are apart there and side by side here.
   gain: float = 1.0  # Its values there over those here.
+  end: str = "weight"  # Of the tensor's name, behind the module's.
 
   def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
     """Indices of the leading axes, and the names of what is there."""
@@ -73,33 +74,50 @@ def _places(kind: str, config: TransformerConfig) -> dict[str, _Place]:
     put = lambda path, name, stack=stack, at=at, **more: places.update(
       {f"{stack}/{path}": at("model.layers.{layer}." + name, **more)}
     )
-    put("attention_norm/scale", "input_layernorm")
-    before_mlp = "post_attention_layernorm"
+    if config.pre_norms:
+      put("attention_norm/scale", "input_layernorm")
+      between = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+      put("mlp_norm/scale", between)
     if config.post_norms:
       put("attention_post_norm/scale", "post_attention_layernorm")
       put("mlp_post_norm/scale", "post_feedforward_layernorm")
-      before_mlp = "pre_feedforward_layernorm"
-    put("mlp_norm/scale", before_mlp)
-    turned = {"query": "q_proj", "key": "k_proj"}
-    for ours, theirs in (turned | {"value": "v_proj", "out": "o_proj"}).items():
-      own = rotary if ours in turned else 0
-      put(f"attention/{ours}/kernel", f"self_attn.{theirs}", is_linear=True, rotary=own)
-    if config.qk_norm:
-      put("attention/query_norm/scale", "self_attn.q_norm", rotary=rotary)
-      put("attention/key_norm/scale", "self_attn.k_norm", rotary=rotary)
-    mlps: dict[str, tuple[str, dict[str, Any]]] = {"mlp": ("mlp", {})}
-    if config.is_routed(stack):
-      put("moe/router", "mlp.gate", is_linear=True)
-      mlps = {"moe/experts": ("mlp.experts.{expert}", {"experts": config.experts})}
-      if config.shared_experts:
-        mlps["moe/shared"] = ("mlp.shared_experts", {})
-        if kind == "qwen2_moe":
-          mlps["moe/shared"] = ("mlp.shared_expert", {})
-    for ours, (theirs, more) in mlps.items():
-      for part in ("gate", "up", "down"):
-        gain = 2.0 if theirs == "mlp.shared_expert" and part == "down" else 1.0
-        put(f"{ours}/{part}/kernel", f"{theirs}.{part}_proj", is_linear=True, gain=gain, **more)
+    for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+      own = {"name": f"self_attn.{theirs}_proj", "rotary": rotary if theirs in "qk" else 0}
+      put(f"attention/{ours}/kernel", is_linear=True, **own)
+      if config.qkv_bias and ours != "out":
+        put(f"attention/{ours}/bias", end="bias", **own)
+      if config.qk_norm and theirs in "qk":
+        put(f"attention/{ours}_norm/scale", f"self_attn.{theirs}_norm", rotary=rotary)
+    if not config.is_routed(stack):
+      _put_mlp(put, "mlp", "mlp")
+      continue
+    routed, parts = "mlp", _PARTS
+    if kind == "mixtral":
+      routed, parts = "block_sparse_moe", ("w1", "w3", "w2")
+    put("moe/router", f"{routed}.gate", is_linear=True)
+    _put_mlp(put, "moe/experts", routed + ".experts.{expert}", parts, experts=config.experts)
+    if config.shared_experts and kind == "qwen2_moe":
+      _put_mlp(put, "moe/shared", "mlp.shared_expert", gain=2.0)
+    elif config.shared_experts:
+      _put_mlp(put, "moe/shared", "mlp.shared_experts")
   return places
+
+
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _put_mlp(
+  put: Callable[..., None],
+  ours: str,
+  theirs: str,
+  parts: tuple[str, ...] = _PARTS,
+  gain: float = 1.0,
+  **more: Any,
+) -> None:
+  """The three kernels of an MLP or of experts, `gain` times as large an output there."""
+  for part, name in zip(("gate", "up", "down"), parts, strict=True):
+    own = gain if part == "down" else 1.0
+    put(f"{ours}/{part}/kernel", f"{theirs}.{name}", is_linear=True, gain=own, **more)
 
 
 def _shared_gates(kind: str, config: TransformerConfig) -> list[str]:
@@ -185,9 +203,25 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   for name in gates:
     if np.any(tensors[name]):
       raise ValueError(f"{folder}: {name} is not zero: this package's shared experts have no gate")
+  if config.tied_embedding and not _is_tied(tensors):
+    raise ValueError(
+      f"{folder}: tie_word_embeddings is true in config.json, and lm_head.weight is not"
+      " model.embed_tokens.weight: set it to false, or remove the head"
+    )
   return jax.tree_util.tree_unflatten(
     structure,
     [_load(tensors, places[path], leaf, stored_format) for path, leaf in leaves.items()],
+  )
+
+
+def _is_tied(tensors: _Tensors) -> bool:
+  """Whether a head, if there is one, is the embedding."""
+  head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
+  if head is None:
+    return True
+  rows = range(0, len(embedding), 4096)
+  return head.shape == embedding.shape and all(
+    np.array_equal(head[i : i + 4096], embedding[i : i + 4096]) for i in rows
   )
 
 
@@ -195,6 +229,14 @@ def _module(tensors: _Tensors, name: str) -> dict[str, np.ndarray]:
   """Tensors of a module by what is behind its name."""
   ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale")
   return {end: tensors[f"{name}.{end}"] for end in ends if f"{name}.{end}" in tensors}
+
+
+def _tensors_of(tensors: _Tensors, place: _Place, name: str) -> dict[str, np.ndarray]:
+  """Tensors of one parameter of a module; one that never has codes is called `weight`."""
+  if place.end == "weight":
+    return _module(tensors, name)
+  full = f"{name}.{place.end}"
+  return {"weight": tensors[full]} if full in tensors else {}
 
 
 def _check(
@@ -213,8 +255,8 @@ def _check(
     place = places[path]
     wanted = leaf.shape[place.lead :][:: -1 if place.is_linear else 1]
     for _, name in place.names():
-      own = _module(tensors, name)
-      known |= {f"{name}.{end}" for end in own}
+      own = _tensors_of(tensors, place, name)
+      known |= {f"{name}.{place.end if end == 'weight' else end}" for end in own}
       if "weight_shape" in own:
         shape = tuple(int(n) for n in own["weight_shape"])
       elif "weight_packed" in own:
@@ -222,7 +264,7 @@ def _check(
       elif "weight" in own:
         shape = own["weight"].shape
       else:
-        lacks.append(f"{name}.weight")
+        lacks.append(f"{name}.{place.end}")
         continue
       if shape != wanted:
         shapes.append(f"{name} is {list(shape)} and has to be {list(wanted)}")
@@ -268,7 +310,7 @@ def _has_codes(stored: Format | None, wanted: Format) -> bool:
   """Whether codes of one format are those of another, if their scales are too."""
   if stored is None or (stored.dtype, stored.two_level) != (wanted.dtype, wanted.two_level):
     return False
-  # Integers with one scale per tensor are stored with one per channel.
+  # One scale per tensor is stored as one per channel.
   is_one = wanted.granularity == "tensor" and stored.granularity == "channel"
   return stored.granularity == wanted.granularity or is_one
 
@@ -277,7 +319,7 @@ def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | N
   """One parameter."""
 
   def in_float(name: str) -> np.ndarray:
-    own = _module(tensors, name)
+    own = _tensors_of(tensors, place, name)
     if "weight_scale" in own:
       packed = compressed_tensors.decode(own, stored_format or leaf.format, name)
       x = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
@@ -450,4 +492,4 @@ def _saved(
           yield f"{name}.{end}", tensor
       else:
         x = _pairs_apart(x, place.rotary) * np.float32(place.gain)
-        yield f"{name}.weight", np.asarray(x.T if place.is_linear else x).astype(dtype)
+        yield f"{name}.{place.end}", np.asarray(x.T if place.is_linear else x).astype(dtype)

@@ -36,6 +36,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embedding", ("vocabulary", "embed")),
   (r"head", ("embed", "vocabulary")),
   (r"attention/(query|key|value)/kernel", ("embed", "heads")),
+  (r"attention/(query|key|value)/bias", ("heads",)),
   (r"attention/out/kernel", ("heads", "embed")),
   (r"experts/(gate|up)/kernel", ("expert", "embed", "mlp")),
   (r"experts/down/kernel", ("expert", "mlp", "embed")),

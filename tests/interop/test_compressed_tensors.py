@@ -1,5 +1,7 @@
 """The compressed-tensors layout, against loops over its definition."""
 
+import copy
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -71,8 +73,8 @@ def test_values_are_those_of_the_layout_and_bits_come_back(format):
   told = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
   read, activations = compressed_tensors.formats(told)
   assert activations is None
-  # Integers with one scale per tensor are stored with one per channel.
-  assert read == (eco.Format("int4", "channel") if format == eco.INT4 else format)
+  is_tensor = format.granularity == "tensor"  # One scale per tensor is stored as one per channel.
+  assert read == (eco.Format(format.dtype, "channel") if is_tensor else format)
   back = compressed_tensors.decode(tensors, format, "module")
   np.testing.assert_array_equal(back.qvalue, w.qvalue)
   np.testing.assert_array_equal(np.asarray(back.scale), np.asarray(w.scale))
@@ -119,6 +121,40 @@ def test_activations_are_told():
 
 
 @pytest.mark.parametrize(
+  ("weights", "activations"),
+  [
+    (eco.INT8, eco.FP8_TOKEN),  # Would run with INT8 activations.
+    (eco.INT4, eco.FP8_TOKEN),
+    (eco.INT4, TOKEN_INT8),
+    (eco.FP8, TOKEN_INT8),
+    (eco.FP8_BLOCK128, eco.FP8_TOKEN),  # Would run with a scale for every 128 activations.
+    (eco.Format("float8_e4m3fn", (32, 1)), eco.FP8_TOKEN),
+    (eco.MXFP8, eco.FP8_TOKEN),
+    (eco.NVFP4, eco.FP8_TOKEN),
+  ],
+  ids=repr,
+)
+def test_activations_that_no_server_has_beside_such_weights_are_refused(weights, activations):
+  assert compressed_tensors.served_activations(weights, activations) is None
+  with pytest.raises(ValueError, match="activation_format None serves these weights"):
+    compressed_tensors.scheme(weights, activations)
+
+
+def test_what_vllm_serves_is_said():
+  serves = lambda *args, **more: compressed_tensors.vllm(*args, **more)[0]
+  for format in (eco.FP8, eco.FP8_BLOCK128, eco.INT8, eco.INT4, eco.NVFP4, eco.MXFP4, eco.MXFP8):
+    assert serves(format)
+    assert serves(format, experts=True) == (format not in (eco.FP8, eco.FP8_BLOCK128))
+  assert serves(eco.FP8, eco.FP8_TOKEN, experts=True)
+  for dtype, granularity in (
+    ("float8_e4m3fn", (32, 1)),
+    ("float8_e4m3fn", (64, 64)),
+    ("int4", (16, 1)),
+  ):
+    assert not serves(eco.Format(dtype, granularity))
+
+
+@pytest.mark.parametrize(
   ("format", "reason"),
   [
     (eco.FP8_E5M2, "its FP8 is E4M3"),
@@ -144,11 +180,30 @@ def test_what_cannot_be_read_is_named():
     compressed_tensors.decode(compressed_tensors.encode(kernel(eco.INT8), False), eco.FP8, "m")
   with pytest.raises(ValueError, match="m has no weight_scale, which"):
     compressed_tensors.decode({"weight": np.zeros((2, 2), ml_dtypes.bfloat16)}, eco.FP8, "m")
-  group = compressed_tensors.scheme(eco.INT8)
-  group["weights"]["symmetric"] = False
-  for told, message in (
-    ({"quant_method": "gptq"}, "quant_method 'gptq'"),
-    ({"quant_method": "compressed-tensors", "config_groups": {"a": group}}, "zero points"),
+  group = compressed_tensors.scheme(eco.INT8, TOKEN_INT8)
+  told = {"quant_method": "compressed-tensors", "config_groups": {"a": group}}
+  assert compressed_tensors.formats(told) == (eco.INT8, TOKEN_INT8)
+  for at, key, value, message in (
+    ((), "quant_method", "gptq", "quant_method 'gptq'"),
+    ((), "config_groups", [], "config_groups"),
+    ((), "transform_config", {"a": 1}, "no quantization_config.transform_config"),
+    ((), "kv_cache_scheme", {"num_bits": 8}, "no quantization_config.kv_cache_scheme"),
+    (("config_groups",), "a", None, "config_groups.a None has to be an object"),
+    (("config_groups", "a"), "weights", None, "a.weights null has to be an object"),
+    (("config_groups", "a"), "output_activations", {"num_bits": 8}, "no .*output_activations"),
+    (("config_groups", "a", "weights"), "symmetric", False, "zero points"),
+    (("config_groups", "a", "weights"), "num_bits", 3, "3 bits of type 'int'"),
+    (("config_groups", "a", "weights"), "strategy", "group", "weights.group_size is missing"),
+    (("config_groups", "a", "weights"), "actorder", "group", "no .*weights.actorder 'group'"),
+    (("config_groups", "a", "input_activations"), "dynamic", False, "no .*dynamic False"),
+    (("config_groups", "a", "input_activations"), "twist", 1, "twist 1 is not understood"),
   ):
-    with pytest.raises(ValueError, match=message):
-      compressed_tensors.formats(told)
+    changed = copy.deepcopy(told)
+    inside = changed
+    for part in at:
+      inside = inside[part]
+    inside[key] = value
+    with pytest.raises(ValueError, match=message) as error:
+      compressed_tensors.formats(changed, "some/config.json")
+    assert str(error.value).startswith("some/config.json: ")
+    assert "\n" not in str(error.value)

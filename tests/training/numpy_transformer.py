@@ -51,15 +51,23 @@ def rotate(x_LxNxK, base, interleaved):
   return turned
 
 
+def capped(x, cap):
+  return cap * np.tanh(x / cap) if cap else x
+
+
 def attention(config, p, x_LxD, layer):
   """Attention of one sequence in the layer of this number."""
   length = len(x_LxD)
   heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
   is_global = config.window == 0 or (layer + 1) % config.global_every == 0
-  query = (x_LxD @ p["query"]["kernel"]).reshape(length, heads, width)
-  key = (x_LxD @ p["key"]["kernel"]).reshape(length, kv_heads, width)
-  value = (x_LxD @ p["value"]["kernel"]).reshape(length, kv_heads, width)
-  if config.qk_norm:
+  linear = lambda name: x_LxD @ p[name]["kernel"] + p[name].get("bias", 0)
+  query, key, value = linear("query"), linear("key"), linear("value")
+  if config.joint_qk_norm:
+    query = rms_norm(config, p["query_norm"]["scale"], query)
+    key = rms_norm(config, p["key_norm"]["scale"], key)
+  query, key = query.reshape(length, heads, width), key.reshape(length, kv_heads, width)
+  value = value.reshape(length, kv_heads, width)
+  if config.qk_norm and not config.joint_qk_norm:
     query = rms_norm(config, p["query_norm"]["scale"], query)
     key = rms_norm(config, p["key_norm"]["scale"], key)
   base = config.rope_base if is_global else config.local_rope_base
@@ -70,7 +78,8 @@ def attention(config, p, x_LxD, layer):
     kv_head = head // (heads // kv_heads)
     for at in range(length):
       seen = [m for m in range(at + 1) if is_global or at - m < config.window]
-      logits = np.array([query[at, head] @ key[m, kv_head] for m in seen]) / np.sqrt(width)
+      logits = np.array([query[at, head] @ key[m, kv_head] for m in seen])
+      logits = capped(logits / np.sqrt(config.query_scalar or width), config.attention_cap)
       for weight, m in zip(softmax(logits), seen, strict=True):
         mixed[at, head] += weight * value[m, kv_head]
   return mixed.reshape(length, heads * width) @ p["out"]["kernel"]
@@ -137,9 +146,12 @@ def forward(config, params, tokens_BxL):
       after = lambda name, y, block=block: (
         rms_norm(config, block[name]["scale"], y) if config.post_norms else y
       )
-      normed = rms_norm(config, block["attention_norm"]["scale"], x)
-      x = x + after("attention_post_norm", attention(config, block["attention"], normed, layer))
-      normed = rms_norm(config, block["mlp_norm"]["scale"], x)
+      before = lambda name, y, block=block: (
+        rms_norm(config, block[name]["scale"], y) if config.pre_norms else y
+      )
+      y = attention(config, block["attention"], before("attention_norm", x), layer)
+      x = x + after("attention_post_norm", y)
+      normed = before("mlp_norm", x)
       if config.experts and layer >= dense_layers:
         y, drops, loss = routed_experts(config, block["moe"], normed)
         # Each sequence and each layer has the same weight, so one mean over all is the mean of
@@ -150,7 +162,8 @@ def forward(config, params, tokens_BxL):
         y = mlp(config, block["mlp"], normed)
       x = x + after("mlp_post_norm", y)
     x = rms_norm(config, p["norm"]["scale"], x)
-    logits.append(x @ (p["embedding"].T if config.tied_embedding else p["head"]))
+    head = p["embedding"].T if config.tied_embedding else p["head"]
+    logits.append(capped(x @ head, config.logit_cap))
   aux = {}
   if config.experts:
     aux = {"balance_loss": np.mean(balance_loss), "dropped": np.mean(dropped)}

@@ -38,7 +38,8 @@ def randomize(module, seed=0):
   def draw(path, leaf):
     x = generator.standard_normal(leaf.shape)
     # Norm scales vary about a number that is neither 0 nor 1, so that a wrong offset shows.
-    x = 0.7 + 0.3 * x if path[-1].key == "scale" else x * 1.5 / math.sqrt(leaf.shape[-2])
+    inputs = leaf.shape[-2] if leaf.ndim > 1 else 1  # A bias has none.
+    x = 0.7 + 0.3 * x if path[-1].key == "scale" else x * 1.5 / math.sqrt(inputs)
     return jnp.asarray(x, jnp.float32)
 
   state = nnx.state(module, nnx.Param)
@@ -92,6 +93,9 @@ ATTENTIONS = {
   "itself alone": ({**WINDOW, "window": 1}, 0),
   "norms of queries and keys": ({"qk_norm": True}, 0),
   "norms with offset": ({"qk_norm": True, "norm_offset": True, "kv_heads": 2}, 0),
+  "one norm for all heads": ({"qk_norm": True, "joint_qk_norm": True, "kv_heads": 2}, 0),
+  "biases": ({"qkv_bias": True, "kv_heads": 2}, 0),
+  "capped logits": ({**WINDOW, "attention_cap": 1.5, "query_scalar": 3.0, "kv_heads": 2}, 0),
 }
 
 
@@ -99,7 +103,7 @@ ATTENTIONS = {
 def test_attention(name):
   changes, layer = ATTENTIONS[name]
   config = dataclasses.replace(TINY, **changes)
-  is_local = name in ("local", "itself alone")
+  is_local = config.window > 0 and layer == 0
   attention, x = modules.Attention(config, rngs()), 2 * inputs(B, L, 16)
   p = randomize(attention)
   angle = modules.rotation(config, L, is_global=not is_local)

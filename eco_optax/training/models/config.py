@@ -30,18 +30,26 @@ class TransformerConfig:
   scaled_embedding: bool = False  # Whether it is multiplied by √width.
   norm_epsilon: float = 1e-5
   norm_offset: bool = False  # Whether norms multiply by 1 + scale.
-  post_norms: bool = False  # Whether attention and MLP have a norm behind them too.
-  qk_norm: bool = False
+  pre_norms: bool = True  # Whether attention and MLP have a norm before them.
+  post_norms: bool = False  # Whether they have one after them.
+  logit_cap: float = 0.0  # Logits become cap × tanh(logits / cap); 0: they stay.
+
+  qkv_bias: bool = False  # Whether queries, keys and values have a bias.
+  qk_norm: bool = False  # Whether queries and keys are normalized, each head by itself.
+  joint_qk_norm: bool = False  # Whether all heads are normalized together.
+  query_scalar: float = 0.0  # Attention logits are divided by its square root; 0: head_width.
+  attention_cap: float = 0.0  # Attention logits become cap × tanh(logits / cap); 0: they stay.
 
   rope_base: float = 1e4
   rope_interleaved: bool = True  # Pairs (2i, 2i + 1), or else (i, i + K / 2).
   window: int = 0  # Of layers with local attention, in tokens; 0: all layers are global.
   global_every: int = 1  # With a window, every how many layers one is global.
   local_rope_base: float = 1e4  # Of layers with local attention.
-  # Longer contexts, but for local attention: slow rotations are slowed by this factor. Slow are
-  # those with fewer than rope_low turns in rope_length tokens, and partly so those with up to
-  # rope_high; with a rope_length of 0 all are.
+  # Longer contexts: slow rotations are slowed by this factor. Slow are those with fewer than
+  # rope_low turns in rope_length tokens, and partly so those with up to rope_high; with a
+  # rope_length of 0 all are.
   rope_factor: float = 1.0
+  local_rope_factor: float = 1.0  # Of layers with local attention.
   rope_length: int = 0
   rope_low: float = 1.0
   rope_high: float = 4.0
@@ -66,7 +74,9 @@ class TransformerConfig:
     numbers = ("layers", "width", "heads", "vocabulary", "global_every", "loss_chunks")
     counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
     more = ("dense_layers", "balance_weight", "rope_length")
-    for least, names in ((1, (*numbers, "rope_factor")), (0, (*counts, *more))):
+    scalars = ("logit_cap", "query_scalar", "attention_cap")
+    factors = ("rope_factor", "local_rope_factor")
+    for least, names in ((1, (*numbers, *factors)), (0, (*counts, *more, *scalars))):
       for name in names:
         if getattr(self, name) < least:
           raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
@@ -94,6 +104,10 @@ class TransformerConfig:
       raise ValueError(f"head_width {self.head_width} is odd, rotary embedding turns pairs")
     if self.rope_low >= self.rope_high:
       raise ValueError(f"rope_low {self.rope_low} is not below rope_high {self.rope_high}")
+    if not (self.pre_norms or self.post_norms):
+      raise ValueError("pre_norms and post_norms are both False: a block needs one of them")
+    if self.joint_qk_norm and not self.qk_norm:
+      raise ValueError("joint_qk_norm is True and qk_norm False: set qk_norm too")
     if self.heads % self.kv_heads:
       raise ValueError(f"{self.kv_heads} kv_heads do not divide {self.heads} heads")
     if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_width):

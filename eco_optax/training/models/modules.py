@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """x @ kernel, packed or float, without bias; with `experts`, one kernel for each."""
+  """x @ kernel, packed or float, plus a bias if asked for; with `experts`, one kernel for each."""
 
   def __init__(
     self,
@@ -48,11 +48,13 @@ class Linear(nnx.Module):
     rngs: nnx.Rngs,
     *,
     writes_residual: bool = False,
+    bias: bool = False,
     experts: tuple[int, ...] = (),
   ):
     # What is added to the residual stream starts small, because 2 × layers of it add up.
     scale = INIT_SCALE / math.sqrt(2 * config.layers) if writes_residual else INIT_SCALE
     self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs)))
+    self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
     self.activation_format = config.activation_format
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,7 +62,11 @@ class Linear(nnx.Module):
     kernel = self.kernel.get_value()
     format = self.activation_format if isinstance(kernel, eco.QuantizedArray) else None
     matmul = lambda x, w: eco.matmul(x, w, format)
-    return matmul(x, kernel) if kernel.ndim == 2 else jax.vmap(matmul, (1, 0), 1)(x, kernel)
+    y = matmul(x, kernel) if kernel.ndim == 2 else jax.vmap(matmul, (1, 0), 1)(x, kernel)
+    if self.bias is None:
+      return y
+    bias = self.bias.get_value().astype(y.dtype)
+    return y + jax.lax.broadcast_to_rank(bias, y.ndim)
 
 
 def rotation(config: TransformerConfig, length: int, is_global: bool = True) -> jax.Array:
@@ -69,14 +75,14 @@ def rotation(config: TransformerConfig, length: int, is_global: bool = True) -> 
   Args:
     config: of the model.
     length: L, in tokens.
-    is_global: of which layers; what reaches further turns slower, where the config says so.
+    is_global: of which layers.
   """
   base = config.rope_base if is_global else config.local_rope_base
+  factor = config.rope_factor if is_global else config.local_rope_factor
   rates = base ** (-np.arange(0, config.head_width, 2) / config.head_width)
-  if is_global:
-    turns = config.rope_length * rates / (2 * np.pi)
-    kept = np.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
-    rates = kept * rates + (1 - kept) * rates / config.rope_factor
+  turns = config.rope_length * rates / (2 * np.pi)
+  kept = np.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+  rates = kept * rates + (1 - kept) * rates / factor
   return jnp.arange(length, dtype=jnp.float32)[:, None] * rates.astype(np.float32)
 
 
@@ -117,18 +123,61 @@ def within_document(tokens_BxL: jax.Array, separator: int) -> jax.Array:
   return (document_BxL[:, :, None] == document_BxL[:, None, :])[:, None]
 
 
+def attend(
+  q_BxLxHxK: jax.Array,
+  k_BxLxGxK: jax.Array,
+  v_BxLxGxK: jax.Array,
+  mask_Bx1xLxL: jax.Array | None,
+  scale: float,
+  cap: float,
+) -> jax.Array:
+  """Causal attention, each key-value head for H / G query heads; output shaped like q.
+
+  Args:
+    q_BxLxHxK: queries.
+    k_BxLxGxK: keys.
+    v_BxLxGxK: values.
+    mask_Bx1xLxL: what to attend to besides; its first axis may be 1.
+    scale: of the logits.
+    cap: logits become cap × tanh(logits / cap); 0 leaves them.
+  """
+  with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32.
+    if not cap:
+      return jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, mask=mask_Bx1xLxL, is_causal=True, scale=scale
+      )
+    B, L, H, K = q_BxLxHxK.shape
+    G = k_BxLxGxK.shape[2]
+    q_BxLxGxRxK = q_BxLxHxK.reshape(B, L, G, H // G, K)
+    logits_BxGxRxLxL = scale * jnp.einsum(
+      "blgrk,bmgk->bgrlm", q_BxLxGxRxK, k_BxLxGxK, preferred_element_type=jnp.float32
+    )
+    logits_BxGxRxLxL = cap * jnp.tanh(logits_BxGxRxLxL / cap)
+    seen = jnp.tril(jnp.ones((1, 1, 1, L, L), bool))
+    if mask_Bx1xLxL is not None:
+      seen = seen & mask_Bx1xLxL[:, None]
+    share_BxGxRxLxL = jax.nn.softmax(jnp.where(seen, logits_BxGxRxLxL, -jnp.inf))
+    y_BxLxGxRxK = jnp.einsum(
+      "bgrlm,bmgk->blgrk", share_BxGxRxLxL.astype(v_BxLxGxK.dtype), v_BxLxGxK
+    )
+    return y_BxLxGxRxK.reshape(q_BxLxHxK.shape)
+
+
 class Attention(nnx.Module):
   """Causal attention, multi-head or with shared keys and values, over all or what a mask leaves."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     D, K = config.width, config.head_width
     self.config = config
-    self.query = Linear(config, D, config.heads * K, rngs)
-    self.key = Linear(config, D, config.kv_heads * K, rngs)
-    self.value = Linear(config, D, config.kv_heads * K, rngs)
+    bias = config.qkv_bias
+    self.query = Linear(config, D, config.heads * K, rngs, bias=bias)
+    self.key = Linear(config, D, config.kv_heads * K, rngs, bias=bias)
+    self.value = Linear(config, D, config.kv_heads * K, rngs, bias=bias)
     self.out = Linear(config, config.heads * K, D, rngs, writes_residual=True)
     if config.qk_norm:
-      self.query_norm, self.key_norm = RMSNorm(config, K), RMSNorm(config, K)
+      width = lambda heads: heads * K if config.joint_qk_norm else K
+      self.query_norm = RMSNorm(config, width(config.heads))
+      self.key_norm = RMSNorm(config, width(config.kv_heads))
 
   def __call__(
     self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, mask_Bx1xLxL: jax.Array | None = None
@@ -137,17 +186,15 @@ class Attention(nnx.Module):
 
     The mask's first axis may be 1, for one that all sequences share.
     """
-    B, L, _ = x_BxLxD.shape
-    split = lambda y: y.reshape(B, L, -1, self.config.head_width)
-    q_BxLxHxK, k_BxLxGxK = split(self.query(x_BxLxD)), split(self.key(x_BxLxD))
-    v_BxLxGxK = split(self.value(x_BxLxD))
-    if self.config.qk_norm:
-      q_BxLxHxK, k_BxLxGxK = self.query_norm(q_BxLxHxK), self.key_norm(k_BxLxGxK)
-    turn = lambda y: rotate(y, angle_LxK2, self.config.rope_interleaved)
-    with jax.numpy_dtype_promotion("standard"):  # Its own code mixes bfloat16 and float32.
-      y_BxLxHxK = jax.nn.dot_product_attention(
-        turn(q_BxLxHxK), turn(k_BxLxGxK), v_BxLxGxK, mask=mask_Bx1xLxL, is_causal=True
-      )
+    config, (B, L, _) = self.config, x_BxLxD.shape
+    split = lambda y: y.reshape(B, L, -1, config.head_width)
+    q, k, v_BxLxGxK = self.query(x_BxLxD), self.key(x_BxLxD), split(self.value(x_BxLxD))
+    if config.qk_norm:
+      shaped = (lambda y: y) if config.joint_qk_norm else split
+      q, k = self.query_norm(shaped(q)), self.key_norm(shaped(k))
+    turn = lambda y: rotate(split(y), angle_LxK2, config.rope_interleaved)
+    scale = (config.query_scalar or config.head_width) ** -0.5
+    y_BxLxHxK = attend(turn(q), turn(k), v_BxLxGxK, mask_Bx1xLxL, scale, config.attention_cap)
     return self.out(y_BxLxHxK.reshape(B, L, -1))
 
 
@@ -241,13 +288,14 @@ class RoutedExperts(nnx.Module):
 
 
 class Block(nnx.Module):
-  """Attention and an MLP or experts, each behind a norm and beside a residual."""
+  """Attention and an MLP or experts, each with a norm before or after it, beside a residual."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, routed: bool):
     self.config, self.routed = config, routed
-    self.attention_norm = RMSNorm(config, config.width)
     self.attention = Attention(config, rngs)
-    self.mlp_norm = RMSNorm(config, config.width)
+    if config.pre_norms:
+      self.attention_norm = RMSNorm(config, config.width)
+      self.mlp_norm = RMSNorm(config, config.width)
     if routed:
       self.moe = RoutedExperts(config, rngs)
     else:
@@ -261,11 +309,13 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, dict[str, Any]]:
     """One layer, and the metrics of its routing if there is any."""
     aux: dict[str, Any] = {}
-    y_BxLxD = self.attention(self.attention_norm(x_BxLxD), angle_LxK2, mask_Bx1xLxL)
-    x_BxLxD = x_BxLxD + (self.attention_post_norm(y_BxLxD) if self.config.post_norms else y_BxLxD)
-    h_BxLxD = self.mlp_norm(x_BxLxD)
+    before, after = self.config.pre_norms, self.config.post_norms
+    h_BxLxD = self.attention_norm(x_BxLxD) if before else x_BxLxD
+    y_BxLxD = self.attention(h_BxLxD, angle_LxK2, mask_Bx1xLxL)
+    x_BxLxD = x_BxLxD + (self.attention_post_norm(y_BxLxD) if after else y_BxLxD)
+    h_BxLxD = self.mlp_norm(x_BxLxD) if before else x_BxLxD
     if self.routed:
       y_BxLxD, aux = self.moe(h_BxLxD)
     else:
       y_BxLxD = self.mlp(h_BxLxD)
-    return x_BxLxD + (self.mlp_post_norm(y_BxLxD) if self.config.post_norms else y_BxLxD), aux
+    return x_BxLxD + (self.mlp_post_norm(y_BxLxD) if after else y_BxLxD), aux

@@ -160,6 +160,8 @@ def _logits(config: TransformerConfig, params: Params, x_BxLxD: jax.Array) -> ja
     head,
     preferred_element_type=jnp.float32,
   )
+  if config.logit_cap:
+    logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
   return sharding.constrain(logits, "batch", None, "vocabulary")
 
 
