@@ -25,6 +25,9 @@ Where = Callable[[str, Any], bool]
 # Below this, arithmetic on CPU and TPU flushes to zero, and a scale of zero would divide by zero.
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
+# What codes may be computed with; trees hold other things too.
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+
 # Weights of a leaf from which on its bytes are worth a warning.
 _LARGE = 512
 
@@ -63,6 +66,24 @@ class QuantizedArray:
   odd: bool = False
   role: str = "parameter"
   guard: jax.Array | None = None
+
+  def __post_init__(self) -> None:
+    """Raises `TypeError` for fields that only arithmetic on codes and scales can give.
+
+    Tree functions that know nothing of packed leaves, such as `optax.tree.norm`, compute on their
+    fields and rebuild the leaf from the results. Fields may be anything else that a tree can hold:
+    shardings, masks, shapes, None.
+    """
+    dtype = self.qvalue.dtype if isinstance(self.qvalue, _ARRAYS) else None
+    if dtype is None or dtype in (np.bool_, jax.dtypes.float0):
+      return
+    is_reduced = self.qvalue.ndim == 0
+    if is_reduced or (jnp.issubdtype(dtype, jnp.inexact) and dtype != self.format.dtype):
+      raise TypeError(
+        f"codes of a packed array in {self.format} became {dtype}{list(self.qvalue.shape)}: a tree"
+        " function computed on them, not on the values that they stand for. Call it on"
+        " eco_optax.dequantize(…), as in optax.tree.norm(eco_optax.dequantize(params))"
+      )
 
   @property
   def shape(self) -> tuple[int, ...]:

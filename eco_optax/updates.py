@@ -75,6 +75,9 @@ def value_and_grad(
     A function that returns `(value, gradients)`: float gradients in the tree of the dense view,
     either way.
 
+  Raises:
+    ValueError: when called, naming the leaf, for integers and PRNG keys among the parameters.
+
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco
     >>> params = eco.quantize({"w": jnp.ones((2, 2))}, eco.FP8)
@@ -84,13 +87,22 @@ def value_and_grad(
            [2., 2.]], dtype=float32))
   """
 
+  def require_floats(path: str, leaf: Any) -> None:
+    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise ValueError(
+        f"{trees.leaf_name(path)} holds {leaf.dtype}, which has no gradient: pass it as a further"
+        " argument of the function, beside the parameters"
+      )
+
   def with_dense(params: Any, *args: Any, **kwargs: Any) -> Any:
+    trees.map_with_path(require_floats, params, is_leaf=is_quantized)
     # Differentiated at the dense view's own dtype, so that a gradient rounds once, at the end.
     value, grads = jax.value_and_grad(fn, has_aux=has_aux)(dequantize(params), *args, **kwargs)
     cast = lambda leaf, g: g.astype(gradient_dtype) if is_quantized(leaf) else g
     return value, jax.tree.map(cast, params, grads, is_leaf=is_quantized)
 
   def with_codes(params: Any, *args: Any, **kwargs: Any) -> Any:
+    trees.map_with_path(require_floats, params, is_leaf=is_quantized)
     # The sinks are zeros that nothing reads, so they cost no memory once compiled.
     sinks = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, gradient_dtype) if is_quantized(leaf) else leaf,

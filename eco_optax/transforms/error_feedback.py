@@ -47,6 +47,7 @@ from eco_optax.transforms.packed import (
   float_gradients,
   is_packed_transformation,
   require_params,
+  require_rate,
   require_state,
   require_stock,
   run,
@@ -239,6 +240,8 @@ def build(
     "use eco_optax.adamw and eco_optax.sgd by themselves, and put eco_optax.low_bit_moments and"
     " eco_optax.layer_by_layer around the rule",
   )
+  if learning_rate is not None:
+    require_rate(learning_rate)
   inner = optax.with_extra_args_support(inner)
   packed_quantizer = is_packed_transformation(quantizer)
   aware = learning_rate is not None

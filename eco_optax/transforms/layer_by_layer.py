@@ -35,11 +35,6 @@ def _keep(tree: Any, kept: _Leaves) -> Any:
   return jax.tree.unflatten(treedef, [kept.get(path, optax.MaskedNode()) for path in leaves])
 
 
-def _owner(path: str, params: _Leaves) -> str | None:
-  """The parameter that a leaf of an optimizer's state belongs to, by its path's end."""
-  return next((end for end in trees.path_ends(path) if end in params), None)
-
-
 def _stacks(params: _Leaves) -> dict[int, list[str]]:
   """Paths of packed stacks of matrices, by their number of layers."""
   groups: dict[int, list[str]] = collections.defaultdict(list)
@@ -87,11 +82,12 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
 
   results = eager.now(try_out)
   one, other = (_flatten(result)[0] for result in results)
+  owners = trees.owners(one, _flatten(shapes)[0])
   for path, leaf in one.items():
-    owner = _owner(path, dict.fromkeys(stacked))
-    if owner and leaf.ndim and not np.array_equal(leaf[0], other[path][0], equal_nan=True):
+    owner = owners[path]
+    if owner in stacked and leaf.ndim and not np.array_equal(leaf[0], other[path][0], equal_nan=True):
       raise ValueError(
-        f"{trees.leaf_name(owner)}: a layer's update depends on other layers, as with"
+        f"{trees.leaf_name(owner or '')}: a layer's update depends on other layers, as with"
         " optax.clip_by_global_norm. Put what couples them before, as in"
         " optax.chain(clip, eco.layer_by_layer(…))"
       )
@@ -141,7 +137,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     require_params(params)
     weights, grads = _flatten(params)[0], _flatten(updates)[0]
     states, treedef = _flatten(state)
-    owners = {path: _owner(path, weights) for path in states}
+    owners = trees.owners(states, weights)
     whole = takes_whole(state, params, context.moments is not None)
     groups = _stacks({path: leaf for path, leaf in weights.items() if path not in whole})
     stacked = [path for paths in groups.values() for path in paths]

@@ -92,6 +92,9 @@ def quantize_params(
   if rounding not in ("nearest", "stochastic"):
     raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
 
+  if not jnp.issubdtype(getattr(seed, "dtype", type(seed)), jnp.integer):
+    raise ValueError(f"seed must be an integer, got {seed!r}")
+
   def chosen(path: str, leaf: Any) -> Format | None:
     """The format to round this leaf to, if any."""
     if is_quantized(leaf):
