@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from eco_optax import explicit_axes, trees
 from eco_optax import rounding as rounding_lib
-from eco_optax import trees
-from eco_optax.formats import Format, grid_max, grid_top_step
+from eco_optax.formats import LARGE, Format, grid_max, grid_top_step
 
 Rounding = Literal["nearest", "stochastic"]
 Where = Callable[[str, Any], bool]
@@ -27,9 +27,6 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 # What codes may be computed with; trees hold other things too.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
-
-# Weights of a leaf from which on its bytes are worth a warning.
-_LARGE = 512
 
 
 @functools.partial(
@@ -147,7 +144,8 @@ class QuantizedArray:
       Array([[ 0., -7.],
              [ 1.,  3.]], dtype=float32)
     """
-    return self.apply_scale(self.codes.astype(jnp.float32)).astype(dtype)
+    read = lambda x: x.apply_scale(x.codes.astype(jnp.float32)).astype(dtype)
+    return explicit_axes.call(read, lambda y: explicit_axes.spec_like(y, self.qvalue), self)
 
   def apply_scale(self, y: jax.Array) -> jax.Array:
     """`y × scale` for float32 values of the tensor's shape."""
@@ -202,11 +200,16 @@ def replaced(old: QuantizedArray, update: QuantizedArray) -> QuantizedArray:
   new = as_parameter(update)
   if update.guard is None:
     return new
-  # A constant in a program that makes the update itself, so that no select is left of it.
-  alive = jax.random.key_data(update.guard)[..., 0] == _ALIVE
+
+  def choose(new: Any, old: Any, guard: jax.Array) -> Any:
+    # A constant in a program that makes the update itself, so that no select is left of it.
+    alive = jax.random.key_data(guard)[..., 0] == _ALIVE
+    select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
+    return jax.tree.map(select, new, old)
+
   old = dataclasses.replace(old, sink=new.sink)
-  select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
-  return jax.tree.map(select, new, old)
+  specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, old)
+  return explicit_axes.call(choose, specs, new, old, update.guard)
 
 
 def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -493,6 +496,26 @@ def default_where(path: str, leaf: Any) -> bool:
   return leaf.ndim >= 2 and (is_quantized(leaf) or trees.is_float(leaf))
 
 
+def _warn_of_bytes(path: str, leaf: jax.Array, asked: Format, own: Format) -> None:
+  """Warns of a large leaf that takes no less than bfloat16 in the format that was asked for."""
+  if leaf.size < LARGE:
+    return
+  like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+  packed = jax.eval_shape(lambda x: quantize_array(x, asked), like)
+  nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(packed))
+  if nbytes < 2 * leaf.size:
+    return
+  instead = "" if own == asked else f" It is packed in {own} instead."
+  warnings.warn(
+    f"{trees.leaf_name(path)} of shape {leaf.shape} takes {nbytes / leaf.size:.1f} bytes per weight"
+    f" in {asked}, no less than bfloat16: its scales are as many as its codes.{instead} Name the"
+    " axes that are summed over by contraction_axis=, as in Format('float8_e4m3fn',"
+    " contraction_axis=(-3, -2)) or, by path, contraction_axis=eco_optax.contraction.flax, or leave"
+    " it float with where=",
+    stacklevel=5,
+  )
+
+
 def quantize(
   tree: Any,
   format: Format,
@@ -547,19 +570,19 @@ def quantize(
         f"{trees.leaf_name(path)} holds {leaf.dtype}, only floats can be quantized: leave it out"
         " with where="
       )
-    format.check(leaf.shape, path)
+    asked = format.of(path, leaf)
+    asked.check(leaf.shape, path)
+    own = asked.widened(leaf.shape)
     bits = None
     if rounding == "stochastic":
       bits = rounding_lib.counter_bits(rounding_lib.stream_key(seed, 0, path), leaf.shape)
-    packed = quantize_array(jnp.asarray(leaf), format, rounding, bits)
-    if leaf.size >= _LARGE and packed.nbytes >= 2 * leaf.size:
-      warnings.warn(
-        f"{trees.leaf_name(path)} of shape {leaf.shape} takes {packed.nbytes / leaf.size:.1f} bytes"
-        f" per weight in {format}, no less than bfloat16: its scales are as many as its codes. Name"
-        " the axes that are summed over by contraction_axis=, as in Format('float8_e4m3fn',"
-        " contraction_axis=(-3, -2)), or leave it float with where=",
-        stacklevel=4,
-      )
+    packed = explicit_axes.call(
+      lambda x, bits: quantize_array(x, own, rounding, bits),
+      lambda packed: jax.tree.map(lambda x: explicit_axes.spec_like(x, leaf), packed),
+      jnp.asarray(leaf),
+      bits,
+    )
+    _warn_of_bytes(path, leaf, asked, own)
     return packed
 
   return trees.map_with_path(pack, tree, is_leaf=is_quantized)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eco_optax import trees
+from eco_optax import explicit_axes, trees
 from eco_optax.quantized_array import dequantize, is_quantized, replaced
 
 
@@ -103,9 +103,14 @@ def value_and_grad(
 
   def with_codes(params: Any, *args: Any, **kwargs: Any) -> Any:
     trees.map_with_path(require_floats, params, is_leaf=is_quantized)
+    zeros = lambda leaf: explicit_axes.call(
+      lambda codes: jnp.zeros(leaf.shape, gradient_dtype),
+      lambda new: explicit_axes.spec_like(new, leaf.qvalue),
+      leaf.qvalue,
+    )
     # The sinks are zeros that nothing reads, so they cost no memory once compiled.
     sinks = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, gradient_dtype) if is_quantized(leaf) else leaf,
+      lambda leaf: zeros(leaf) if is_quantized(leaf) else leaf,
       params,
       is_leaf=is_quantized,
     )

@@ -85,7 +85,9 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
   owners = trees.owners(one, _flatten(shapes)[0])
   for path, leaf in one.items():
     owner = owners[path]
-    if owner in stacked and leaf.ndim and not np.array_equal(leaf[0], other[path][0], equal_nan=True):
+    if (
+      owner in stacked and leaf.ndim and not np.array_equal(leaf[0], other[path][0], equal_nan=True)
+    ):
       raise ValueError(
         f"{trees.leaf_name(owner or '')}: a layer's update depends on other layers, as with"
         " optax.clip_by_global_norm. Put what couples them before, as in"

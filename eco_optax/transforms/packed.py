@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from eco_optax import trees
+from eco_optax import explicit_axes, trees
 from eco_optax.quantized_array import QuantizedArray, as_update, is_quantized
-
 
 _MASK_BY_LEAF = (
   "jax.tree.map over packed parameters gives a flag for codes and one for scales. Make masks and"
@@ -72,7 +71,7 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
     def init_checked(params: Any) -> Any:
       require_leaves(params)
       with naming_masks():
-        return init(params)
+        return explicit_axes.call(init, lambda state: _specs_of_state(state, params), params)
 
     def update_with_context(
       updates: Any,
@@ -92,13 +91,51 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
         context = context._replace(shardings=shardings)
       if gradient_scale is not None:
         context = context._replace(gradient_scale=gradient_scale)
+
+      def run(updates: Any, state: Any, params: Any, context: Context, extra_args: Any) -> Any:
+        return update(updates, state, params, context=context, **extra_args)
+
+      specs = lambda new: _specs_of_update(new, updates, state, params)
       with naming_masks():
-        updates, state = update(updates, state, params, context=context, **extra_args)
+        updates, state = explicit_axes.call(run, specs, updates, state, params, context, extra_args)
       return trees.map_with_path(as_update, updates, is_leaf=is_quantized), state
 
     tx = super().__new__(cls, init_checked, update_with_context)
     tx.takes_whole = takes_whole
     return tx
+
+
+def _specs_of_state(state: Any, params: Any) -> Any:
+  """How a new state lies on a mesh with explicit axes: moments as their parameters."""
+  flat: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+  for leaves, tree in zip(flat, (state, params), strict=True):
+    trees.map_with_path(leaves.__setitem__, tree, is_leaf=is_quantized)
+  owners = trees.owners(*flat)
+
+  def spec(path: str, leaf: Any) -> Any:
+    owner = flat[1].get(owners[path] or "")
+    like = owner.qvalue if is_quantized(owner) else owner
+    none = jax.sharding.PartitionSpec()
+    return jax.tree.map(lambda x: none if like is None else explicit_axes.spec_like(x, like), leaf)
+
+  return trees.map_with_path(spec, state, is_leaf=is_quantized)
+
+
+def _specs_of_update(new: Any, updates: Any, state: Any, params: Any) -> Any:
+  """How `(updates, state)` lie on a mesh with explicit axes: each as what it takes the place of."""
+  old: dict[str, Any] = {}
+  replaced = jax.tree.map(
+    lambda leaf, update: leaf if is_quantized(leaf) else update, params, updates,
+    is_leaf=is_quantized,
+  )  # fmt: skip
+  trees.map_with_path(old.__setitem__, (replaced, state))
+
+  def spec(path: str, x: Any) -> Any:
+    like = old.get(path)
+    none = jax.sharding.PartitionSpec()
+    return explicit_axes.spec_like(x, like) if isinstance(like, jax.Array) else none
+
+  return trees.map_with_path(spec, new)
 
 
 def is_packed_transformation(tx: optax.GradientTransformation) -> bool:
@@ -128,10 +165,8 @@ def require_leaves(params: Any) -> None:
     fields = (leaf.qvalue, leaf.scale) if is_quantized(leaf) else ()
     if any(not hasattr(field, "shape") for field in fields):
       kinds = " and ".join(type(field).__name__ for field in fields)
-      raise ValueError(
-        f"{trees.leaf_name(path)} is a packed array of {kinds}: {_MASK_BY_LEAF}"
-      )
-    if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.extended):
+      raise ValueError(f"{trees.leaf_name(path)} is a packed array of {kinds}: {_MASK_BY_LEAF}")
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
       raise ValueError(
         f"{trees.leaf_name(path)} holds {leaf.dtype}, which no optimizer can move: keep it beside"
         " the parameters, as flax.nnx.split or equinox.partition do, or mask it with"
@@ -199,12 +234,15 @@ def naming_masks() -> Iterator[None]:
 def require_scalar(name: str, value: Any) -> None:
   """Raises `ValueError` for a hyperparameter that is not one real number, traced or not."""
   try:
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    # Booleans are no numbers here.
+    kinds = [k for k in (jnp.floating, jnp.integer) if jnp.issubdtype(jnp.result_type(value), k)]
+    is_number = jnp.shape(value) == () and bool(kinds)
   except (TypeError, ValueError):
-    shape, dtype = None, None
-  is_real = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
-  if shape != () or not is_real or not jnp.issubdtype(dtype, jnp.number):
-    raise ValueError(f"{name} must be a number, got {value!r}: pass a float, or an array of shape ()")
+    is_number = False
+  if not is_number:
+    raise ValueError(
+      f"{name} must be a number, got {value!r}: pass a float, or an array of shape ()"
+    )
 
 
 def require_rate(learning_rate: Any) -> None:
