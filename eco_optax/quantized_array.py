@@ -72,7 +72,7 @@ class QuantizedArray:
     shardings, masks, shapes, None.
     """
     dtype = self.qvalue.dtype if isinstance(self.qvalue, _ARRAYS) else None
-    if dtype is None or dtype in (np.bool_, jax.dtypes.float0):
+    if dtype is None or not jnp.issubdtype(dtype, jnp.number):
       return
     is_reduced = self.qvalue.ndim == 0
     if is_reduced or (jnp.issubdtype(dtype, jnp.inexact) and dtype != self.format.dtype):

@@ -61,18 +61,19 @@ class MomentStorage(NamedTuple):
 
   def keys(self, state: Any, shapes: Any) -> Any:
     """The state with keys of random bits in place of moments; shapes are the parameters'."""
-    return momentum_lib.map_moments(lambda path, owner, kind, x: self.key(path), state, shapes)
+    return momentum_lib.map_moments(lambda path, kind, x: self.key(path), state, shapes)
 
   def store(self, state: Any, params: Any, layer: jax.Array | None = None) -> Any:
     """The state with float32 moments stored."""
     weights = momentum_lib.flat(params)
+    owners = trees.owners(momentum_lib.flat(state), weights)
 
-    def store_leaf(path: str, owner: str, kind: Kind, x: jax.Array) -> Any:
+    def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       dtype = self._dtype(kind)
       if dtype == "float32" or not _is_stored(x):
         return x
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
-      weight = weights[owner]
+      weight = weights[owners[path.lstrip("/")] or ""]
       if not is_quantized(weight):
         return store(x, kind, dtype, bits)
       return store(x, kind, dtype, bits, True, block_axis(weight.format))
@@ -82,8 +83,7 @@ class MomentStorage(NamedTuple):
   def read(self, state: Any, shapes: Any) -> Any:
     """The state with stored moments as float32; shapes are the parameters'."""
 
-    def read_leaf(path: str, owner: str, kind: Kind, x: Any) -> jax.Array:
-      del owner
+    def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
       wanted = self._dtype(kind)
       found = x.format.dtype.name if is_quantized(x) else x.dtype.name
       if not is_quantized(x) and (wanted == "float32" or not _is_stored(x)):

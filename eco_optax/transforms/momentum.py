@@ -87,12 +87,12 @@ def _moment_fields(node: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, K
 
 
 def map_moments(
-  fn: Callable[[str, str, Kind, Any], Any], state: Any, shapes: dict[str, tuple[int, ...]]
+  fn: Callable[[str, Kind, Any], Any], state: Any, shapes: dict[str, tuple[int, ...]]
 ) -> Any:
-  """An optimizer's state with `fn(path, owner, kind, array)` in place of every moment.
+  """An optimizer's state with `fn(path, kind, array)` in place of every moment.
 
   Args:
-    fn: its first arguments are the moment's path in the state and its parameter's path.
+    fn: its first argument is the moment's path in the state.
     state: of an optimizer; its moments may be packed.
     shapes: of all parameters by path.
 
@@ -103,7 +103,7 @@ def map_moments(
   def change(path: str, node: Any) -> Any:
     new = {
       field: trees.map_with_path(
-        lambda owner, x, field=field, kind=kind: fn(f"{path}/{field}/{owner}", owner, kind, x),
+        lambda leaf, x, field=field, kind=kind: fn(f"{path}/{field}/{leaf}", kind, x),
         getattr(node, field),
         is_leaf=is_quantized,
       )
