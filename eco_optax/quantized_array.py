@@ -79,7 +79,8 @@ class QuantizedArray:
       raise TypeError(
         f"codes of a packed array in {self.format} became {dtype}{list(self.qvalue.shape)}: a tree"
         " function computed on them, not on the values that they stand for. Call it on"
-        " eco_optax.dequantize(…), as in optax.tree.norm(eco_optax.dequantize(params))"
+        " eco_optax.dequantize(…), as in optax.tree.norm(eco_optax.dequantize(params)), and put"
+        " wrappers such as optax.MultiSteps inside eco_optax.error_feedback_to_momentum"
       )
 
   @property
@@ -183,7 +184,7 @@ def as_update(path: str, leaf: Any) -> Any:
   leaf and the remedy. It may be selected and set to zero, as wrappers do to skip a step; zero is
   the update that changes nothing, see `replaced`.
   """
-  if not is_quantized(leaf):
+  if not is_quantized(leaf) or leaf.guard is not None:
     return leaf
   guard = jax.random.wrap_key_data(jnp.full((1,), _ALIVE), impl=_guard_type(path))
   role = "update: call eco_optax.apply_updates, not optax.apply_updates"

@@ -42,7 +42,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
     if is_quantized(leaf):
       raise ValueError(
         f"{trees.leaf_name(path)} is packed, but its update is not: end the optimizer with"
-        " eco.quantize_params, as in eco.chain(optax.adamw(…), eco.quantize_params())"
+        " eco.quantize_params, as in eco.chain(optax.adamw(…), eco.quantize_params()), and freeze"
+        " leaves by optax.masked(optax.set_to_zero(), …) behind it, not by optax.partition or"
+        " optax.masked around it"
       )
     if is_quantized(update):
       raise ValueError(

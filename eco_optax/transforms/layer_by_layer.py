@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from eco_optax import trees
-from eco_optax.quantized_array import as_parameter, dequantize, is_quantized, quantize_array
+from eco_optax.quantized_array import dequantize, is_quantized, quantize_array, replaced
 from eco_optax.transforms import eager, stacks
 from eco_optax.transforms.packed import (
   Context,
@@ -154,8 +154,9 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       new_updates, new_state = run(
         inner, _keep(updates, grads), masked, _keep(params, weights), own_context, extra_args
       )
-      new_weights = jax.tree.map(as_parameter, new_updates, is_leaf=is_quantized)
-      return _flatten(new_weights)[0], _flatten(new_state)[0]
+      put = lambda path, new: replaced(weights[path], new) if is_quantized(new) else new
+      new_weights = {path: put(path, new) for path, new in _flatten(new_updates)[0].items()}
+      return new_weights, _flatten(new_state)[0]
 
     rest = [path for path in weights if path not in stacked]
     rest_states = pick(states, [path for path in states if owners[path] not in stacked])
