@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: pretrain test quick test-floor lint soak gpu docs docs-links release-check clean
+.PHONY: pretrain test quick test-floor lint soak fuzz gpu docs docs-links release-check clean
 
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -30,6 +30,11 @@ test-floor: $(VENV)-floor/.dev
 # Kills and continues runs at random moments, each of which has to end bit for bit as one left alone.
 soak: $(VENV)/.dev
 	$(BIN)/python scripts/faults.py --soak=$(MINUTES) $(ARGS)
+
+# Random compositions and trees, held against Optax alone; prints the seeds of those that fail.
+fuzz: $(VENV)/.dev
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 \
+	  $(BIN)/python tests/fuzz.py --minutes=$(MINUTES) $(ARGS)
 
 # What is to be measured on a GPU that is there for MINUTES; goes on where it stopped.
 gpu: $(VENV)/.cuda $(VENV)/.train

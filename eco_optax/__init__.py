@@ -1,5 +1,6 @@
 """ECO: training quantized networks without master weights, as Optax transforms."""
 
+from eco_optax import contraction as contraction
 from eco_optax import diagnostics as diagnostics
 from eco_optax import theory as theory
 from eco_optax.formats import FP8 as FP8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,11 @@ _FLOATS = {"float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14), "float4_e2m1fn": (
 _INTEGERS = ("int8", "int4")
 _SCALES = ("float32", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn")
 
+# Weights of an array from which on its bytes count.
+LARGE = 512
+
 Granularity = str | tuple[int, ...]
+ContractionAxis = Callable[[str, Any], int | tuple[int, ...]]
 
 
 def _canonical_dtype(dtype: Any, allowed: tuple[str, ...], what: str) -> np.dtype:
@@ -51,7 +56,9 @@ class Format:
     power_of_two: take the smallest power of two at which no weight overflows. Dequantizing is then
       exact in bfloat16 too.
     contraction_axis: the axis, or axes, that a `"channel"` scale's maximum runs over: −2 of
-      `(…, in, out)`; negative, so that it names the same axis under `vmap`.
+      `(…, in, out)`; negative, so that it names the same axis under `vmap`. Or a function of a
+      leaf's `/`-joined path and the leaf that says so, such as `eco.contraction.flax`; packed
+      leaves have a format with the axes that it said.
 
   Raises:
     ValueError: for an unknown dtype, granularity or combination, naming the value.
@@ -75,7 +82,7 @@ class Format:
   granularity: Granularity = "channel"
   scale_dtype: Any = "float32"
   power_of_two: bool = False
-  contraction_axis: int | tuple[int, ...] = -2
+  contraction_axis: int | tuple[int, ...] | ContractionAxis = -2
 
   def __post_init__(self):
     put = functools.partial(object.__setattr__, self)
@@ -96,7 +103,14 @@ class Format:
         " as (128, 128)"
       )
     put("granularity", granularity)
+    if self.two_level and isinstance(granularity, str):
+      raise ValueError(
+        f"scale_dtype float8_e4m3fn needs a block shape, got granularity {granularity!r}: its range"
+        " is too small to serve without a second scale; use (16, 1) or scale_dtype float32"
+      )
     axes = self.contraction_axis
+    if callable(axes):
+      return
     axes = tuple(sorted(axes)) if isinstance(axes, (tuple, list)) else (int(axes),)
     if not axes or max(axes) >= 0:
       raise ValueError(
@@ -104,11 +118,6 @@ class Format:
         " -2 for a kernel of shape (in, out)"
       )
     put("contraction_axis", axes[0] if len(axes) == 1 else axes)
-    if self.two_level and isinstance(granularity, str):
-      raise ValueError(
-        f"scale_dtype float8_e4m3fn needs a block shape, got granularity {granularity!r}: its range"
-        " is too small to serve without a second scale; use (16, 1) or scale_dtype float32"
-      )
 
   def __repr__(self) -> str:
     """The call that makes this format, without the defaults."""
@@ -119,7 +128,7 @@ class Format:
       ("contraction_axis", self.contraction_axis, -2),
     ):
       if value != default:
-        parts.append(f"{name}={value!r}")
+        parts.append(f"{name}={getattr(value, '__name__', repr(value))}")
     return f"Format({', '.join(parts)})"
 
   @property
@@ -142,7 +151,36 @@ class Format:
     if self.granularity == "tensor":
       return tuple(range(-min(2, ndim), 0))
     axes = self.contraction_axis
+    if callable(axes):
+      raise ValueError(
+        f"contraction_axis is a function of path and leaf in {self}: ask format.of(path, leaf)"
+      )
     return axes if isinstance(axes, tuple) else (axes,)
+
+  def of(self, path: str, leaf: Any) -> Format:
+    """The format of the leaf at `path`: with contraction axes that a function chooses, its own."""
+    axes = self.contraction_axis
+    if not callable(axes):
+      return self
+    chosen = axes(path, leaf) if self.granularity == "channel" else -2
+    if callable(chosen):
+      raise ValueError(f"contraction_axis gives a function for leaf {path!r}: return its axes")
+    return dataclasses.replace(self, contraction_axis=chosen)
+
+  def widened(self, shape: tuple[int, ...]) -> Format:
+    """The format whose scales serve more than one weight of an array of `shape`, if there is one.
+
+    Where the contraction axis has one element, as in a kernel `(width, 1, head width)` of a single
+    head, each weight would have a scale of its own: then the axis before it is taken too. Small
+    arrays, of which nobody counts the bytes, keep to what they were told.
+    """
+    if self.granularity != "channel" or math.prod(shape) < LARGE:
+      return self
+    axes = self.reduce_axes(len(shape))
+    before = min(axes) - 1
+    if len(shape) < -before or any(shape[axis] > 1 for axis in axes):
+      return self
+    return dataclasses.replace(self, contraction_axis=(before, *axes)).widened(shape)
 
   def check(self, shape: tuple[int, ...], path: str = "") -> None:
     """Raises `ValueError`, naming the leaf at `path`, if an array of `shape` does not fit."""

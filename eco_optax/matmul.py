@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from eco_optax import explicit_axes
 from eco_optax.formats import Format
 from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array
 
@@ -92,14 +93,21 @@ def _forward(
 
 def _backward(activation_format: Format | None, residuals: Any, dy: jax.Array) -> tuple:
   x, w, sink = residuals
-  values, x_scale = _factor(x, activation_format)  # Made again: cheaper than keeping them.
-  if x_scale is not None:
-    values = values.astype(jnp.float32) * x_scale
-  values = values.astype(x.dtype)
-  kernel = _dense(w, x.dtype)
-  dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
-  lead = tuple(range(x.ndim - 1))
-  dw = jax.lax.dot_general(values, dy, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
+
+  def products(x: jax.Array, w: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, x_scale = _factor(x, activation_format)  # Made again: cheaper than keeping them.
+    if x_scale is not None:
+      values = values.astype(jnp.float32) * x_scale
+    values = values.astype(x.dtype)
+    kernel = _dense(w, x.dtype)
+    dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    dims = (tuple(range(x.ndim - 1)),) * 2
+    dw = jax.lax.dot_general(values, dy, (dims, ((), ())), preferred_element_type=jnp.float32)
+    return dx, dw
+
+  like = x, w.qvalue if is_quantized(w) else w
+  specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, like)
+  dx, dw = explicit_axes.call(products, specs, x, w, dy)
   if not is_quantized(w):
     return dx, dw.astype(w.dtype), None
   # Codes and scales have no gradient of their own: it leaves through the sink.

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from eco_optax import explicit_axes, trees
 from eco_optax import rounding as rounding_lib
-from eco_optax import trees
-from eco_optax.formats import Format, grid_max, grid_top_step
+from eco_optax.formats import LARGE, Format, grid_max, grid_top_step
 
 Rounding = Literal["nearest", "stochastic"]
 Where = Callable[[str, Any], bool]
@@ -25,8 +25,8 @@ Where = Callable[[str, Any], bool]
 # Below this, arithmetic on CPU and TPU flushes to zero, and a scale of zero would divide by zero.
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
-# Weights of a leaf from which on its bytes are worth a warning.
-_LARGE = 512
+# What codes may be computed with; trees hold other things too.
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 @functools.partial(
@@ -63,6 +63,25 @@ class QuantizedArray:
   odd: bool = False
   role: str = "parameter"
   guard: jax.Array | None = None
+
+  def __post_init__(self) -> None:
+    """Raises `TypeError` for fields that only arithmetic on codes and scales can give.
+
+    Tree functions that know nothing of packed leaves, such as `optax.tree.norm`, compute on their
+    fields and rebuild the leaf from the results. Fields may be anything else that a tree can hold:
+    shardings, masks, shapes, None.
+    """
+    dtype = self.qvalue.dtype if isinstance(self.qvalue, _ARRAYS) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.number):
+      return
+    is_reduced = self.qvalue.ndim == 0
+    if is_reduced or (jnp.issubdtype(dtype, jnp.inexact) and dtype != self.format.dtype):
+      raise TypeError(
+        f"codes of a packed array in {self.format} became {dtype}{list(self.qvalue.shape)}: a tree"
+        " function computed on them, not on the values that they stand for. Call it on"
+        " eco_optax.dequantize(…), as in optax.tree.norm(eco_optax.dequantize(params)), and put"
+        " wrappers such as optax.MultiSteps inside eco_optax.error_feedback_to_momentum"
+      )
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -126,7 +145,8 @@ class QuantizedArray:
       Array([[ 0., -7.],
              [ 1.,  3.]], dtype=float32)
     """
-    return self.apply_scale(self.codes.astype(jnp.float32)).astype(dtype)
+    read = lambda x: x.apply_scale(x.codes.astype(jnp.float32)).astype(dtype)
+    return explicit_axes.call(read, lambda y: explicit_axes.spec_like(y, self.qvalue), self)
 
   def apply_scale(self, y: jax.Array) -> jax.Array:
     """`y × scale` for float32 values of the tensor's shape."""
@@ -164,7 +184,7 @@ def as_update(path: str, leaf: Any) -> Any:
   leaf and the remedy. It may be selected and set to zero, as wrappers do to skip a step; zero is
   the update that changes nothing, see `replaced`.
   """
-  if not is_quantized(leaf):
+  if not is_quantized(leaf) or leaf.guard is not None:
     return leaf
   guard = jax.random.wrap_key_data(jnp.full((1,), _ALIVE), impl=_guard_type(path))
   role = "update: call eco_optax.apply_updates, not optax.apply_updates"
@@ -181,11 +201,16 @@ def replaced(old: QuantizedArray, update: QuantizedArray) -> QuantizedArray:
   new = as_parameter(update)
   if update.guard is None:
     return new
-  # A constant in a program that makes the update itself, so that no select is left of it.
-  alive = jax.random.key_data(update.guard)[..., 0] == _ALIVE
+
+  def choose(new: Any, old: Any, guard: jax.Array) -> Any:
+    # A constant in a program that makes the update itself, so that no select is left of it.
+    alive = jax.random.key_data(guard)[..., 0] == _ALIVE
+    select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
+    return jax.tree.map(select, new, old)
+
   old = dataclasses.replace(old, sink=new.sink)
-  select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
-  return jax.tree.map(select, new, old)
+  specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, old)
+  return explicit_axes.call(choose, specs, new, old, update.guard)
 
 
 def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -472,6 +497,26 @@ def default_where(path: str, leaf: Any) -> bool:
   return leaf.ndim >= 2 and (is_quantized(leaf) or trees.is_float(leaf))
 
 
+def _warn_of_bytes(path: str, leaf: jax.Array, asked: Format, own: Format) -> None:
+  """Warns of a large leaf that takes no less than bfloat16 in the format that was asked for."""
+  if leaf.size < LARGE:
+    return
+  like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+  packed = jax.eval_shape(lambda x: quantize_array(x, asked), like)
+  nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(packed))
+  if nbytes < 2 * leaf.size:
+    return
+  instead = "" if own == asked else f" It is packed in {own} instead."
+  warnings.warn(
+    f"{trees.leaf_name(path)} of shape {leaf.shape} takes {nbytes / leaf.size:.1f} bytes per weight"
+    f" in {asked}, no less than bfloat16: its scales are as many as its codes.{instead} Name the"
+    " axes that are summed over by contraction_axis=, as in Format('float8_e4m3fn',"
+    " contraction_axis=(-3, -2)) or, by path, contraction_axis=eco_optax.contraction.flax, or leave"
+    " it float with where=",
+    stacklevel=5,
+  )
+
+
 def quantize(
   tree: Any,
   format: Format,
@@ -526,19 +571,19 @@ def quantize(
         f"{trees.leaf_name(path)} holds {leaf.dtype}, only floats can be quantized: leave it out"
         " with where="
       )
-    format.check(leaf.shape, path)
+    asked = format.of(path, leaf)
+    asked.check(leaf.shape, path)
+    own = asked.widened(leaf.shape)
     bits = None
     if rounding == "stochastic":
       bits = rounding_lib.counter_bits(rounding_lib.stream_key(seed, 0, path), leaf.shape)
-    packed = quantize_array(jnp.asarray(leaf), format, rounding, bits)
-    if leaf.size >= _LARGE and packed.nbytes >= 2 * leaf.size:
-      warnings.warn(
-        f"{trees.leaf_name(path)} of shape {leaf.shape} takes {packed.nbytes / leaf.size:.1f} bytes"
-        f" per weight in {format}, no less than bfloat16: its scales are as many as its codes. Name"
-        " the axes that are summed over by contraction_axis=, as in Format('float8_e4m3fn',"
-        " contraction_axis=(-3, -2)), or leave it float with where=",
-        stacklevel=4,
-      )
+    packed = explicit_axes.call(
+      lambda x, bits: quantize_array(x, own, rounding, bits),
+      lambda packed: jax.tree.map(lambda x: explicit_axes.spec_like(x, leaf), packed),
+      jnp.asarray(leaf),
+      bits,
+    )
+    _warn_of_bytes(path, leaf, asked, own)
     return packed
 
   return trees.map_with_path(pack, tree, is_leaf=is_quantized)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -38,7 +39,37 @@ def map_with_path(
   )
 
 
-def path_ends(path: str) -> list[str]:
-  """A path and what is left of it without its first parts, the longest first."""
-  parts = path.split("/")
-  return ["/".join(parts[i:]) for i in range(len(parts))]
+def owners(state: dict[str, Any], params: Collection[str]) -> dict[str, str | None]:
+  """The parameter that each leaf of an optimizer's state belongs to.
+
+  A state keeps moments in trees like that of the parameters: below such a tree's path there is
+  nothing but paths of parameters. A parameter may be called as a field of the state is, `mu` or
+  `count`, and so may what it is in; counters, integers without an axis, belong to none.
+
+  Args:
+    state: leaves by path.
+    params: paths of all parameters.
+
+  Returns:
+    By path of the state's leaves, a parameter's path, or None.
+  """
+  below = collections.defaultdict(set)
+  for path in state:
+    for start, rest in _splits(path):
+      below[start].add(rest)
+  like_params = {start for start, rests in below.items() if rests.issubset(params)}
+
+  def owner(path: str, leaf: Any) -> str | None:
+    if jnp.ndim(leaf) == 0 and not is_float(leaf):
+      return None
+    splits = _splits(path)
+    whole = (rest for start, rest in splits if start in like_params)
+    return next(whole, next((rest for _, rest in splits if rest in params), None))
+
+  return {path: owner(path, leaf) for path, leaf in state.items()}
+
+
+def _splits(path: str) -> list[tuple[str, str]]:
+  """A path in two, each way there is, the shortest first part first."""
+  parts = path.split("/") if path else []
+  return [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(len(parts) + 1)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eco_optax import dense_view, trees
+from eco_optax import dense_view, explicit_axes, trees
 from eco_optax.quantized_array import is_quantized, replaced
 
 
@@ -42,7 +42,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
     if is_quantized(leaf):
       raise ValueError(
         f"{trees.leaf_name(path)} is packed, but its update is not: end the optimizer with"
-        " eco.quantize_params, as in eco.chain(optax.adamw(…), eco.quantize_params())"
+        " eco.quantize_params, as in eco.chain(optax.adamw(…), eco.quantize_params()), and freeze"
+        " leaves by optax.masked(optax.set_to_zero(), …) behind it, not by optax.partition or"
+        " optax.masked around it"
       )
     if is_quantized(update):
       raise ValueError(
@@ -75,6 +77,9 @@ def value_and_grad(
     A function that returns `(value, gradients)`: float gradients in the tree of the dense view,
     either way.
 
+  Raises:
+    ValueError: when called, naming the leaf, for integers and PRNG keys among the parameters.
+
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco
     >>> params = eco.quantize({"w": jnp.ones((2, 2))}, eco.FP8)
@@ -84,10 +89,23 @@ def value_and_grad(
            [2., 2.]], dtype=float32))
   """
 
+  def require_floats(path: str, leaf: Any) -> None:
+    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise ValueError(
+        f"{trees.leaf_name(path)} holds {leaf.dtype}, which has no gradient: pass it as a further"
+        " argument of the function, beside the parameters"
+      )
+
   def of_sinks(params: Any, call: Callable[[Any], Any], sink_dtype: Any) -> tuple[Any, Any]:
+    trees.map_with_path(require_floats, params, is_leaf=is_quantized)
+    zeros = lambda leaf: explicit_axes.call(
+      lambda codes: jnp.zeros(leaf.shape, sink_dtype),
+      lambda new: explicit_axes.spec_like(new, leaf.qvalue),
+      leaf.qvalue,
+    )
     # The sinks are zeros that nothing reads, so they cost no memory once compiled.
     sinks = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, sink_dtype) if is_quantized(leaf) else leaf,
+      lambda leaf: zeros(leaf) if is_quantized(leaf) else leaf,
       params,
       is_leaf=is_quantized,
     )

@@ -7,7 +7,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Rooms of the library from the ground up; a module belongs to the longest name that begins its own.
 LEVELS = (
-  ("formats", "rounding", "trees", "quantized_array", "dense_view", "matmul", "updates"),
+  (
+    "explicit_axes",
+    "contraction",
+    "formats",
+    "rounding",
+    "trees",
+    "quantized_array",
+    "dense_view",
+    "matmul",
+    "updates",
+  ),
   ("transforms",),
   ("fused",),
   ("optimizers",),

@@ -1,5 +1,7 @@
 """Compositions with stock transformations: right, or an error names the leaf and the remedy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +261,141 @@ def test_wrong_compositions_are_refused_with_the_remedy(name):
     make()
 
 
+TOTALS = {
+  "norm": lambda p: optax.tree.norm(p),
+  "sum": lambda p: optax.tree.sum(p),
+  "vdot": lambda p: optax.tree.vdot(p, p),
+  "cast": lambda p: optax.tree.cast(p, jnp.bfloat16),
+}
+AVERAGES = {
+  "incremental_update": lambda p: optax.incremental_update(p, p, 0.1),
+  "scale": lambda p: optax.tree.scale(0.5, p),
+  "add_scale": lambda p: optax.tree.add_scale(p, 0.5, p),
+}
+
+
+@pytest.mark.parametrize("format", [eco.FP8, eco.INT8, eco.INT4, eco.MXFP8, eco.NVFP4], ids=repr)
+def test_tree_functions_that_compute_on_codes_are_refused(format):
+  params = eco.quantize(START, format)
+  # Float8 codes stay float8 under arithmetic with Python numbers, which nothing can see.
+  averages = {} if format.bits == 8 and format.dtype != "int8" else AVERAGES
+  for name, fn in (TOTALS | averages).items():
+    for call in (fn, jax.jit(fn)):
+      with pytest.raises(TypeError, match=r"eco_optax.dequantize|does not accept dtype"):
+        call(params)
+    assert name
+    fn(eco.dequantize(params))
+  assert jax.tree.all(jax.tree.map(lambda x: jnp.all(x == x), params))
+
+
+def test_an_average_of_packed_parameters_is_one_of_the_dense_view():
+  tx = eco.adamw(1e-2)
+  params, state, average = PARAMS, tx.init(PARAMS), eco.dequantize(PARAMS)
+  wanted = jax.tree.map(np.asarray, average)
+  for _ in range(3):
+    updates, state = tx.update(GRADS, state, params)
+    params = eco.apply_updates(params, updates)
+    average = optax.incremental_update(eco.dequantize(params), average, 0.1)
+    wanted = jax.tree.map(lambda w, p: 0.9 * w + 0.1 * p, wanted, eco.dequantize(params))
+  np.testing.assert_allclose(average["k"], wanted["k"], rtol=1e-5)
+  eco.quantize(average, eco.FP8)
+
+
+BAD_GRADIENTS = {
+  "None": ({**GRADS, "k": None}, "leaf 'k' has no gradient"),
+  "missing": ({"k": GRADS["k"], "b": GRADS["b"]}, "leaf 'frozen' has no gradient"),
+  "one too many": ({**GRADS, "z": GRADS["b"]}, "gradient of leaf 'z', which the parameters do not"),
+  "would be broadcast": ({**GRADS, "k": GRADS["k"][:1]}, r"leaf 'k' has shape \(1, 32\)"),
+  "of codes": (PARAMS, "gradient of leaf 'frozen' is packed.*eco_optax.value_and_grad"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+@pytest.mark.parametrize("packed", PACKED)
+def test_gradients_that_do_not_belong_to_the_parameters_are_named(packed, name):
+  grads, message = BAD_GRADIENTS[name]
+  tx = PACKED[packed]()
+  with pytest.raises(ValueError, match=f"(?s){message}"):
+    jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, PARAMS), PARAMS)
+
+
+def one_update(tx, grads, params):
+  return tx.update(grads, tx.init(params), params)
+
+
+def test_keys_and_integers_among_parameters_are_named():
+  for leaf, dtype in ((jax.random.key(0), "key<fry>"), (jnp.int32(1), "int32")):
+    params = {**PARAMS, "r": leaf}
+    with pytest.raises(ValueError, match=f"leaf 'r' holds {dtype}"):
+      eco.value_and_grad(lambda p: jnp.sum(p["k"]))(params)
+    grads = {**GRADS, "r": np.zeros((), jax.dtypes.float0)}
+    with pytest.raises(ValueError, match=f"leaf 'r' holds {dtype}"):
+      one_update(eco.adamw(1e-3), grads, params)
+
+
+@pytest.mark.parametrize("rate", ["1e-3", [1e-3], np.ones(1), jnp.ones(3), 1j, float("nan"), True])
+def test_a_rate_that_is_not_a_number_is_named(rate):
+  for make in (
+    eco.adamw,
+    eco.sgd,
+    lambda rate: eco.error_feedback_to_momentum(optax.adamw(1e-3), nearest(), rate),
+  ):
+    with pytest.raises(ValueError, match="learning_rate"):
+      make(rate)
+  with pytest.raises(ValueError, match="schedule learning_rate gives"):
+    eco.adamw(lambda count: jnp.ones(3))
+  with pytest.raises(ValueError, match="b1 must be a number"):
+    eco.adamw(1e-3, b1="0.9")
+  with pytest.raises(ValueError, match="seed must be an integer"):
+    eco.quantize_params(seed=0.5)
+
+
+def test_masks_made_over_packed_parameters_are_refused_with_the_remedy():
+  mask = jax.tree.map(lambda x: x.ndim >= 2, PARAMS)
+  none = jax.tree.map(lambda x: False, PARAMS)
+  remedy = r"(?s)one for each leaf: jax.tree.map\(lambda x: x.ndim >= 2, eco_optax.dequantize"
+  for tx in (
+    eco.adamw(1e-3, mask=mask),
+    eco.chain(optax.masked(optax.adam(1e-3), mask), nearest()),
+    eco.master_weights(optax.masked(optax.sgd(1e-3), mask), nearest()),
+    eco.error_feedback_to_momentum(
+      optax.partition(dict.fromkeys((True, False), optax.adamw(1e-3)), mask), nearest()
+    ),
+    optax.masked(eco.adamw(1e-3), none),
+  ):
+    with pytest.raises(ValueError, match=remedy):
+      tx.init(PARAMS)
+  right = jax.tree.map(lambda x: x.ndim >= 2, eco.dequantize(PARAMS))
+  one_step(eco.adamw(1e-3, mask=right), True)
+
+
+@pytest.mark.parametrize(
+  "wrap",
+  [
+    eco.layer_by_layer,
+    eco.low_bit_moments,
+    lambda tx: eco.low_bit_moments(eco.layer_by_layer(tx)),
+  ],
+  ids=["layer_by_layer", "low_bit_moments", "both"],
+)
+def test_a_leaf_that_is_frozen_inside_a_wrapper_stays(wrap):
+  params = eco.quantize(
+    {"k": jnp.stack([START["k"]] * 3), "f": jnp.stack([START["k"]] * 3)}, eco.FP8
+  )
+  frozen = optax.masked(optax.set_to_zero(), {"k": False, "f": True})
+  rule = eco.error_feedback_to_momentum(optax.adamw(1e-2), nearest())
+  tx = wrap(optax.chain(rule, frozen))
+
+  @jax.jit
+  def step(params):
+    updates, _ = tx.update(eco.dequantize(params), tx.init(params), params)
+    return eco.apply_updates(params, updates)
+
+  found = step(params)
+  assert np.array_equal(found["f"].dequantize(), params["f"].dequantize())
+  assert not np.array_equal(found["k"].dequantize(), params["k"].dequantize())
+
+
 ADAMW, SGD = eco.adamw(1e-3), eco.sgd(1e-3, momentum=0.9)
 RULE = lambda keep: eco.error_feedback_to_momentum(optax.sgd(1e-3, 0.9), nearest(), None, keep)
 MASTER = lambda kind: eco.master_weights(optax.sgd(1e-3), nearest(), kind)
@@ -332,3 +469,52 @@ def test_a_mesh_with_explicit_axes(tx, count):
 
     found = jax.jit(step)(grads, optimizer.init(params), params)
   assert equal(found["k"].qvalue, wanted["k"].qvalue)
+
+
+EVERY = {
+  **PACKED,
+  "eco.sgd": lambda: eco.sgd(1e-2),
+  "low_bit_moments": lambda: eco.low_bit_moments(eco.adamw(1e-2)),
+  "exact rule": lambda: RULE(True),
+  "int12": lambda: eco.master_weights(optax.sgd(1e-2), nearest(), "int12"),
+}
+
+
+@functools.cache
+def without_a_mesh():
+  return every_step(lambda leaf: leaf)
+
+
+def every_step(place):
+  """One step of every transformation, in one program, of blocks that lie on a split axis."""
+  start = {"s": jnp.stack([START["k"]] * 2), "v": jnp.ones(8)}
+  params, grads = eco.quantize(start, eco.MXFP8), jax.tree.map(jnp.sin, start)
+  params, grads = jax.tree.map(place, (params, grads))
+
+  @jax.jit
+  def step(grads, params):
+    found = {}
+    for name, make in EVERY.items():
+      tx = make()
+      updates, state = tx.update(grads, tx.init(params), params)
+      found[name] = eco.apply_updates(params, updates), state
+    return found
+
+  return jax.device_get(jax.tree.map(lambda x: x, step(grads, params)))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_every_transformation_on_every_kind_of_mesh(kind, count):
+  mesh = jax.make_mesh((count,), ("x",), (kind,), devices=jax.devices()[:count])
+
+  def place(leaf):
+    # A scale is split where its blocks are.
+    splits = leaf.ndim == 3 and leaf.shape[1] % count == 0
+    spec = jax.P(None, "x") if splits else jax.P()
+    return jax.device_put(leaf, jax.NamedSharding(mesh, spec))
+
+  with jax.set_mesh(mesh):
+    found = every_step(place)
+  for name, (params, _) in without_a_mesh().items():
+    assert np.array_equal(found[name][0]["s"].qvalue, params["s"].qvalue), name

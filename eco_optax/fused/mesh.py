@@ -91,9 +91,10 @@ def on_parts(
     )
     return take_step(step, rounding, leaf._replace(part=Part(first, shape, sharing)))
 
+  context = jax.sharding.get_abstract_mesh()
   return jax.shard_map(
     on_part,
-    mesh=mesh,
+    mesh=mesh if context.empty else context,  # The same, perhaps with axes that are automatic here.
     in_specs=(jax.tree.map(spec, leaf),),
     out_specs=jax.tree.map(spec, leaf.results),
     check_vma=False,

@@ -143,6 +143,9 @@ def adamw(
     `gradient_scale=`, a scalar by which gradients are multiplied before all else, a clip by a norm
     that is known already or a loss scale takes no pass over memory.
 
+  Raises:
+    ValueError: naming the hyperparameter, if one is not a number.
+
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco
     >>> params = eco.quantize({"w": jnp.ones((4, 4))}, eco.FP8)
@@ -152,6 +155,10 @@ def adamw(
   References:
     Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 3.
   """
+  build.require_numbers(
+    learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay,
+    max_norm=max_norm,
+  )  # fmt: skip
   optimizer = optax.adamw(
     learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
   )

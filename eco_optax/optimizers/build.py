@@ -12,7 +12,17 @@ from eco_optax.formats import Format
 from eco_optax.fused.transformation import Optimizer, fuse
 from eco_optax.quantized_array import Rounding, Where
 from eco_optax.transforms import error_feedback
+from eco_optax.transforms.packed import require_rate, require_scalar
 from eco_optax.transforms.quantize_params import quantize_params
+
+
+def require_numbers(learning_rate: Any, **scalars: Any) -> None:
+  """Raises `ValueError` for hyperparameters that are not numbers; None and schedules may stay."""
+  if learning_rate is not None:
+    require_rate(learning_rate)
+  for name, value in scalars.items():
+    if value is not None and not callable(value):
+      require_scalar(name, value)
 
 
 def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array | None) -> jax.Array:

@@ -97,6 +97,9 @@ def sgd(
     `gradient_scale=`, a scalar by which gradients are multiplied before all else, a clip by a norm
     that is known already or a loss scale takes no pass over memory.
 
+  Raises:
+    ValueError: naming the hyperparameter, if one is not a number.
+
   Example:
     >>> import jax.numpy as jnp, eco_optax as eco
     >>> params = eco.quantize({"w": jnp.ones((4, 4))}, eco.INT4)
@@ -105,6 +108,7 @@ def sgd(
   References:
     Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 2.
   """
+  build.require_numbers(learning_rate, momentum=momentum, max_norm=max_norm)
   optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
   closed = _closed_form(learning_rate, momentum, nesterov) if momentum else None
   return build.without_master_weights(

@@ -47,6 +47,7 @@ from eco_optax.transforms.packed import (
   float_gradients,
   is_packed_transformation,
   require_params,
+  require_rate,
   require_state,
   require_stock,
   run,
@@ -94,7 +95,6 @@ def moved_paths(
 
   def trace(state: Any, params: Any) -> None:
     updates = jax.tree.map(
-      # Like the leaf, so that it lies on a mesh with explicit axes as that does.
       lambda leaf: jnp.zeros_like(leaf.dequantize() if is_quantized(leaf) else leaf),
       params,
       is_leaf=is_quantized,
@@ -133,13 +133,6 @@ def refuse_packed(path: str, leaf: Any) -> None:
     )
 
 
-def _one_of(x: jax.Array) -> jax.Array:
-  """Any element of an array whose elements are all the same."""
-  is_split = any(axes is not None for axes in jax.typeof(x).sharding.spec)
-  # On a mesh with explicit axes an element cannot be taken from a part.
-  return jnp.max(x) if is_split else x.ravel()[0]
-
-
 def rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Array) -> jax.Array:
   """η_{t+1} / η_t; infinite where the rate was zero."""
   if learning_rate is None or not callable(learning_rate):
@@ -152,7 +145,7 @@ def bias_ratio(decay: jax.Array, count: jax.Array) -> jax.Array:
   """(1 − B^t) / (1 − B^{t+1}): how bias correction changes J from step t to the next."""
   # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
   # to another, in the last place.
-  decay = _one_of(decay)
+  decay = decay.ravel()[0]
   t = count.astype(jnp.float32)
   return (1 - decay**t) / (1 - decay ** (t + 1))
 
@@ -188,7 +181,7 @@ def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = N
   """
   # One number for all of a leaf. Powers of a whole array may differ from it, and from one program
   # to another, in the last place; so may powers from products.
-  b = _one_of(decay)
+  b = decay.ravel()[0]
   powers = jnp.cumprod(jnp.full(HORIZON, b, jnp.float32))
   powers = jnp.concatenate([jnp.ones(1, jnp.float32), powers])
   corrected = jnp.ones_like(rates)
@@ -239,6 +232,8 @@ def build(
     "use eco_optax.adamw and eco_optax.sgd by themselves, and put eco_optax.low_bit_moments and"
     " eco_optax.layer_by_layer around the rule",
   )
+  if learning_rate is not None:
+    require_rate(learning_rate)
   inner = optax.with_extra_args_support(inner)
   packed_quantizer = is_packed_transformation(quantizer)
   aware = learning_rate is not None

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from eco_optax import trees
-from eco_optax.quantized_array import as_parameter, dequantize, is_quantized, quantize_array
+from eco_optax.quantized_array import dequantize, is_quantized, quantize_array, replaced
 from eco_optax.transforms import eager, stacks
 from eco_optax.transforms.packed import (
   Context,
@@ -33,11 +33,6 @@ def _keep(tree: Any, kept: _Leaves) -> Any:
   """The tree with `kept` leaves by path, and all others masked."""
   leaves, treedef = _flatten(tree)
   return jax.tree.unflatten(treedef, [kept.get(path, optax.MaskedNode()) for path in leaves])
-
-
-def _owner(path: str, params: _Leaves) -> str | None:
-  """The parameter that a leaf of an optimizer's state belongs to, by its path's end."""
-  return next((end for end in trees.path_ends(path) if end in params), None)
 
 
 def _stacks(params: _Leaves) -> dict[int, list[str]]:
@@ -87,11 +82,14 @@ def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) 
 
   results = eager.now(try_out)
   one, other = (_flatten(result)[0] for result in results)
+  owners = trees.owners(one, _flatten(shapes)[0])
   for path, leaf in one.items():
-    owner = _owner(path, dict.fromkeys(stacked))
-    if owner and leaf.ndim and not np.array_equal(leaf[0], other[path][0], equal_nan=True):
+    owner = owners[path]
+    if (
+      owner in stacked and leaf.ndim and not np.array_equal(leaf[0], other[path][0], equal_nan=True)
+    ):
       raise ValueError(
-        f"{trees.leaf_name(owner)}: a layer's update depends on other layers, as with"
+        f"{trees.leaf_name(owner or '')}: a layer's update depends on other layers, as with"
         " optax.clip_by_global_norm. Put what couples them before, as in"
         " optax.chain(clip, eco.layer_by_layer(…))"
       )
@@ -141,7 +139,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     require_params(params)
     weights, grads = _flatten(params)[0], _flatten(updates)[0]
     states, treedef = _flatten(state)
-    owners = {path: _owner(path, weights) for path in states}
+    owners = trees.owners(states, weights)
     whole = takes_whole(state, params, context.moments is not None)
     groups = _stacks({path: leaf for path, leaf in weights.items() if path not in whole})
     stacked = [path for paths in groups.values() for path in paths]
@@ -156,8 +154,9 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       new_updates, new_state = run(
         inner, _keep(updates, grads), masked, _keep(params, weights), own_context, extra_args
       )
-      new_weights = jax.tree.map(as_parameter, new_updates, is_leaf=is_quantized)
-      return _flatten(new_weights)[0], _flatten(new_state)[0]
+      put = lambda path, new: replaced(weights[path], new) if is_quantized(new) else new
+      new_weights = {path: put(path, new) for path, new in _flatten(new_updates)[0].items()}
+      return new_weights, _flatten(new_state)[0]
 
     rest = [path for path in weights if path not in stacked]
     rest_states = pick(states, [path for path in states if owners[path] not in stacked])

@@ -66,15 +66,14 @@ class MomentStorage(NamedTuple):
   def store(self, state: Any, params: Any, layer: jax.Array | None = None) -> Any:
     """The state with float32 moments stored."""
     weights = momentum_lib.flat(params)
+    owners = trees.owners(momentum_lib.flat(state), weights)
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       dtype = self._dtype(kind)
       if dtype == "float32" or not _is_stored(x):
         return x
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
-      # The longest end of the moment's path that is one of a parameter.
-      owner = next(end for end in trees.path_ends(path) if end in weights)
-      weight = weights[owner]
+      weight = weights[owners[path.lstrip("/")] or ""]
       if not is_quantized(weight):
         return store(x, kind, dtype, bits)
       return store(x, kind, dtype, bits, True, block_axis(weight.format))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from eco_optax import trees
+from eco_optax import explicit_axes, trees
 from eco_optax.quantized_array import QuantizedArray, as_update, is_quantized
+
+_MASK_BY_LEAF = (
+  "jax.tree.map over packed parameters gives a flag for codes and one for scales. Make masks and"
+  " labels over the dense view, one for each leaf: jax.tree.map(lambda x: x.ndim >= 2,"
+  " eco_optax.dequantize(params))"
+)
 
 
 class Context(NamedTuple):
@@ -56,8 +64,14 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
   ) -> PackedTransformation:
     """Makes one of an `update(updates, state, params, context=…, **extra_args)`.
 
-    The updates of packed leaves say that they are updates, so that nothing adds them.
+    Parameters and gradients are checked on the way in, once for all transformations inside. The
+    updates of packed leaves say that they are updates, so that nothing adds them.
     """
+
+    def init_checked(params: Any) -> Any:
+      require_leaves(params)
+      with naming_masks():
+        return explicit_axes.call(init, lambda state: _specs_of_state(state, params), params)
 
     def update_with_context(
       updates: Any,
@@ -69,17 +83,59 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
       gradient_scale: Any = None,
       **extra_args: Any,
     ) -> tuple[Any, Any]:
+      if context is None and params is not None:
+        require_leaves(params)
+        require_gradients(updates, params)
       context = context or Context()
       if shardings is not None:
         context = context._replace(shardings=shardings)
       if gradient_scale is not None:
         context = context._replace(gradient_scale=gradient_scale)
-      updates, state = update(updates, state, params, context=context, **extra_args)
+
+      def run(updates: Any, state: Any, params: Any, context: Context, extra_args: Any) -> Any:
+        return update(updates, state, params, context=context, **extra_args)
+
+      specs = lambda new: _specs_of_update(new, updates, state, params)
+      with naming_masks():
+        updates, state = explicit_axes.call(run, specs, updates, state, params, context, extra_args)
       return trees.map_with_path(as_update, updates, is_leaf=is_quantized), state
 
-    tx = super().__new__(cls, init, update_with_context)
+    tx = super().__new__(cls, init_checked, update_with_context)
     tx.takes_whole = takes_whole
     return tx
+
+
+def _specs_of_state(state: Any, params: Any) -> Any:
+  """How a new state lies on a mesh with explicit axes: moments as their parameters."""
+  flat: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+  for leaves, tree in zip(flat, (state, params), strict=True):
+    trees.map_with_path(leaves.__setitem__, tree, is_leaf=is_quantized)
+  owners = trees.owners(*flat)
+
+  def spec(path: str, leaf: Any) -> Any:
+    owner = flat[1].get(owners[path] or "")
+    like = owner.qvalue if is_quantized(owner) else owner
+    none = jax.sharding.PartitionSpec()
+    return jax.tree.map(lambda x: none if like is None else explicit_axes.spec_like(x, like), leaf)
+
+  return trees.map_with_path(spec, state, is_leaf=is_quantized)
+
+
+def _specs_of_update(new: Any, updates: Any, state: Any, params: Any) -> Any:
+  """How `(updates, state)` lie on a mesh with explicit axes: each as what it takes the place of."""
+  old: dict[str, Any] = {}
+  replaced = jax.tree.map(
+    lambda leaf, update: leaf if is_quantized(leaf) else update, params, updates,
+    is_leaf=is_quantized,
+  )  # fmt: skip
+  trees.map_with_path(old.__setitem__, (replaced, state))
+
+  def spec(path: str, x: Any) -> Any:
+    like = old.get(path)
+    none = jax.sharding.PartitionSpec()
+    return explicit_axes.spec_like(x, like) if isinstance(like, jax.Array) else none
+
+  return trees.map_with_path(spec, new)
 
 
 def is_packed_transformation(tx: optax.GradientTransformation) -> bool:
@@ -100,6 +156,115 @@ def run(
     return tx.update(updates, state, params, context=context, **extra_args)  # type: ignore[call-arg]
   updates, _ = context.scale(updates)
   return optax.with_extra_args_support(tx).update(updates, state, params, **extra_args)
+
+
+def require_leaves(params: Any) -> None:
+  """Raises `ValueError`, naming the leaf, for parameters that no optimizer can move."""
+
+  def check(path: str, leaf: Any) -> None:
+    fields = (leaf.qvalue, leaf.scale) if is_quantized(leaf) else ()
+    if any(not hasattr(field, "shape") for field in fields):
+      kinds = " and ".join(type(field).__name__ for field in fields)
+      raise ValueError(f"{trees.leaf_name(path)} is a packed array of {kinds}: {_MASK_BY_LEAF}")
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+      raise ValueError(
+        f"{trees.leaf_name(path)} holds {leaf.dtype}, which no optimizer can move: keep it beside"
+        " the parameters, as flax.nnx.split or equinox.partition do, or mask it with"
+        " optax.masked around the whole optimizer"
+      )
+
+  trees.map_with_path(check, params, is_leaf=is_quantized)
+
+
+def require_gradients(updates: Any, params: Any) -> None:
+  """Raises `ValueError`, naming the leaf, for gradients that are not those of the dense view."""
+  leaves: dict[str, Any] = {}
+  trees.map_with_path(leaves.__setitem__, updates, is_leaf=is_quantized)
+
+  def check(path: str, leaf: Any) -> None:
+    name, gradient = trees.leaf_name(path), leaves.pop(path, None)
+    if gradient is None:
+      raise ValueError(
+        f"{name} has no gradient, it is None or missing: pass zeros, or leave the leaf out of"
+        " parameters and gradients, as optax.masked around the whole optimizer does"
+      )
+    if is_quantized(gradient):
+      raise ValueError(
+        f"the gradient of {name} is packed, one of its codes: differentiate the dense view, with"
+        " eco_optax.value_and_grad in place of jax.value_and_grad"
+      )
+    if getattr(gradient, "dtype", None) == jax.dtypes.float0:
+      raise ValueError(
+        f"{name} holds {leaf.dtype}, which has no gradient: keep it beside the parameters, or mask"
+        " it with optax.masked around the whole optimizer"
+      )
+    if jnp.shape(gradient) != leaf.shape:
+      raise ValueError(
+        f"the gradient of {name} has shape {jnp.shape(gradient)}, the leaf {leaf.shape}: pass the"
+        " gradients of the dense view, as eco_optax.value_and_grad returns them"
+      )
+
+  trees.map_with_path(check, params, is_leaf=is_quantized)
+  for path in leaves:
+    raise ValueError(
+      f"there is a gradient of {trees.leaf_name(path)}, which the parameters do not have: pass the"
+      " parameters that the gradients are of"
+    )
+
+
+@contextlib.contextmanager
+def naming_masks() -> Iterator[None]:
+  """Says what to do where a stock transformation has a mask that was made over packed parameters.
+
+  It meets a packed array of flags where the dense view has an array; what JAX says of that names
+  the leaf, but not the remedy.
+  """
+  try:
+    yield
+  except (TypeError, ValueError) as error:
+    seen = " ".join(str(error).split())
+    if "pytree structure error" not in seen or QuantizedArray.__name__ not in seen:
+      raise
+    raise ValueError(
+      f"a mask or tree of labels does not fit the dense view of the parameters: {_MASK_BY_LEAF}"
+      f" ({seen})"
+    ) from error
+
+
+def require_scalar(name: str, value: Any) -> None:
+  """Raises `ValueError` for a hyperparameter that is not one real number, traced or not."""
+  try:
+    # Booleans are no numbers here.
+    kinds = [k for k in (jnp.floating, jnp.integer) if jnp.issubdtype(jnp.result_type(value), k)]
+    is_number = jnp.shape(value) == () and bool(kinds)
+  except (TypeError, ValueError):
+    is_number = False
+  if not is_number:
+    raise ValueError(
+      f"{name} must be a number, got {value!r}: pass a float, or an array of shape ()"
+    )
+
+
+def require_rate(learning_rate: Any) -> None:
+  """Raises `ValueError` for a learning rate that is neither a number nor a schedule of numbers."""
+  if not callable(learning_rate):
+    require_scalar("learning_rate", learning_rate)
+    if isinstance(learning_rate, (float, np.generic)) and not np.isfinite(learning_rate):
+      raise ValueError(f"learning_rate must be finite, got {learning_rate!r}")
+    return
+  try:
+    rate = jax.eval_shape(learning_rate, jax.ShapeDtypeStruct((), jnp.int32))
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"the schedule learning_rate cannot be asked for the rate of a step, an int32 ({error}): pass"
+      " a function of the step count, such as optax.cosine_decay_schedule(…)"
+    ) from error
+  if jnp.shape(rate) != ():
+    raise ValueError(
+      f"the schedule learning_rate gives {rate} for a step, not one number: return a scalar, and"
+      " give leaves rates of their own by optax.partition inside"
+      " eco_optax.error_feedback_to_momentum"
+    )
 
 
 def require_params(params: Any) -> None:

@@ -92,12 +92,15 @@ def quantize_params(
   if rounding not in ("nearest", "stochastic"):
     raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
 
+  if not jnp.issubdtype(getattr(seed, "dtype", type(seed)), jnp.integer):
+    raise ValueError(f"seed must be an integer, got {seed!r}")
+
   def chosen(path: str, leaf: Any) -> Format | None:
     """The format to round this leaf to, if any."""
     if is_quantized(leaf):
       return leaf.format
     if format is not None and (where or default_where)(path, leaf):
-      return format
+      return format.of(path, leaf).widened(leaf.shape)
     return None
 
   def init(params: Any) -> QuantizeParamsState:
@@ -120,7 +123,7 @@ def quantize_params(
             " so that weights would leave its grid: keep the parameters in float32, pack them with"
             " eco.quantize, or for bfloat16 use a format with power_of_two=True"
           )
-        format.check(leaf.shape, path)
+        leaf_format.check(leaf.shape, path)
       elif where is not None and format is None and where(path, leaf):
         raise ValueError(
           f"{trees.leaf_name(path)} is {leaf.dtype}{list(leaf.shape)} where where= promises a"
