@@ -6,10 +6,18 @@ import os
 import shutil
 import tempfile
 
-# Programs are many and small: they take longer to compile than to run.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Programs are many and small: they take longer to compile than to run. Most of that time goes into
+# XLA's emitters by way of MLIR, and into cutting programs into 32 parts to compile in parallel.
+# Notebooks run with the flags that users have. Of a flag set twice the last value counts:
+# XLA_FLAGS=--xla_cpu_use_fusion_emitters=true tests with users' emitters.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0",
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+  ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs that several tests and their subprocesses compile are compiled once.

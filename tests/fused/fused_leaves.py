@@ -17,6 +17,11 @@ from eco_optax.fused.step import by_layers, definition
 from eco_optax.optimizers import adamw, sgd
 from eco_optax.transforms import stored_moments
 
+# No fused multiply-adds; and as in conftest.py, programs that take longer to compile than to run.
+EXACT = (
+  "--xla_cpu_max_isa=AVX --xla_cpu_use_fusion_emitters=false"
+  " --xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=0"
+)
 STEPS = {
   "adamw": adamw.ADAMW,
   "nadamw": adamw.NADAMW,

@@ -186,8 +186,7 @@ def test_every_format_takes_the_step_of_the_general_path(format):
 def test_kernels_equal_the_definition_to_the_bit():
   """Without fused multiply-adds, which a compiler puts where it likes; in a process of its own."""
   program = pathlib.Path(fused_leaves.__file__)
-  flags = "--xla_cpu_max_isa=AVX --xla_force_host_platform_device_count=4"
-  flags += " --xla_backend_optimization_level=0"
+  flags = fused_leaves.EXACT + " --xla_force_host_platform_device_count=4"
   flags = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, program], env=flags, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-4000:]
