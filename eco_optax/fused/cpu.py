@@ -7,6 +7,7 @@ that everything between its gradient and its new codes stays in the caches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -155,7 +156,13 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
         for pair in zip(chunk.moments, moments, strict=True)
       )
       own = {name: _as_bits(new[name]) for name in weight}
-      return own, new_moments, {name: new[name] for name in whole}
+      of_matrix = {name: new[name] for name in whole}
+      if (skip := step.skipped(leaf.scalars)) is None:
+        return own, new_moments, of_matrix
+      part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
+      old_parts = *jax.tree.map(part, stored), {name: x[matrix] for name, x in whole.items()}
+      keep = functools.partial(jnp.where, skip)
+      return jax.tree.map(keep, old_parts, (own, new_moments, of_matrix))
 
     # Each turn writes the chunk that the one before it computed, and then reads: the
     # compiler does not copy an array that nothing else reads while it changes.

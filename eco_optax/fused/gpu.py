@@ -315,6 +315,10 @@ class _Program(NamedTuple):
   def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
     """Writes a tile's part."""
     part, mask = self._at(ref, tile)
+    if (skip := self.plan.step.step.skipped(self.step_scalars())) is not None:
+      # The arrays are changed in place: what is not written stays.
+      writes = jnp.broadcast_to(~skip, x.shape)
+      mask = writes if mask is None else jnp.broadcast_to(mask, x.shape) & writes
     pltriton.store(part, x, mask=mask)
 
   def bits(self, k: int, tile: _Tile) -> jax.Array:
@@ -609,10 +613,10 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   scale, gradient = stack(scale), split(leaf.gradient)
   changed = [split(weight.qvalue), *moments]
   given, whole = [integers, scalars, scale, gradient], math.prod(p.tiles) * p.stack
-  found = None
+  found, in_place = None, p.schedule == "alone" and p.turns == 1
   launch = functools.partial(_call, p)
   if p.schedule == "alone":
-    if p.turns == 1:  # A program reads scales that it writes.
+    if in_place:  # A program reads scales that it writes.
       kernel = functools.partial(_kernel_in_place, p, len(changed))
       *changed, scale = launch(kernel, whole, [integers, scalars, gradient], [*changed, scale], [])
     else:
@@ -631,7 +635,10 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
     scale, *changed = launch(
       functools.partial(_kernel_writing, p, len(changed)), whole, [*given, found], changed, [scale]
     )
-  return _results(leaf, scale, changed, found)
+  new, new_moments = _results(leaf, scale, changed, found)
+  if (skip := p.step.step.skipped(leaf.scalars)) is not None and not in_place:
+    new = leaf_lib.with_old_scales(skip, new, leaf.weight)
+  return new, new_moments
 
 
 def _kernel_in_place(plan: _Plan, count: int, *refs: Any) -> None:

@@ -174,6 +174,15 @@ def largest_proposal(leaf: Leaf, proposal: jax.Array) -> jax.Array:
   return over_parts(leaf, largest_magnitude(proposal, axes, keepdims=True))
 
 
+def with_old_scales(skip: jax.Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
+  """The new weight with the old one's scales where a step is skipped."""
+  either = lambda old, new: jax.lax.select(jnp.broadcast_to(skip, new.shape), old, new)
+  scale, tensor_scale = either(old.scale, new.scale), new.tensor_scale
+  if tensor_scale is not None:
+    tensor_scale = either(old.tensor_scale, tensor_scale)
+  return dataclasses.replace(new, scale=scale, tensor_scale=tensor_scale)
+
+
 class Stream(NamedTuple):
   """The static part of a leaf's place in the streams of random bits."""
 

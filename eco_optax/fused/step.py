@@ -43,6 +43,11 @@ class Step(NamedTuple):
   propose: Callable[[Any, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]]
   # (scalars, new moments, error) → the rule's addition to the momentum
   inject: Callable[[Any, Moments, jax.Array], jax.Array]
+  skips: bool = False  # Whether a factor of the gradient that is not finite changes nothing.
+
+  def skipped(self, scalars: Any) -> jax.Array | None:
+    """Whether all is to stay as it is, bit for bit; None where that is never asked for."""
+    return ~jnp.isfinite(scalars.clip) if self.skips else None
 
 
 class Plan(NamedTuple):
@@ -178,7 +183,11 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   new_weight, *new_moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
   old = dataclasses.replace(leaf.weight, tensor_scale=unit, sink=None)
   kept = zip(leaf.moments, new_moments, strict=True)
-  return pack_like(old, new_weight), tuple(pack_like(m, x) for m, x in kept)
+  new = pack_like(old, new_weight), tuple(pack_like(m, x) for m, x in kept)
+  if (skip := step.skipped(leaf.scalars)) is None:
+    return new
+  select = lambda old, new: jax.lax.select(jnp.broadcast_to(skip, new.shape), old, new)
+  return jax.tree.map(select, leaf.results, new)
 
 
 def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:

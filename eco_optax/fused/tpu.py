@@ -231,6 +231,12 @@ def _update(plan: _Plan, *refs: Any) -> None:
         next(refs)[0, _rows(i, array.shape[0]), :] = array
 
   jax.lax.fori_loop(0, plan.m.rows // plan.tile, write, None)
+  if (skip := plan.step.step.skipped(panel.step_scalars(plan))) is not None:
+
+    @pl.when(skip)
+    def _() -> None:
+      for new, old in zip(refs[6 + count :], (scale, qvalue, *panel.moments), strict=True):
+        new[...] = old[...]
 
 
 def _block(x: Any) -> pl.BlockSpec:
@@ -338,4 +344,7 @@ def by_panels(
     _update, plan, scalars, [largest, *operands], results, in_place, interpret
   )
   scale = scale[..., :: plan.m.columns // leaf.weight.scale.shape[-1]]
-  return leaf_lib.results(leaf, scale, qvalue, moments, largest[..., :1])
+  new, new_moments = leaf_lib.results(leaf, scale, qvalue, moments, largest[..., :1])
+  if (skip := step.skipped(leaf.scalars)) is not None:
+    new = leaf_lib.with_old_scales(skip, new, leaf.weight)
+  return new, new_moments

@@ -26,6 +26,7 @@ from eco_optax.transforms.packed import (
   require_state,
   run,
   scale_gradients,
+  unless_skipped,
 )
 
 
@@ -74,6 +75,7 @@ class FusedTransformation(PackedTransformation):
   """A transformation that reads and writes moments as `low_bit_moments` stores them."""
 
   takes_stored_moments = True
+  skips = True
 
 
 class _Done(NamedTuple):
@@ -173,6 +175,8 @@ def fuse(
     if context.moments:
       keys = optimizer.moments(context.moments.keys(state, momentum_lib.shapes_of(params)).inner)
 
+    scale = context.gradient_scale
+    step = optimizer.step._replace(skips=scale is not None)
     done = {}
     for path in _fusable(weights, moments, context.moments is not None):
       leaf = Leaf(
@@ -186,9 +190,9 @@ def fuse(
       )
       place = shardings.get(path)
       place = place.qvalue if is_quantized(place) else place
-      done[path] = _Done(*dispatch.take_step(optimizer.step, rounding, leaf, place))
+      done[path] = _Done(*dispatch.take_step(step, rounding, leaf, place))
 
-    if max_norm is not None or context.gradient_scale is not None:
+    if max_norm is not None or scale is not None:
       # A second clip of leaves that were clipped together finds nothing to do.
       updates = scale_gradients(updates, factor)
     rest = _without(params, done)
@@ -201,6 +205,8 @@ def fuse(
     new_updates, new_state = run(
       general, _without(updates, done), rest_state, rest, rest_context, extra_args
     )
+    if scale is not None:
+      new_updates, new_state = unless_skipped(scale, new_updates, new_state, rest_state, rest)
     if context.moments:
       new_state = context.moments.store(new_state, rest, context.layer)
 

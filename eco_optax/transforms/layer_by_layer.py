@@ -181,4 +181,6 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       jax.tree.unflatten(treedef, [new_states[path] for path in states]),
     )
 
-  return PackedTransformation(init, update)
+  tx = PackedTransformation(init, update)
+  tx.skips = isinstance(inner, PackedTransformation)
+  return tx

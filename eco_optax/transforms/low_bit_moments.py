@@ -176,7 +176,10 @@ def low_bit_moments(
       unpacked = moments.read(state.inner, shapes_of(params))
       updates, inner_state = run(inner, updates, unpacked, params, context, extra_args)
       stored = moments.store(inner_state, params, context.layer)
-    return updates, LowBitMomentsState(optax.safe_increment(state.step), stored)
+    step = optax.safe_increment(state.step)
+    if context.gradient_scale is not None:
+      step = jnp.where(jnp.isfinite(context.gradient_scale), step, state.step)
+    return updates, LowBitMomentsState(step, stored)
 
   if not isinstance(inner, PackedTransformation):
 
@@ -188,5 +191,7 @@ def low_bit_moments(
     return optax.GradientTransformationExtraArgs(init, stock_update)
   if inner.takes_stored_moments:
     takes_whole = lambda state, params, _: inner.takes_whole(state.inner, params, True)
-    return PackedTransformation(init, update, takes_whole)
+    tx = PackedTransformation(init, update, takes_whole)
+    tx.skips = inner.skips
+    return tx
   return PackedTransformation(init, update)

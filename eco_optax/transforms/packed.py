@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 
 from eco_optax import explicit_axes, trees
-from eco_optax.quantized_array import QuantizedArray, as_update, is_quantized
+from eco_optax.quantized_array import QuantizedArray, as_parameter, as_update, is_quantized
 
 _MASK_BY_LEAF = (
   "jax.tree.map over packed parameters gives a flag for codes and one for scales. Make masks and"
@@ -52,6 +53,9 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
   # Whether the update takes moments as `Context.moments` stores them.
   takes_stored_moments: bool = False
 
+  # Whether the update sees to it that a scale of the gradients that is not finite changes nothing.
+  skips: bool = False
+
   # (state, params, whether moments are stored) → paths of leaves whose stacks a step takes whole,
   # in temporaries of one layer.
   takes_whole: Callable[[Any, Any, bool], Collection[str]]
@@ -66,6 +70,8 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
 
     Parameters and gradients are checked on the way in, once for all transformations inside. The
     updates of packed leaves say that they are updates, so that nothing adds them.
+
+    A `gradient_scale` that is not finite skips the step: it changes nothing, bit for bit.
     """
 
     def init_checked(params: Any) -> Any:
@@ -93,7 +99,10 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
         context = context._replace(gradient_scale=gradient_scale)
 
       def run(updates: Any, state: Any, params: Any, context: Context, extra_args: Any) -> Any:
-        return update(updates, state, params, context=context, **extra_args)
+        new: tuple[Any, Any] = update(updates, state, params, context=context, **extra_args)
+        if tx.skips or context.gradient_scale is None:
+          return new
+        return unless_skipped(context.gradient_scale, *new, state, params)
 
       specs = lambda new: _specs_of_update(new, updates, state, params)
       with naming_masks():
@@ -136,6 +145,32 @@ def _specs_of_update(new: Any, updates: Any, state: Any, params: Any) -> Any:
     return explicit_axes.spec_like(x, like) if isinstance(like, jax.Array) else none
 
   return trees.map_with_path(spec, new)
+
+
+def unless_skipped(
+  scale: jax.Array, updates: Any, new_state: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+  """Updates and state of a step, or if the gradients' scale is not finite those of none.
+
+  Args:
+    scale: of the gradients.
+    updates: of the step, a packed leaf's being its new value.
+    new_state: of the optimizer.
+    state: that it had.
+    params: packed and float.
+  """
+  skip = ~jnp.isfinite(jnp.asarray(scale, jnp.float32))
+  either = lambda old, new: jax.lax.select(jnp.broadcast_to(skip, new.shape), old, new)
+
+  def leaf(old: Any, update: Any) -> Any:
+    if not is_quantized(update):
+      return either(jnp.zeros_like(update), update)
+    arrays, treedef = jax.tree.flatten(as_parameter(update))
+    old_arrays = jax.tree.leaves(dataclasses.replace(as_parameter(old), sink=None))
+    return jax.tree.unflatten(treedef, map(either, old_arrays, arrays))
+
+  new_updates = jax.tree.map(leaf, params, updates, is_leaf=is_quantized)
+  return new_updates, jax.tree.map(either, state, new_state)
 
 
 def is_packed_transformation(tx: optax.GradientTransformation) -> bool:
