@@ -160,6 +160,7 @@ def fuse(
   """
 
   def takes_whole(state: ErrorFeedbackState, params: Any, stored: bool) -> list[str]:
+    require_state(state, ErrorFeedbackState, "this optimizer")
     return _fusable(_flat_leaves(params), optimizer.moments(state.inner), stored)
 
   def update(

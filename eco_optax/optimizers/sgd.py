@@ -95,7 +95,8 @@ def sgd(
     `update` takes `shardings=`, a tree of the parameters' NamedShardings, by which each device does
     the step of its own part; without, the compiler splits the step, and moves more bytes. With
     `gradient_scale=`, a scalar by which gradients are multiplied before all else, a clip by a norm
-    that is known already or a loss scale takes no pass over memory.
+    that is known already or a loss scale takes no pass over memory. One that is not finite skips
+    the step: nothing changes, bit for bit.
 
   Raises:
     ValueError: naming the hyperparameter, if one is not a number.

@@ -69,15 +69,16 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _checksums(tree: Any) -> Any:
-  return jax.tree.map(_checksum, tree)
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return jax.tree.map(_checksum, arrays)
 
 
 def checksums(state: Any) -> dict[str, int]:
   """A checksum of each array by its path, the same on any mesh."""
-  sums = jax.device_get(_checksums(state))
-  flat = jax.tree_util.tree_flatten_with_path(sums)[0]
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): int(x) for path, x in flat}
+  # Of arrays, not of packed leaves, which no tree of sums may stand in for.
+  flat = jax.tree_util.tree_flatten_with_path(state)[0]
+  arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+  return {path: int(x) for path, x in jax.device_get(_checksums(arrays)).items()}
 
 
 def manager(folder: str | os.PathLike, keep: int | None) -> ocp.CheckpointManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import threading
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from jax.experimental.compilation_cache import compilation_cache
 
 from eco_optax.training import config as config_lib
 from eco_optax.training import hardware, loop, memory, methods, metrics, sharding
@@ -248,6 +250,20 @@ class _Heartbeat:
     self._thread.join()
 
 
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+  """Compiles anew: what a cache has for devices that are not there cannot be loaded."""
+  name = "jax_enable_compilation_cache"
+  before = getattr(jax.config, name)
+  jax.config.update(name, False)
+  compilation_cache.reset_cache()  # JAX asks once whether there is one.
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+    compilation_cache.reset_cache()
+
+
 def compile_step(
   config: ml_collections.ConfigDict,
   devices: list[Any],
@@ -276,7 +292,7 @@ def compile_step(
     lowered = train_step.lower(state, step_lib.abstract_batch(config, mesh))
   traced = time.perf_counter()
   show(f"compiling for {len(devices)} × {devices[0].device_kind}")
-  with _Heartbeat("compiling", show):
+  with _Heartbeat("compiling", show), without_cache():
     compiled = lowered.compile()
   finished = time.perf_counter()
 

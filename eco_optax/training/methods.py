@@ -20,7 +20,7 @@ import optax.contrib
 
 import eco_optax as eco
 from eco_optax.transforms.master_weights import MasterWeightsState
-from eco_optax.transforms.packed import PackedTransformation
+from eco_optax.transforms.packed import PackedTransformation, scale_gradients, unless_skipped
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -148,36 +148,24 @@ def clip_factor(max_norm: float, grad_norm: jax.Array) -> jax.Array:
   return jnp.minimum(1.0, max_norm / jnp.maximum(grad_norm, 1e-30))
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.clip_by_global_norm` for a norm that the caller has: `update(…, grad_norm=…)`.
+def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """A stock optimizer that takes the gradients' scale, as those of this package do.
 
-  Optax would sum bfloat16 gradients in bfloat16; see `global_norm`.
+  Args:
+    tx: the optimizer.
+
+  Returns:
+    A transformation whose `update` takes `gradient_scale=`; one that is not finite skips the step.
   """
 
   def update(
-    grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
+    grads: Any, state: Any, params: Any, *, gradient_scale: jax.Array, **extra_args: Any
   ) -> tuple[Any, Any]:
-    del params, extra_args
-    factor = clip_factor(max_norm, grad_norm)
-    clip = lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype)
-    return jax.tree.map(clip, grads), state
+    del extra_args
+    updates, new_state = tx.update(scale_gradients(grads, gradient_scale), state, params)
+    return unless_skipped(gradient_scale, updates, new_state, state, params)
 
-  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def fold_clip(
-  max_norm: float, tx: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-  """Folds `clip_by_global_norm` into `tx`, a fused step; makes no clipped copy of the gradients."""
-  inner = optax.with_extra_args_support(tx)
-
-  def update(
-    grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    scale = clip_factor(max_norm, grad_norm)
-    return inner.update(grads, state, params, gradient_scale=scale, **extra_args)
-
-  return optax.GradientTransformationExtraArgs(inner.init, update)
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 # Optimizers by `config.optimizer.name`: the direction of their steps, from b1, b2 and eps.
@@ -266,27 +254,26 @@ def _can_fuse(config: ml_collections.ConfigDict) -> bool:
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of `config.method`, layer by layer, behind a clip by global norm.
+  """The optimizer of `config.method`, layer by layer.
 
-  Its update takes the norm of the gradients too: `tx.update(…, grad_norm=global_norm(grads))`.
+  Its update takes the gradients' factor too, so that a clip makes no copy of them:
+  `tx.update(…, gradient_scale=clip_factor(max_norm, global_norm(grads)))`.
   """
   method, inner = of(config), stock_optimizer(config)
-  clip = clip_by_global_norm(config.optimizer.max_norm)
+  # The identity keeps the place of a clip in the state, which checkpoints of all methods share.
+  behind = lambda tx: optax.with_extra_args_support(optax.chain(optax.identity(), tx))
   if method.family == FLOAT:
-    return optax.with_extra_args_support(optax.chain(clip, _low_bit(method, inner)))
+    return behind(scaled(_low_bit(method, inner)))
   if method.family == MASTER_WEIGHTS:
     tx = eco.master_weights(inner, quantizer(config), method.residual)  # type: ignore[arg-type]
   elif method.family == NAIVE:
     tx = eco.chain(inner, quantizer(config))
   elif _can_fuse(config):
-    tx = eco.layer_by_layer(_low_bit(method, _fused(config)))
-    # The identity keeps the clip's place in the state, which checkpoints of all methods share.
-    return optax.chain(optax.identity(), fold_clip(config.optimizer.max_norm, tx))
+    tx = _fused(config)
   else:
     learning_rate = schedule(config) if method.schedule_aware else None
     tx = eco.error_feedback_to_momentum(inner, quantizer(config), learning_rate)
-  tx = eco.layer_by_layer(_low_bit(method, tx))
-  return optax.with_extra_args_support(optax.chain(clip, tx))
+  return behind(eco.layer_by_layer(_low_bit(method, tx)))
 
 
 def with_master(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -187,20 +188,17 @@ def make_train_step(
     )
     metrics["grad_norm"] = norm(grads)
 
-    def update() -> State:
-      updates, opt_state = tx.update(
-        grads,
-        state.opt_state,
-        state.params,
-        grad_norm=metrics["grad_norm"],
-        shardings=in_place.params,
-      )
-      return State(eco.apply_updates(state.params, updates), opt_state, state.skipped)
-
     # A norm that is not finite: some element is not, or their sum of squares overflows.
     metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    state = jax.lax.cond(is_finite, update, lambda: state._replace(skipped=state.skipped + 1))
+    # A branch around the update would copy all moments on a GPU; a scale of NaN skips the step.
+    clip = methods.clip_factor(config.optimizer.max_norm, metrics["grad_norm"])
+    scale = jnp.where(is_finite, clip, np.float32(np.nan))
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, gradient_scale=scale, shardings=in_place.params
+    )
+    skipped = state.skipped + jnp.where(is_finite, 0, 1)
+    state = State(eco.apply_updates(state.params, updates), opt_state, skipped)
     # Codes are always finite; a bad weight shows in its scale.
     is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
     leaves = jax.tree.leaves(state.params, is_leaf=is_packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -190,7 +191,11 @@ def low_bit_moments(
 
     return optax.GradientTransformationExtraArgs(init, stock_update)
   if inner.takes_stored_moments:
-    takes_whole = lambda state, params, _: inner.takes_whole(state.inner, params, True)
+
+    def takes_whole(state: LowBitMomentsState, params: Any, _: bool) -> Collection[str]:
+      require_state(state, LowBitMomentsState, "eco_optax.low_bit_moments")
+      return inner.takes_whole(state.inner, params, True)
+
     tx = PackedTransformation(init, update, takes_whole)
     tx.skips = inner.skips
     return tx

@@ -164,7 +164,9 @@ def unless_skipped(
 
   def leaf(old: Any, update: Any) -> Any:
     if not is_quantized(update):
-      return either(jnp.zeros_like(update), update)
+      # x + (−0) is x, where −0 + 0 is not; and XLA turns a sum with a chosen 0 into a chosen sum,
+      # for which it copies what it chooses from.
+      return either(jnp.full_like(update, -0.0), update)
     arrays, treedef = jax.tree.flatten(as_parameter(update))
     old_arrays = jax.tree.leaves(dataclasses.replace(as_parameter(old), sink=None))
     return jax.tree.unflatten(treedef, map(either, old_arrays, arrays))

@@ -41,8 +41,7 @@ def watched_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransf
   watch = eco.diagnostics.watch(
     methods.stock_optimizer(config), methods.quantizer(config), learning_rate
   )
-  clip = methods.clip_by_global_norm(config.optimizer.max_norm)
-  return optax.with_extra_args_support(optax.chain(clip, watch))
+  return optax.with_extra_args_support(optax.chain(optax.identity(), watch))
 
 
 def _only(state: Any, kinds: tuple[type, ...]) -> Any:

@@ -17,6 +17,14 @@ from eco_optax.training import hardware
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
 
+
+@pytest.fixture(autouse=True, scope="module")
+def no_cache():
+  """Programs for devices that are not there cannot be loaded from a cache."""
+  with compile_lib.without_cache():
+    yield
+
+
 # Two gathers and a sum, one of them in a loop of six; the gather on channel 3 is in two stages of
 # one operation. Written by hand in the compiler's syntax.
 PROGRAM = """HloModule jit_step, is_scheduled=true

@@ -200,7 +200,8 @@ def test_clip_comes_before_the_momentum():
   grads = {"w": jnp.full((2, 2), 1e6)}
   norm = methods.global_norm(grads)
   assert norm == 2e6
-  _, state = tx.update(grads, tx.init(params), params, grad_norm=norm)
+  scale = methods.clip_factor(config.optimizer.max_norm, norm)
+  _, state = tx.update(grads, tx.init(params), params, gradient_scale=scale)
   momentum = optax.tree.get(state, "mu")["w"]
   np.testing.assert_allclose(momentum, 0.1 * 0.5, rtol=1e-5)
 
