@@ -17,10 +17,10 @@ from jax.extend import core, source_info_util
 from eco_optax.quantized_array import QuantizedArray, dequantize, is_quantized
 
 # Names of primitives, in all versions of JAX.
-JIT, CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat2")
+_JIT, _CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat2")
 
-# (equation, its operands) → its outputs, or None if it is to be evaluated as it is.
-Rule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
+# (equation, its operands) → its outputs; None: the equation takes dense operands.
+_Rule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
 
 # Of functions that run on the values of their arguments, which have none while they are traced.
 _NEEDS_VALUES = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
@@ -70,20 +70,11 @@ def apply(fn: Callable[[Any], Any], params: Any) -> Any:
     closed = jax.make_jaxpr(flat)(*jax.eval_shape(dequantize, leaves))
   except _NEEDS_VALUES:
     return fn(jax.tree.unflatten(treedef, map(_dense, leaves)))
-  return jax.tree.unflatten(returned[0], evaluate(closed.jaxpr, closed.consts, leaves, _PACKED))
+  return jax.tree.unflatten(returned[0], _evaluate(closed.jaxpr, closed.consts, leaves))
 
 
-def evaluate(
-  jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: dict[str, Rule]
-) -> list[Any]:
-  """The outputs of a traced function of dense arguments, of which some may be given packed.
-
-  Args:
-    jaxpr: of the function.
-    consts: of the jaxpr.
-    args: of the function.
-    rules: how to evaluate an equation, by the name of its primitive.
-  """
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+  """The outputs of a function that was traced with dense arguments; some are given packed."""
   values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
   values |= zip(jaxpr.invars, args, strict=True)
   views: dict[Any, jax.Array] = {}
@@ -100,7 +91,7 @@ def evaluate(
 
   for eqn in jaxpr.eqns:
     operands = [read(x) for x in eqn.invars]
-    rule = rules.get(eqn.primitive.name)
+    rule = _RULES.get(eqn.primitive.name)
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
       outputs = rule and rule(eqn, operands)
@@ -116,7 +107,7 @@ def _checkpoint(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   """A `jax.checkpoint` that keeps codes."""
   if not any(map(is_quantized, operands)):
     return None
-  fn = lambda *operands: evaluate(eqn.params["jaxpr"], (), operands, _PACKED)
+  fn = lambda *operands: _evaluate(eqn.params["jaxpr"], (), operands)
   options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
   return jax.checkpoint(fn, **options)(*operands)
 
@@ -134,7 +125,7 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   )
 
   def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-    outputs = evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs], _PACKED)
+    outputs = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
     return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
 
   xs = [x if _is_stack(x) else _dense(x) for x in xs]
@@ -150,32 +141,27 @@ def _is_stack(x: Any) -> bool:
   )
 
 
-def inline(
-  eqn: core.JaxprEqn, operands: list[Any], rules: dict[str, Rule] | None = None
-) -> list[Any] | None:
+def _jit(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   """The body of a `jax.jit`, if it has a checkpoint or a scan."""
   closed = eqn.params["jaxpr"]
   placed = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
-  if not _has_layers(closed.jaxpr) or any(isinstance(x, jax.sharding.Sharding) for x in placed):
+  if not any(map(is_quantized, operands)) or not _has_layers(closed.jaxpr):
     return None
-  rules = dict.fromkeys(JIT, inline) if rules is None else rules
-  return evaluate(closed.jaxpr, closed.consts, operands, rules)
-
-
-def _inline_packed(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
-  return inline(eqn, operands, _PACKED) if any(map(is_quantized, operands)) else None
+  if any(isinstance(x, jax.sharding.Sharding) for x in placed):
+    return None
+  return _evaluate(closed.jaxpr, closed.consts, operands)
 
 
 def _has_layers(jaxpr: core.Jaxpr) -> bool:
   names = {eqn.primitive.name for eqn in jaxpr.eqns}
-  return bool(names & {*CHECKPOINT, "scan"}) or any(
-    _has_layers(eqn.params["jaxpr"].jaxpr) for eqn in jaxpr.eqns if eqn.primitive.name in JIT
+  return bool(names & {*_CHECKPOINT, "scan"}) or any(
+    _has_layers(eqn.params["jaxpr"].jaxpr) for eqn in jaxpr.eqns if eqn.primitive.name in _JIT
   )
 
 
 # What takes packed operands; of all else the operands are dense.
-_PACKED: dict[str, Rule] = {
-  **dict.fromkeys(CHECKPOINT, _checkpoint),
+_RULES: dict[str, _Rule] = {
+  **dict.fromkeys(_CHECKPOINT, _checkpoint),
   "scan": _scan,
-  **dict.fromkeys(JIT, _inline_packed),
+  **dict.fromkeys(_JIT, _jit),
 }

@@ -1,4 +1,4 @@
-"""Computing on meshes whose axes are explicit, as those of `jax.make_mesh` are.
+"""Computing on meshes with explicit axes, the default of `jax.make_mesh`.
 
 On such a mesh the type of an array says how it is split, and an operation that regroups a split
 axis, as into blocks that share a scale, has to be told how to split the result. Inside here axes

@@ -39,6 +39,12 @@ def map_with_path(
   )
 
 
+def select(choose_old: jax.Array, old: PyTree, new: PyTree) -> PyTree:
+  """`old` where a scalar is true, and `new` where it is not; float8 and 4-bit arrays too."""
+  choose = lambda x, y: jax.lax.select(jnp.broadcast_to(choose_old, y.shape), x, y)
+  return jax.tree.map(choose, old, new)
+
+
 def owners(state: dict[str, Any], params: Collection[str]) -> dict[str, str | None]:
   """The parameter that each leaf of an optimizer's state belongs to.
 

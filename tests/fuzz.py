@@ -355,7 +355,7 @@ def foreign_state(seed: int) -> str | None:
   try:
     state = jax.eval_shape(case.make().init, params)
     given = jax.eval_shape(other.make().init, params)
-  except Exception:
+  except (ValueError, TypeError):
     return None  # One of them does not take these parameters.
   describe = lambda tree: (
     jax.tree.structure(tree),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eco_optax import rounding as rounding_lib
+from eco_optax import trees
 from eco_optax.quantized_array import (
   QuantizedArray,
   is_quantized,
@@ -176,10 +177,8 @@ def largest_proposal(leaf: Leaf, proposal: jax.Array) -> jax.Array:
 
 def with_old_scales(skip: jax.Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
   """The new weight with the old one's scales where a step is skipped."""
-  either = lambda old, new: jax.lax.select(jnp.broadcast_to(skip, new.shape), old, new)
-  scale, tensor_scale = either(old.scale, new.scale), new.tensor_scale
-  if tensor_scale is not None:
-    tensor_scale = either(old.tensor_scale, tensor_scale)
+  scales = lambda leaf: (leaf.scale, leaf.tensor_scale)
+  scale, tensor_scale = trees.select(skip, scales(old), scales(new))
   return dataclasses.replace(new, scale=scale, tensor_scale=tensor_scale)
 
 

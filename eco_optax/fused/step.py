@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eco_optax import trees
 from eco_optax.formats import Format
 from eco_optax.fused.leaf import Leaf, largest_proposal, random_bits
 from eco_optax.quantized_array import QuantizedArray, Rounding, unit_of
@@ -46,7 +47,7 @@ class Step(NamedTuple):
   skips: bool = False  # Whether a factor of the gradient that is not finite changes nothing.
 
   def skipped(self, scalars: Any) -> jax.Array | None:
-    """Whether all is to stay as it is, bit for bit; None where that is never asked for."""
+    """Whether the step changes nothing, bit for bit; None for a step that is never skipped."""
     return ~jnp.isfinite(scalars.clip) if self.skips else None
 
 
@@ -184,10 +185,8 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   old = dataclasses.replace(leaf.weight, tensor_scale=unit, sink=None)
   kept = zip(leaf.moments, new_moments, strict=True)
   new = pack_like(old, new_weight), tuple(pack_like(m, x) for m, x in kept)
-  if (skip := step.skipped(leaf.scalars)) is None:
-    return new
-  select = lambda old, new: jax.lax.select(jnp.broadcast_to(skip, new.shape), old, new)
-  return jax.tree.map(select, leaf.results, new)
+  skip = step.skipped(leaf.scalars)
+  return new if skip is None else trees.select(skip, leaf.results, new)
 
 
 def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:

@@ -1,8 +1,7 @@
 """config.json of Hugging Face checkpoints, to a TransformerConfig's fields and back.
 
-Reading refuses what it does not understand: a key counts only if it is taken below, or is among
-those that never change what a model computes. Writing is checked by reading: what is about to be
-written must say the model again.
+Reading refuses unknown keys. A known key is read below, or is on a list of keys that never change
+what a model computes. Writing is checked by reading: the file must give the same model again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objects of JSON whose entries are checked as they are taken, and none is passed over."""
+"""JSON objects: every entry is checked when it is taken, and an entry left over is an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-  """What a value has to be."""
+  """The kind of value that a key needs."""
 
   text: str
   check: Callable[[Any], bool]
@@ -36,8 +36,8 @@ REQUIRED = object()
 class Fields:
   """An object of JSON; `problems` collects what is wrong, in words that name the entry.
 
-  What is never taken, expected or ignored is not understood, and `finish` says so: an entry that
-  nothing reads may change what the rest means.
+  `finish` reports every entry that was neither taken, expected nor ignored: such an entry may
+  change the meaning of the others.
 
   Args:
     raw: the object.

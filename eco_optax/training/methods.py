@@ -149,13 +149,13 @@ def clip_factor(max_norm: float, grad_norm: jax.Array) -> jax.Array:
 
 
 def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """A stock optimizer that takes the gradients' scale, as those of this package do.
+  """A stock optimizer whose `update` takes `gradient_scale=`, like this package's optimizers.
 
   Args:
     tx: the optimizer.
 
   Returns:
-    A transformation whose `update` takes `gradient_scale=`; one that is not finite skips the step.
+    A transformation; a scale that is not finite skips the step.
   """
 
   def update(

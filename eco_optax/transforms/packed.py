@@ -150,7 +150,7 @@ def _specs_of_update(new: Any, updates: Any, state: Any, params: Any) -> Any:
 def unless_skipped(
   scale: jax.Array, updates: Any, new_state: Any, state: Any, params: Any
 ) -> tuple[Any, Any]:
-  """Updates and state of a step, or if the gradients' scale is not finite those of none.
+  """Updates and state of a step; if the gradients' scale is not finite, they change nothing.
 
   Args:
     scale: of the gradients.
@@ -160,19 +160,17 @@ def unless_skipped(
     params: packed and float.
   """
   skip = ~jnp.isfinite(jnp.asarray(scale, jnp.float32))
-  either = lambda old, new: jax.lax.select(jnp.broadcast_to(skip, new.shape), old, new)
 
   def leaf(old: Any, update: Any) -> Any:
     if not is_quantized(update):
       # x + (−0) is x, where −0 + 0 is not; and XLA turns a sum with a chosen 0 into a chosen sum,
       # for which it copies what it chooses from.
-      return either(jnp.full_like(update, -0.0), update)
-    arrays, treedef = jax.tree.flatten(as_parameter(update))
-    old_arrays = jax.tree.leaves(dataclasses.replace(as_parameter(old), sink=None))
-    return jax.tree.unflatten(treedef, map(either, old_arrays, arrays))
+      return trees.select(skip, jnp.full_like(update, -0.0), update)
+    stored = dataclasses.replace(as_parameter(old), sink=None)
+    return trees.select(skip, stored, as_parameter(update))
 
   new_updates = jax.tree.map(leaf, params, updates, is_leaf=is_quantized)
-  return new_updates, jax.tree.map(either, state, new_state)
+  return new_updates, trees.select(skip, state, new_state)
 
 
 def is_packed_transformation(tx: optax.GradientTransformation) -> bool:

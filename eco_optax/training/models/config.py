@@ -35,7 +35,7 @@ class TransformerConfig:
   logit_cap: float = 0.0  # Logits become cap × tanh(logits / cap); 0: they stay.
 
   qkv_bias: bool = False  # Whether queries, keys and values have a bias.
-  qk_norm: bool = False  # Whether queries and keys are normalized, each head by itself.
+  qk_norm: bool = False  # Whether queries and keys are normalized, per head.
   joint_qk_norm: bool = False  # Whether all heads are normalized together.
   query_scalar: float = 0.0  # Attention logits are divided by its square root; 0: head_width.
   attention_cap: float = 0.0  # Attention logits become cap × tanh(logits / cap); 0: they stay.
