@@ -654,60 +654,99 @@ def check(size: int) -> Rows:
 # Whole training steps
 
 
+def _kernels(step: Callable[[], Any], steps: int, most: int = 24) -> dict[str, float]:
+  """Milliseconds of a step that kernels take, by name without numbers; empty without a GPU."""
+  import gzip
+  import tempfile
+
+  import jax
+
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder, create_perfetto_trace=False):
+      for _ in range(steps):
+        jax.block_until_ready(step())
+    events: list[dict[str, Any]] = []
+    for path in pathlib.Path(folder).rglob("*.trace.json.gz"):
+      events += json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+  named = [x for x in events if x.get("ph") == "M"]
+  gpus = {
+    x["pid"]
+    for x in named
+    if x["name"] == "process_name" and "/device:GPU" in x["args"].get("name", "")
+  }
+  streams = {
+    (x["pid"], x["tid"])
+    for x in named
+    if x["name"] == "thread_name" and x["pid"] in gpus and x["args"]["name"].startswith("Stream")
+  }
+  took: dict[str, float] = {}
+  for x in events:
+    if x.get("ph") == "X" and (x["pid"], x["tid"]) in streams:
+      name = re.sub(r"[._]?\d+$", "", x["name"])[:80]
+      took[name] = took.get(name, 0.0) + x["dur"] / 1e3 / steps
+  return dict(sorted(took.items(), key=lambda item: -item[1])[:most])
+
+
+def _training_step(config: Any, steps: int) -> Row:
+  """Whole steps of a config's model on random tokens."""
+  import jax
+  import numpy as np
+
+  from eco_optax.training import loop, sharding
+  from eco_optax.training import step as step_lib
+  from eco_optax.training.data import pipeline
+
+  tx, mesh = loop.prepare(config)
+  shape = config.batch_size, config.length + 1
+  tokens = np.random.default_rng(0).integers(0, config.model.vocabulary, shape, np.int32)
+  with jax.set_mesh(mesh):
+    data = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
+    state = step_lib.init_state(config, tx, mesh)
+    started = time.perf_counter()
+    train_step = step_lib.make_train_step(config, tx, mesh).lower(state, data).compile()
+    compiled = time.perf_counter() - started
+
+    def once() -> Any:
+      nonlocal state
+      state, _ = train_step(state, data)
+      return state
+
+    once()
+    seconds = _time(once, steps)
+    used: Any = train_step.memory_analysis()
+    return {
+      "milliseconds": 1e3 * statistics.median(seconds),
+      "tokens_per_step": config.batch_size * config.length,
+      "temporaries": used.temp_size_in_bytes,
+      "arguments": used.argument_size_in_bytes,
+      "seconds_to_compile": compiled,
+      "kernels": _kernels(once, 2),
+    }
+
+
 def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Callable[[int], Rows]:
   """Steps of a config's model on random tokens, by what is changed in it."""
 
   def rows(size: int) -> Rows:
     import runpy
 
-    import jax
     import ml_collections
-    import numpy as np
 
-    from eco_optax.training import loop, sharding
-    from eco_optax.training import step as step_lib
-    from eco_optax.training.data import pipeline
-
-    name = config if size >= 2**26 else "tiny"
+    real, first = size >= 2**26, None
+    name = config if real else "tiny"
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
-    base, first = runpy.run_path(str(path))["get_config"](), None
+    base = runpy.run_path(str(path))["get_config"]()
     for label, change in changes.items():
+      own = ml_collections.ConfigDict(base.to_dict())
+      own.update_from_flattened_dict(change)
+      own.batch_size, own.accumulation = batch if real else 4, 1
       try:
-        own = ml_collections.ConfigDict(base.to_dict())
-        own.update_from_flattened_dict(change)
-        own.batch_size, own.accumulation = batch if size >= 2**26 else 4, 1
-        tx, mesh = loop.prepare(own)
-        tokens = np.random.default_rng(0).integers(
-          0, own.model.vocabulary, (own.batch_size, own.length + 1), np.int32
-        )
-        with jax.set_mesh(mesh):
-          data = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
-          state = step_lib.init_state(own, tx, mesh)
-          started = time.perf_counter()
-          train_step = step_lib.make_train_step(own, tx, mesh).lower(state, data).compile()
-          compiled = time.perf_counter() - started
-          used: Any = train_step.memory_analysis()
-          seconds = []
-          for _ in range(8 if size >= 2**26 else 2):
-            start = time.perf_counter()
-            state, _ = jax.block_until_ready(train_step(state, data))
-            seconds.append(time.perf_counter() - start)
-        took = 1e3 * statistics.median(seconds[2:] or seconds)
-        first = first or took
-        yield (
-          label,
-          {
-            "milliseconds": took,
-            "ratio": took / first,
-            "tokens_per_step": own.batch_size * own.length,
-            "temporaries": used.temp_size_in_bytes,
-            "arguments": used.argument_size_in_bytes,
-            "seconds_to_compile": compiled,
-          },
-        )
-        del state, train_step, data
+        row = _training_step(own, 6 if real else 1)
       except Exception as error:
         yield label, {"error": f"{type(error).__name__}: {error}"[:500]}
+        continue
+      first = first or row["milliseconds"]
+      yield label, row | {"ratio": row["milliseconds"] / first}
 
   return rows
 
@@ -776,7 +815,7 @@ def run_entry(name: str, path: pathlib.Path, size: int) -> None:
     seconds = time.perf_counter() - started
     _put(path, name, rows=rows, seconds=seconds, versions=_versions(), machine=machine)
     short = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
-    short.pop("arrays", None)
+    short = {key: x for key, x in short.items() if key not in ("arrays", "kernels")}
     print(f"{name} [{seconds:.0f} s] {label}: {short}", flush=True)
   _put(path, name, status="done", seconds=time.perf_counter() - started)
 
