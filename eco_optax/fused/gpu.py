@@ -31,6 +31,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from eco_optax import rounding as rounding_lib
 from eco_optax.formats import Format
 from eco_optax.fused import gpu_math
 from eco_optax.fused import leaf as leaf_lib
@@ -240,11 +241,18 @@ def plan(
     return None
   warps = min(max(height * width // (32 * (tuning.elements or best[0])), 1), 32)
   groups = [_groups(own, height, width, per) for own in (group, *of_moments)]
+  step = step._replace(
+    propose=gpu_math.shorter(target, step.propose), inject=gpu_math.shorter(target, step.inject)
+  )
   step_plan = step_lib.plan_of(step, rounding, leaf, groups, gpu_math.arithmetic(target))
   return _Plan(
     step_plan, target, schedule, tuple(of_moments), stack, rows, columns, per, group, height, width,
     turns, along, leaf_lib.stream(leaf), warps,
   )  # fmt: skip
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
 class _Tile(NamedTuple):
@@ -315,25 +323,26 @@ class _Program(NamedTuple):
   def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
     """Writes a tile's part."""
     part, mask = self._at(ref, tile)
-    if (skip := self.plan.step.step.skipped(self.step_scalars())) is not None:
-      # The arrays are changed in place: what is not written stays.
-      writes = jnp.broadcast_to(~skip, x.shape)
-      mask = writes if mask is None else jnp.broadcast_to(mask, x.shape) & writes
     pltriton.store(part, x, mask=mask)
 
-  def bits(self, k: int, tile: _Tile) -> jax.Array:
-    """Random bits of the weight, 0, or of a moment, from 1 on."""
+  def elements(self, tile: _Tile) -> jax.Array:
+    """A tile's elements as `bits` takes them."""
     p, integers = self.plan, self.integers
-    begin = 2 + p.place.numbers + 2 * k
-    unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
-    key = tuple(unsigned(integers[begin + i]) for i in (0, 1))
-    number = unsigned(integers[2 + tile.matrix]) if p.place.numbers else None
     shape = p.height, p.width // p.per, 1
     row = integers[0] + tile.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * np.int32(p.per)
     column = integers[1] + tile.column + column
-    first = unsigned(row * np.int32(p.place.columns) + column)
-    return gpu_math.element_bits(key, first, p.per, number)
+    # Rows of parts, and of wholes, are multiples of what lies side by side.
+    first = _unsigned(row * np.int32(p.place.columns) + column)
+    offset = jax.lax.broadcasted_iota(jnp.uint32, (*shape[:-1], p.per), 2)
+    return rounding_lib.mixed(first, offset)
+
+  def bits(self, k: int, tile: _Tile, elements: jax.Array) -> jax.Array:
+    """Random bits of the weight, 0, or of a moment, from 1 on."""
+    begin = 2 + self.plan.place.numbers + 2 * k
+    key = tuple(_unsigned(self.integers[begin + i]) for i in (0, 1))
+    number = _unsigned(self.integers[2 + tile.matrix]) if self.plan.place.numbers else None
+    return rounding_lib.element_bits(key, elements, number)
 
   def spread(self, scale: jax.Array, group: Group) -> jax.Array:
     """Scales as they are stored, with the axes of `_Groups.split`."""
@@ -366,22 +375,6 @@ class _Program(NamedTuple):
     proposal = step_lib.propose(p.step, scalars, gradient, weight, tuple(moments))
     return _Read(scalars, proposal, weight)
 
-  def forget(self, read: _Read, known: jax.Array) -> _Read:
-    """The same with less of it in registers while a scale is being found.
-
-    Args:
-      read: before that.
-      known: int32 that is not negative, one number that only is there after it.
-
-    Returns:
-      What is to be written.
-    """
-    forget = functools.partial(gpu_math.forget, self.plan.target, known)
-    scalars, code = jax.tree.map(forget, read.scalars), forget(read.weight.code)
-    weight = read.weight._replace(code=code)
-    again = self.plan.step.weight.read(weight, self.plan.step.how)
-    return _Read(scalars, read.proposal._replace(weight=again), weight)
-
   def inside_proposal(self, read: _Read, tile: _Tile) -> jax.Array:
     """A tile's proposals; zeros beyond the matrix."""
     value, inside = self.plan.step.value(read.proposal), self.inside(tile)
@@ -403,11 +396,12 @@ class _Program(NamedTuple):
     """
     p = self.plan
     new_scale, new_qvalue, *new_moments = out
+    elements = self.elements(tile)
     settled = step_lib.settle(
       p.step,
       read.scalars,
       read.proposal,
-      lambda k: self.bits(k, tile),
+      lambda k: self.bits(k, tile, elements),
       gpu_math.float_of(largest),
       unit,
     )
@@ -462,8 +456,6 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   if p.turns == 1:
     read = program.read(first)
     largest = program.found(read, first, p.step.weight.groups)  # type: ignore[arg-type]
-    known = largest if largest.size == 1 else program.integers[0]
-    read = program.forget(read, known)
     program.write(out, first, read, largest, unit)
     return
   size = np.int32((p.height, p.width)[p.along])
@@ -530,6 +522,17 @@ def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
 
 
 def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
+  """A program. Arrays are changed in place: those of a step that is skipped stay."""
+  skip = plan.step.step.skipped(
+    plan.step.step.scalars(*(refs[1][k] for k in range(refs[1].shape[0])))
+  )
+  if skip is None:
+    _unless_skipped(plan, phase, *refs)
+  else:
+    pl.when(~skip)(lambda: _unless_skipped(plan, phase, *refs))
+
+
+def _unless_skipped(plan: _Plan, phase: Any, *refs: Any) -> None:
   """A program.
 
   Args:
