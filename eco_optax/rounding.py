@@ -77,13 +77,16 @@ def round_to_integers(y: jax.Array, largest: int, bits: jax.Array) -> jax.Array:
   return jnp.where(y < 0, -count, count)
 
 
-def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
+def code_bits(
+  y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None, exact: bool = False
+) -> jax.Array:
   """`round_to_codes` before the codes are given their dtype.
 
   Args:
     y: as in `round_to_codes`.
     dtype: as in `round_to_codes`.
     bits: as in `round_to_codes`.
+    exact: whether y is a quotient by a power of two.
 
   Returns:
     int32: the bit patterns of floating-point codes, and integer codes themselves.
@@ -91,7 +94,7 @@ def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> j
   mantissa, minimum = formats.grid(dtype)
   largest = formats.grid_max(dtype)
   magnitude = jnp.abs(y)
-  if bits is not None:
+  if bits is not None and not exact:
     # y is a quotient, so a point of the grid arrives up to three float32 ulps beside it, and a
     # dither would then move it once in a million draws. Keep 21 of the 24 significant bits.
     raw = jax.lax.bitcast_convert_type(magnitude, jnp.int32)

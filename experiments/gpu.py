@@ -444,13 +444,17 @@ def _variants(
 
 _ROWS: tuple[dict[str, Any], ...] = (
   {},
-  {"row": 1024},
-  {"row": 1024, "elements": 16},
+  {"chunk": 8192},
+  {"elements": 8},
   {"row": 2048, "chunk": 2048},
-  {"row": 512, "chunk": 512},
+)
+_LOW_ROWS: tuple[dict[str, Any], ...] = (
+  {},
+  {"per": 16},
+  {"chunk": 8192},
+  {"per": 16, "chunk": 8192},
   {"elements": 8},
 )
-_LOW_ROWS: tuple[dict[str, Any], ...] = ({}, {"row": 1024}, {"elements": 8}, {"per": 4})
 _COLUMNS: tuple[dict[str, Any], ...] = (
   {},
   {"chunk": 2048, "elements": 16},

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -268,7 +269,7 @@ class _Read(NamedTuple):
 
   scalars: Any  # The optimizer's, loaded once so that what depends on them is computed once.
   proposal: Proposal
-  weight: Codes  # The old codes and the scales for them.
+  elements: jax.Array  # As `bits` takes them.
 
 
 class _Program(NamedTuple):
@@ -373,7 +374,7 @@ class _Program(NamedTuple):
     weight = Codes(code, self.spread(self.load(self.scale, tile), p.group))
     scalars = self.step_scalars()
     proposal = step_lib.propose(p.step, scalars, gradient, weight, tuple(moments))
-    return _Read(scalars, proposal, weight)
+    return _Read(scalars, proposal, self.elements(tile))
 
   def inside_proposal(self, read: _Read, tile: _Tile) -> jax.Array:
     """A tile's proposals; zeros beyond the matrix."""
@@ -385,7 +386,7 @@ class _Program(NamedTuple):
     return groups.largest_bits(self.inside_proposal(read, tile))
 
   def write(self, out: Any, tile: _Tile, read: _Read, largest: jax.Array, unit: Any) -> None:
-    """A tile's new codes, moments and scales.
+    """A tile's new codes, scales and momentum, after `write_others`.
 
     Args:
       out: references to scales, codes and moments.
@@ -396,12 +397,11 @@ class _Program(NamedTuple):
     """
     p = self.plan
     new_scale, new_qvalue, *new_moments = out
-    elements = self.elements(tile)
     settled = step_lib.settle(
       p.step,
       read.scalars,
       read.proposal,
-      lambda k: self.bits(k, tile, elements),
+      lambda k: self.bits(k, tile, read.elements),
       gpu_math.float_of(largest),
       unit,
     )
@@ -410,12 +410,26 @@ class _Program(NamedTuple):
     del code
     # The programs of a column or matrix all store the same.
     self.store_scale(new_scale, tile, scale, p.group)
-    refs = iter(new_moments)
-    for group, moment in zip(p.blocks, settled, strict=True):
+    self.store_moments(new_moments, tile, p.blocks[:1], [next(settled)])
+
+  def write_others(self, out: Any, tile: _Tile, read: _Read) -> None:
+    """A tile's moments after the first: before its scale is known, so that no register waits."""
+    bits = lambda k: self.bits(k, tile, read.elements)
+    others = step_lib.settle_others(self.plan.step, read.proposal, bits)
+    self.store_moments(out[2:], tile, self.plan.blocks, [None, *others])
+
+  def store_moments(
+    self, refs: Any, tile: _Tile, blocks: Sequence[Group], moments: Sequence[Any]
+  ) -> None:
+    """Writes a tile's moments, but for those that are None."""
+    refs = iter(refs)
+    for stored, group, moment in zip(self.plan.step.moments, blocks, moments, strict=False):
+      own = [next(refs) for _ in range(2 if stored.format else 1)]
       if isinstance(moment, Codes):
-        self.store_scale(next(refs), tile, moment.scale, group)
+        self.store_scale(own[0], tile, moment.scale, group)
         moment = moment.code.astype(jnp.uint8)
-      self.store(next(refs), tile, moment)
+      if moment is not None:
+        self.store(own[-1], tile, moment)
 
 
 def _from_byte(scale: jax.Array) -> jax.Array:
@@ -455,6 +469,7 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   p = program.plan
   if p.turns == 1:
     read = program.read(first)
+    program.write_others(out, first, read)
     largest = program.found(read, first, p.step.weight.groups)  # type: ignore[arg-type]
     program.write(out, first, read, largest, unit)
     return
@@ -474,7 +489,9 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   largest = p.step.weight.groups.largest_bits(gpu_math.float_of(largest))  # type: ignore[union-attr]
 
   def write(i: jax.Array, carry: None) -> None:
-    program.write(out, at(i), program.read(at(i)), largest, unit)
+    read = program.read(at(i))
+    program.write_others(out, at(i), read)
+    program.write(out, at(i), read, largest, unit)
 
   jax.lax.fori_loop(0, p.turns, write, None)
 
@@ -561,6 +578,7 @@ def _unless_skipped(plan: _Plan, phase: Any, *refs: Any) -> None:
     if plan.group == (0, 1):
       shape = (1, 1, plan.width // plan.per, plan.per)  # type: ignore[assignment]
     largest = gpu_math.bits_of(largest).reshape(shape)
+    program.write_others(out, tile, read)
     program.write(out, tile, read, largest, None)
 
 

@@ -200,7 +200,7 @@ def decode(target: Target, code: jax.Array, dtype: np.dtype) -> jax.Array:
   )
 
 
-def _stochastic_e4m3(roots: bool) -> str:
+def _stochastic_e4m3(roots: bool, exact: bool = False) -> str:
   """Codes $0 of four values $1 … $4, from random bits $5 … $8.
 
   From the smallest normal code on, a code is the upper bits of the value's own, and a dither in the
@@ -212,7 +212,9 @@ def _stochastic_e4m3(roots: bool) -> str:
   Args:
     roots: whether values are roots, to be moved first as `stored_moments.root_on_grid` does: r to
       b + (r² − b²) / (2b + step), where b is the code below.
+    exact: as in `rounding.code_bits`: of roots, squares are not.
   """
+  cut = lambda x: "" if exact else f" add.s32 {x}, {x}, 4; and.b32 {x}, {x}, 0xFFFFFFF8;"
   each = range(4)
   lines = [
     "{ .reg .b32 t<4>, d<4>, x, b, s; .reg .f32 z<4>, m, f, g, h, n; .reg .b16 lo, hi;"
@@ -232,8 +234,8 @@ def _stochastic_e4m3(roots: bool) -> str:
     else:
       lines.append(f"mov.b32 d{k}, t{k};")
     lines += [
-      f"add.s32 d{k}, d{k}, 4; and.b32 d{k}, d{k}, 0xFFFFFFF8;",
-      f"shr.u32 x, ${5 + k}, 12; add.s32 x, d{k}, x; and.b32 x, x, 0xFFF00000; mov.b32 z{k}, x;",
+      f"{cut(f'd{k}')} shr.u32 x, ${5 + k}, 12; add.s32 x, d{k}, x;",
+      f"and.b32 x, x, 0xFFF00000; mov.b32 z{k}, x;",
       f"mov.b32 f, t{k}; abs.f32 f, f;" + (" min.f32 m, m, f;" if k else " mov.f32 m, f;"),
     ]
   lines.append("setp.ge.f32 p, m, 0f3C800000; @p bra NORMAL;")  # 2^-6
@@ -251,7 +253,7 @@ def _stochastic_e4m3(roots: bool) -> str:
     else:
       lines.append("setp.lt.f32 q, f, 0f3C800000; mov.f32 g, f;")
     lines += [
-      "mov.b32 x, g; add.s32 x, x, 4; and.b32 x, x, 0xFFFFFFF8; mov.b32 g, x;",
+      f"mov.b32 x, g;{cut('x')} mov.b32 g, x;",
       f"mul.rn.f32 g, g, 0f51800000; cvt.rzi.s32.f32 x, g;"  # 2^36
       f" shr.u32 s, ${5 + k}, 5; add.s32 x, x, s; shr.u32 x, x, 27;",
       "cvt.rn.f32.s32 g, x; mul.rn.f32 g, g, 0f3B000000; mov.b32 x, g;",
@@ -272,19 +274,21 @@ _NEAREST_E4M3 = (
 )
 
 
-def code_bits(target: Target, y: jax.Array, dtype: np.dtype, bits: jax.Array | None) -> jax.Array:
+def code_bits(
+  target: Target, y: jax.Array, dtype: np.dtype, bits: jax.Array | None, exact: bool = False
+) -> jax.Array:
   """`rounding.code_bits`. The code of a NaN is another: its scale is NaN too, which makes it one.
 
   Returns:
     int32 or uint8 codes.
   """
   if target.interpret or not _is_e4m3(dtype) or not target.has_float8:
-    return rounding_lib.code_bits(y, dtype, bits)
+    return rounding_lib.code_bits(y, dtype, bits, exact)
   if bits is None:
     code = _asm(_NEAREST_E4M3, "=r,f,f,f,f", 4, [y], jnp.int8)
   else:
     args = [bits_of(y), bits_of(bits)]
-    code = _asm(_stochastic_e4m3(roots=False), "=r" + ",r" * 8, 4, args, jnp.int8)
+    code = _asm(_stochastic_e4m3(roots=False, exact=exact), "=r" + ",r" * 8, 4, args, jnp.int8)
   return code.astype(jnp.uint8)  # Triton's own integers have no sign.
 
 

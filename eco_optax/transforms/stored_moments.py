@@ -185,9 +185,10 @@ class Stored(NamedTuple):
     y, scale, factor = scaled(
       value, self.format, self.groups, rounding, largest, unit, how.division
     )
-    code = (
-      how.root_codes(y, x, self.dtype, bits) if self.is_root else how.code_bits(y, self.dtype, bits)
-    )
+    if self.is_root:
+      code = how.root_codes(y, x, self.dtype, bits)
+    else:
+      code = how.code_bits(y, self.dtype, bits, self.format.power_of_two)
     return Rounded(code, scale, factor)
 
   def write(
