@@ -124,14 +124,16 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
       continue
     # An instruction takes arrays that were computed.
     computed = not any(isinstance(x, core.Literal) for x in eqn.invars)
-    if out.aval.dtype == _F32 and out.aval.shape and computed:
-      spread = [jnp.broadcast_to(x, out.aval.shape) for x in operands]
+    made: Any = out.aval
+    if made.dtype == _F32 and made.shape and computed:
+      spread = [jnp.broadcast_to(x, made.shape) for x in operands]
       product = next((i for i, x in enumerate(eqn.invars) if x in factors), None)
       if name in _SHORTER:
         values[out] = _SHORTER[name](*spread)
         continue
       if name == "add" and product is not None:
-        values[out] = _multiply_add(*factors[eqn.invars[product]], spread[1 - product])
+        x, y = factors[eqn.invars[product]]
+        values[out] = _multiply_add(x, y, spread[1 - product])
         continue
       if name == "mul":
         factors[out] = spread
