@@ -598,6 +598,8 @@ def check(size: int) -> Rows:
   from eco_optax.optimizers.adamw import ADAMW
   from eco_optax.transforms import stored_moments
 
+  # As the harness has it, which skips steps whose gradients are not finite.
+  step = ADAMW._replace(skips=True)
   formats, kinds = _formats(), ("first", "second")
   real = size >= 2**26
   cases = [
@@ -636,16 +638,16 @@ def check(size: int) -> Rows:
     label = f"{name} {' × '.join(map(str, shape))}, {moments} moments"
     try:
       leaf = jax.jit(make)(jax.random.key(k))
-      planned = gpu.plan(ADAMW, "stochastic", leaf, _target())
+      planned = gpu.plan(step, "stochastic", leaf, _target())
       if planned is None:
         yield label, {"error": "no kernel"}
         continue
-      found = jax.jit(functools.partial(gpu.by_tiles, ADAMW, "stochastic", target=_target()))(
+      found = jax.jit(functools.partial(gpu.by_tiles, step, "stochastic", target=_target()))(
         leaf=leaf
       )
-      wanted = jax.jit(functools.partial(definition, ADAMW, "stochastic"))(leaf)
+      wanted = jax.jit(functools.partial(definition, step, "stochastic"))(leaf)
       figures = _difference(found, wanted) | {"schedule": planned.schedule}
-      again = jax.jit(functools.partial(gpu.by_tiles, ADAMW, "stochastic", target=_target()))(
+      again = jax.jit(functools.partial(gpu.by_tiles, step, "stochastic", target=_target()))(
         leaf=leaf
       )
       differ = (x["bytes_that_differ"] for x in _difference(found, again)["arrays"])

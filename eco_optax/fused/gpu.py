@@ -542,22 +542,23 @@ def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
 
 
 def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
-  """A program. Arrays are changed in place: those of a step that is skipped stay."""
-  skip = plan.step.step.skipped(
-    plan.step.step.scalars(*(refs[1][k] for k in range(refs[1].shape[0])))
-  )
+  """`_step`, but for one that is skipped: arrays are changed in place, and stay."""
+  step, scalars = plan.step.step, refs[1]
+  skip = step.skipped(step.scalars(*(scalars[k] for k in range(scalars.shape[0]))))
+  run = functools.partial(_step, plan, phase, pl.program_id(0), *refs)
   if skip is None:
-    _unless_skipped(plan, phase, *refs)
+    run()
   else:
-    pl.when(~skip)(lambda: _unless_skipped(plan, phase, *refs))
+    pl.when(~skip)(run)
 
 
-def _unless_skipped(plan: _Plan, phase: Any, *refs: Any) -> None:
+def _step(plan: _Plan, phase: Any, number: jax.Array, *refs: Any) -> None:
   """A program.
 
   Args:
     plan: of it.
     phase: of two launches, which: "find" or "write"; else None.
+    number: its own.
     *refs: as `_launch` gives them.
   """
   integers, scalars, scale, gradient, qvalue, *rest = refs
@@ -566,9 +567,9 @@ def _unless_skipped(plan: _Plan, phase: Any, *refs: Any) -> None:
   del rest[:count]
   out = rest[-2 - count :]
   if plan.schedule == "alone":
-    _alone(program, out, _tile(plan, pl.program_id(0)))
+    _alone(program, out, _tile(plan, number))
   else:
-    tile = _tile(plan, pl.program_id(0))
+    tile = _tile(plan, number)
     if phase == "find":
       _raise_found(program, rest[-1], tile)
       return
