@@ -18,6 +18,7 @@ import eco_optax as eco
 from eco_optax.training import sharding
 from eco_optax.training.models.attention import attend
 from eco_optax.training.models.config import TransformerConfig
+from eco_optax.training.models.products import product
 
 INIT_SCALE = 0.02
 
@@ -217,9 +218,8 @@ class RoutedExperts(nnx.Module):
     """Outputs like x, and the balance loss and share of dropped assignments of this layer."""
     config, (B, L, D) = self.config, x_BxLxD.shape
     E, T, C = config.experts, config.experts_per_token, self.capacity(L)
-    logits_BxLxE = jnp.matmul(
-      x_BxLxD.astype(jnp.float32), self.router.get_value(), precision=jax.lax.Precision.HIGHEST
-    )
+    # In float32, because a choice of experts is all or nothing.
+    logits_BxLxE = product("bld,de->ble", x_BxLxD, self.router.get_value(), "highest")
     probability_BxLxE = jax.nn.softmax(logits_BxLxE, axis=-1)
     weight_BxLxT, expert_BxLxT = jax.lax.top_k(probability_BxLxE, T)
     if config.normalize_expert_weights:
@@ -242,9 +242,7 @@ class RoutedExperts(nnx.Module):
     y_BxExCxD = sharding.constrain(self.experts(x_BxExCxD), "expert_batch", "expert", None, None)
     y_BxECxD = sharding.constrain(y_BxExCxD.reshape(B, E * C, D), "batch", None, None)
     y_BxLxTxD = gather(y_BxECxD, slot_BxLT).reshape(B, L, T, D)
-    y_BxLxD = jnp.einsum(
-      "bltd,blt->bld", y_BxLxTxD.astype(jnp.float32), weight_BxLxT, precision="highest"
-    ).astype(x_BxLxD.dtype)
+    y_BxLxD = product("bltd,blt->bld", y_BxLxTxD, weight_BxLxT, "highest").astype(x_BxLxD.dtype)
     if config.shared_experts:
       y_BxLxD = y_BxLxD + self.shared(x_BxLxD)
 

@@ -19,6 +19,7 @@ import eco_optax as eco
 from eco_optax.training import sharding
 from eco_optax.training.models import modules
 from eco_optax.training.models.config import TransformerConfig
+from eco_optax.training.models.products import product
 
 Params = dict[str, Any]
 
@@ -152,12 +153,8 @@ def _logits(config: TransformerConfig, params: Params, x_BxLxD: jax.Array) -> ja
   """Float32 logits of normalized outputs."""
   name = "embedding" if config.tied_embedding else "head"
   head = sharding.gather(name, params[name].astype(x_BxLxD.dtype))
-  logits = jnp.einsum(
-    "bld,vd->blv" if config.tied_embedding else "bld,dv->blv",
-    x_BxLxD,
-    head,
-    preferred_element_type=jnp.float32,
-  )
+  spec = "bld,vd->blv" if config.tied_embedding else "bld,dv->blv"
+  logits = product(spec, x_BxLxD, head)
   if config.logit_cap:
     logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
   return sharding.constrain(logits, "batch", None, "vocabulary")
