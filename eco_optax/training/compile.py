@@ -313,28 +313,24 @@ def products(text: str) -> dict[str, float]:
   return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _roots(text: str) -> dict[str, str]:
-  """The last operation of each computation, behind changes of type and shape alone."""
-  found = {}
-  for name, lines in _computations(text).items():
-    by_name = {}
-    for line in lines:
-      if match := re.match(r"\s*(ROOT )?%([\w.\-]+) = (.*)", line):
-        right = match[3].split(") ", 1)[1] if match[3][0] == "(" else match[3].split(" ", 1)[1]
-        operation, _, arguments = right.partition("(")
-        by_name[match[2]] = (operation, _names(arguments))
-        if match[1]:
-          root = match[2]
-    operation, operands = by_name[root]
-    while operation in ("bitcast", "convert", "reshape") and operands[0] in by_name:
-      operation, operands = by_name[operands[0]]
-    found[name] = operation
-  return found
+def _root(lines: list[str]) -> str:
+  """The last operation of a computation, behind changes of dtype and shape alone."""
+  found, root = {}, ""
+  for line in lines:
+    if match := re.match(r"\s*(ROOT )?%([\w.\-]+) = (.*)", line):
+      right = match[3].split(") " if match[3][0] == "(" else " ", 1)[1]
+      operation, _, arguments = right.partition("(")
+      found[match[2]] = operation, _names(arguments)
+      root = match[2] if match[1] else root
+  operation, operands = found[root]
+  while operation in ("bitcast", "convert", "reshape") and operands[0] in found:
+    operation, operands = found[operands[0]]
+  return operation
 
 
 def _made(text: str) -> Iterator[tuple[_Instruction, str]]:
   """Instructions whose results are new arrays in memory, and the operation that makes them."""
-  roots = _roots(text)
+  computations = _computations(text)
   none = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional")
   for instruction in _instructions(text):
     operation = instruction.operation
@@ -342,7 +338,7 @@ def _made(text: str) -> Iterator[tuple[_Instruction, str]]:
       continue
     if operation == "fusion":
       called = re.search(r"calls=%([\w.\-]+)", instruction.line)
-      operation = roots[called[1]]  # type: ignore[index]
+      operation = _root(computations[called[1]])  # type: ignore[index]
     yield instruction, operation
 
 
@@ -391,6 +387,16 @@ def _sources(text: str) -> dict[str, str]:
   return {frame: describe(frame) for frame in frames}
 
 
+def _returned(entry: list[str]) -> set[str]:
+  """Names of the results that a module returns, `name/index` for those of several."""
+  element = r"\s*%([\w.\-]+) = .* get-tuple-element\(%([\w.\-]+)\), index=(\d+)"
+  parts = {match[1]: f"{match[2]}/{match[3]}" for x in entry if (match := re.match(element, x))}
+  root = next(line for line in entry if line.lstrip().startswith("ROOT"))
+  tuple_of = re.search(r" tuple\((.*)", root)
+  names = _names(tuple_of[1]) if tuple_of else re.findall(r"ROOT %([\w.\-]+) =", root)
+  return {parts.get(name, name) for name in names}
+
+
 def largest_temporaries(text: str, count: int = 5) -> list[dict[str, Any]]:
   """The largest arrays that one run of a compiled module makes and does not return.
 
@@ -402,15 +408,7 @@ def largest_temporaries(text: str, count: int = 5) -> list[dict[str, Any]]:
     Each one's bytes on one device, dtype and shape, and line of source, the largest first.
   """
   sources = _sources(text)
-  entry = _computations(text)["ENTRY"]
-  root = next((line for line in entry if line.lstrip().startswith("ROOT")), "")
-  # What is returned is in the memory of donated arguments.
-  returned = set(
-    _names(root.partition("(")[2] if " tuple(" not in root else root.partition(" tuple(")[2])
-  )
-  elements = r"\s*%([\w.\-]+) = .* get-tuple-element\(%([\w.\-]+)\), index=(\d+)"
-  parts = {match[1]: f"{match[2]}/{match[3]}" for x in entry if (match := re.match(elements, x))}
-  returned |= {parts[name] for name in returned & parts.keys()}
+  returned = _returned(_computations(text)["ENTRY"])
   found: dict[tuple[str, str], int] = {}
   for instruction, operation in _made(text):
     if operation == "dynamic-update-slice" or "output_to_operand_aliasing" in instruction.line:
@@ -421,7 +419,7 @@ def largest_temporaries(text: str, count: int = 5) -> list[dict[str, Any]]:
     arrays = zip(_shapes(instruction.result), _arrays(instruction.result), strict=True)
     for index, ((_, size), (dtype, shape)) in enumerate(arrays):
       if instruction.computation == "ENTRY" and {name, f"{name}/{index}"} & returned:
-        continue
+        continue  # In the memory of a donated argument.
       found[f"{dtype}[{','.join(map(str, shape))}]", source] = size
   largest = sorted(found.items(), key=lambda item: -item[1])[:count]
   return [{"bytes": size, "array": array, "source": source} for (array, source), size in largest]
