@@ -459,7 +459,8 @@ _ON_GPUS = {
 
 def _on_gpu(path: pathlib.Path) -> dict[str, Any]:
   """The steps in a file of `experiments.gpu`, as `scripts/benchmark.py` would have written them."""
-  entry = json.loads(path.read_text()).get("fused_steps", {})
+  found = json.loads(path.read_text())
+  entry = found.get("fused_steps", {})
   if "float32 optax.adamw" not in entry.get("rows", {}):  # Not measured yet.
     return {}
   first = entry["rows"]["float32 optax.adamw"]["milliseconds"]
@@ -474,12 +475,17 @@ def _on_gpu(path: pathlib.Path) -> dict[str, Any]:
     for name, row in entry["rows"].items()
     if name in _ON_GPUS and "ratio" in row
   }
-  return {
+  figures = {
     "elements": entry["size"],
     "gradient_bytes": 2,
     "optimizer_step": steps,
     "machine": entry["machine"],
   }
+  trained = {n: x for n, x in found.get("train_800m", {}).get("rows", {}).items() if "ratio" in x}
+  if trained:
+    tokens = next(iter(trained.values()))["tokens_per_step"]
+    figures |= {"trained": f"llama_800m, {tokens:,} tokens", "training_step": trained}
+  return figures
 
 
 def _figures(results: pathlib.Path) -> dict[str, Any]:
@@ -545,7 +551,7 @@ def table(results: pathlib.Path) -> str:
     lines += ["", f"| training step on {what} | milliseconds | ratio | quartiles |"]
     lines.append("|---" * 4 + "|")
     for name, row in figures["training_step"].items():
-      spread = f"{row['low']:.2f}–{row['high']:.2f}"
+      spread = f"{row['low']:.2f}–{row['high']:.2f}" if "low" in row else "–"
       lines.append(f"| {name} | {row['milliseconds']:.0f} | {row['ratio']:.2f}× | {spread} |")
   return "\n".join(lines) + "\n"
 
