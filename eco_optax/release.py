@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ import optax
 from jax.extend import core
 
 from eco_optax import dense_view, trees
-from eco_optax.quantized_array import dequantize, is_quantized
+from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import leafwise
 from eco_optax.transforms.leafwise import Leaves, flatten, pick
-from eco_optax.transforms.packed import Context, require_params
+from eco_optax.transforms.packed import Context, require_scalar
 from eco_optax.transforms.stacks import write_layer
-from eco_optax.updates import apply_updates, new_sink, require_floats, value_and_grad
+from eco_optax.updates import apply_updates, new_sink, require_floats
 
 _Values = dict[Any, Any]  # By variable of the loss's program.
 
@@ -169,16 +169,21 @@ def _cut(
   return _Loss(jaxpr, values, parameters, pieces, complete, active, sink_dtype)
 
 
-# (gradients, weights and states of some parameters or of one layer of them, the number of this
-# layer) → new weights and states, perhaps none; squared norms of the gradients
-_Visit = Callable[..., tuple[tuple[Leaves, Leaves], dict[str, jax.Array]]]
+class _Seen(NamedTuple):
+  """What a visit of gradients makes; its fields have the layers of a released stack."""
 
-# (cotangents of outputs by variable, visit, weights and states of released stacks to change)
-# → cotangents of inputs, the stacks, squared norms by layer
-_Backward = Callable[
-  [_Values, _Visit, tuple[Leaves, Leaves]],
-  tuple[_Values, tuple[Leaves, Leaves], dict[str, jax.Array]],
-]
+  squares: dict[str, jax.Array]  # float32, by path: the gradients' squared norms.
+  skipped: jax.Array  # bool: whether the parameters are not stepped.
+  weights: Leaves  # New ones; none if the visit is for the norms alone.
+  states: Leaves
+
+
+# (gradients, weights and states of parameters or of one layer of stacks, number of this layer)
+_Visit = Callable[[Leaves, Leaves, Leaves, jax.Array | None], _Seen]
+
+# (cotangents of outputs, visit, weights and states of released stacks if the visit changes them)
+# → cotangents of inputs, what the visit made of released stacks
+_Backward = Callable[[_Values, _Visit, tuple[Leaves, Leaves]], tuple[_Values, _Seen | None]]
 
 
 def _forward(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[Any], _Backward]:
@@ -200,9 +205,9 @@ def _forward(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[Any], _B
   _, vjp, outputs = jax.vjp(fn, [loss.primal(values[x]) for x in given], has_aux=True)
 
   def backward(cotangents: _Values, visit: _Visit, stacks: tuple[Leaves, Leaves]) -> Any:
-    del visit
+    del visit, stacks
     (inputs,) = vjp([cotangents[x] for x in piece.outputs if x in loss.active])
-    return dict(zip(given, inputs, strict=True)), stacks, {}
+    return dict(zip(given, inputs, strict=True)), None
 
   return outputs, backward
 
@@ -262,9 +267,7 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
   differentiated += [i for i, x in carry.items() if _is_float(x)]
 
   def backward(cotangents: _Values, visit: _Visit, stacks: tuple[Leaves, Leaves]) -> Any:
-    of_outputs = [
-      cotangents[x] if x in cotangents else jnp.zeros_like(made[x]) for x in outvars
-    ]
+    of_outputs = [cotangents[x] if x in cotangents else jnp.zeros_like(made[x]) for x in outvars]
     n_carry = sum(map(_is_float, carry.values()))
 
     def turn(state: Any, x: Any) -> tuple[Any, Any]:
@@ -282,14 +285,16 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
       primals = {i: loss.primal(operands[i]) for i in differentiated}
       _, vjp = jax.vjp(fn, primals, new_sinks(own_weights))
       of_operands, grads = vjp([*of_carry, *of_ys])
-      new, squares = visit(grads, own_weights, own_states, i)
+      seen = visit(grads, own_weights, own_states, i)
+      new = seen.weights, seen.states
       stacks = jax.tree.map(lambda stack, x: write_layer(stack, x, i), stacks, new)
       of_consts = {k: x + of_operands[k] for k, x in of_consts.items()}
       of_carry = [of_operands[k] for k in carry if k in of_operands]
-      return (of_carry, of_consts, stacks), (pick(of_operands, [k for k in xs if is_active(k)]), squares)
+      of_xs = {k: of_operands[k] for k in xs if k in of_operands}
+      return (of_carry, of_consts, stacks), (of_xs, seen._replace(weights={}, states={}))
 
     zeros = {i: jnp.zeros_like(loss.primal(x)) for i, x in consts.items() if is_active(i)}
-    (of_carry, of_consts, stacks), (of_xs, squares) = jax.lax.scan(
+    (of_carry, of_consts, stacks), (of_xs, seen) = jax.lax.scan(
       turn,
       (of_outputs[:n_carry], zeros, stacks),
       (jnp.arange(p["length"]), (kept, xs), of_outputs[n_carry:]),
@@ -302,7 +307,7 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
     for i, x in by_place.items():
       if is_active(i):
         _add(inputs, eqn.invars[i], x)
-    return inputs, stacks, squares
+    return inputs, seen._replace(weights=stacks[0], states=stacks[1])
 
   return [made[x] for x in piece.outputs], backward
 
@@ -329,79 +334,145 @@ def _compute(loss: _Loss) -> _Tape:
     values |= zip(piece.outputs, outputs, strict=True)
     backwards.append(backward)
   read = lambda x: x.val if isinstance(x, core.Literal) else values[x]
-  outputs = [
-    x.dequantize() if is_quantized(x) else x for x in map(read, loss.jaxpr.outvars)
-  ]
+  outputs = [x.dequantize() if is_quantized(x) else x for x in map(read, loss.jaxpr.outvars)]
   return _Tape(loss, outputs, backwards, lambda x: jnp.zeros_like(loss.primal(values[x])))
-
-
-class _Passed(NamedTuple):
-  """What a backward pass leaves."""
-
-  weights: Leaves  # New ones, of parameters whose gradients the pass met.
-  states: Leaves
-  squares: dict[str, jax.Array]  # Squared norms of gradients, of released stacks by layer.
-  skipped: jax.Array  # int32: groups that were met together, and whose norm is not finite.
 
 
 def _backward(
   tape: _Tape, cotangent: jax.Array, visit: _Visit, weights: Leaves, states: dict[str, Leaves]
-) -> _Passed:
+) -> _Seen:
   """A backward pass.
 
   Args:
     tape: of the forward pass.
     cotangent: of the loss.
-    visit: of complete gradients.
-    weights: to be changed on the visit; none if it changes nothing.
+    visit: of gradients that are complete.
+    weights: by path, if the visit changes them, or none.
     states: by path of a parameter, its leaves of the optimizer's state.
+
+  Returns:
+    What the visits made, and how many skipped their parameters, int32.
   """
-  loss = tape.loss
-  cotangents: _Values = {}
-  if loss.jaxpr.outvars[0] in loss.active:
-    cotangents[loss.jaxpr.outvars[0]] = cotangent
-  new_weights, new_states, squares, skipped = {}, {}, {}, jnp.zeros([], jnp.int32)
+  loss, variable = tape.loss, tape.loss.jaxpr.outvars[0]
+  cotangents: _Values = {variable: cotangent} if variable in loss.active else {}
+  all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {})
 
-  def of(paths: Sequence[str]) -> tuple[Leaves, Leaves]:
-    own = [path for path in paths if path in weights]
-    return pick(weights, own), {k: x for path in own for k, x in states[path].items()}
+  def own(paths: Sequence[str]) -> tuple[Leaves, Leaves]:
+    paths = [path for path in paths if path in weights]
+    return pick(weights, paths), {k: x for path in paths for k, x in states[path].items()}
 
-  for piece, backward, paths in reversed(
-    list(zip(loss.pieces, tape.backwards, loss.complete, strict=True))
-  ):
-    outputs = {x: cotangents.pop(x) for x in piece.outputs if x in cotangents}
-    if outputs or piece.released:
-      missing = [x for x in piece.outputs if x in loss.active and x not in outputs]
-      outputs |= {x: tape.zeros(x) for x in missing}
-      inputs, done, own_squares = backward(outputs, visit, of(piece.released))
+  def joined(seen: _Seen) -> _Seen:
+    return _Seen(
+      all_seen.squares | seen.squares,
+      all_seen.skipped + jnp.sum(seen.skipped, dtype=jnp.int32),
+      all_seen.weights | seen.weights,
+      all_seen.states | seen.states,
+    )
+
+  pieces = list(zip(loss.pieces, tape.backwards, loss.complete, strict=True))
+  for piece, backward, paths in reversed(pieces):
+    given = {x: cotangents.pop(x) for x in piece.outputs if x in cotangents}
+    if given or piece.released:
+      missing = [x for x in piece.outputs if x in loss.active and x not in given]
+      inputs, seen = backward(
+        given | {x: tape.zeros(x) for x in missing}, visit, own(piece.released)
+      )
       for x, cotangent in inputs.items():
         _add(cotangents, x, cotangent)
-      if own_squares:
-        new_weights, new_states = new_weights | done[0], new_states | done[1]
-        squares |= own_squares
-        skipped += jnp.sum(~jnp.isfinite(sum(own_squares.values())), dtype=jnp.int32)
-    if not paths:
-      continue
-    handles = {path: loss.parameters[path].variables[-1] for path in paths}
-    grads = {
-      path: cotangents.pop(x) if x in cotangents else tape.zeros(x) for path, x in handles.items()
-    }
-    done, own_squares = visit(grads, *of(paths), None)
-    skipped += (~jnp.isfinite(sum(own_squares.values()))).astype(jnp.int32)
-    # Nothing behind goes on before these gradients are of no more use.
-    rest, done, own_squares = jax.lax.optimization_barrier(
-      (list(cotangents.values()), done, own_squares)
-    )
-    cotangents = dict(zip(cotangents, rest, strict=True))
-    new_weights, new_states = new_weights | done[0], new_states | done[1]
-    squares |= own_squares
-  return _Passed(new_weights, new_states, squares, skipped)
+      all_seen = joined(seen) if seen else all_seen
+    if paths:
+      variables = {path: loss.parameters[path].variables[-1] for path in paths}
+      grads = {path: cotangents.pop(x, None) for path, x in variables.items()}
+      grads |= {path: tape.zeros(variables[path]) for path, g in grads.items() if g is None}
+      seen = visit(grads, *own(paths), None)
+      # The gradients are of no more use before anything goes on.
+      rest, seen = jax.lax.optimization_barrier((list(cotangents.values()), seen))
+      cotangents, all_seen = dict(zip(cotangents, rest, strict=True)), joined(seen)
+  return all_seen
 
 
-def _finite_or_nan(scale: jax.Array, *of: jax.Array) -> jax.Array:
-  """A factor of gradients that skips the step, where one of some numbers is not finite."""
-  is_finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in of]))
-  return jnp.where(is_finite, scale, np.float32(np.nan))
+class _Change(NamedTuple):
+  """Other gradients, and what of a step they must not change."""
+
+  factor: np.float32  # Of the gradients that change.
+  same: frozenset[str]  # Leaves whose gradients stay.
+  same_layer: frozenset[str]  # Stacks of which the first layer's gradient stays.
+
+  def __call__(self, path: str, grad: Any) -> Any:
+    """The other gradient of a leaf."""
+    if path in self.same:
+      return grad
+    if path in self.same_layer:
+      return np.concatenate([grad[:1], self.factor * grad[1:]])
+    return self.factor * grad
+
+
+def _require_apart(tx: optax.GradientTransformation, params: Any) -> None:
+  """Raises `ValueError` if, on a miniature, the step of a leaf or layer feels others' gradients."""
+  weights = flatten(params)[0]
+  stacked = frozenset(p for p, leaf in weights.items() if is_quantized(leaf) and leaf.ndim >= 3)
+  changes = []
+  # So large that a norm which is clipped only beyond some limit shows too, or not finite.
+  for factor in (np.float32(1e4), np.float32(np.nan)):
+    for bit in range(max(1, (len(weights) - 1).bit_length())):
+      for side in (0, 1):  # Any two leaves differ in some bit of their numbers.
+        same = frozenset(path for i, path in enumerate(weights) if i >> bit & 1 == side)
+        changes.append(_Change(factor, same, frozenset()))
+    changes.append(_Change(factor, frozenset(weights) - stacked, stacked))
+  before, *after = leafwise.responses(tx, params, changes)
+  owners = trees.owners(before, weights)
+  for change, response in zip(changes, after, strict=True):
+    for path, new in response.items():
+      owner, old = owners[path], before[path]
+      if owner in change.same_layer and new.ndim:
+        new, old = new[0], old[0]
+      elif owner is not None and owner not in change.same:
+        continue
+      if not np.array_equal(new, old, equal_nan=True):
+        what = trees.leaf_name(owner) if owner else f"the optimizer's state {path!r}"
+        raise ValueError(
+          f"the step of {what} depends on gradients of other leaves or layers, as with"
+          " optax.clip_by_global_norm, eco.adamw(max_norm=…) or optax.apply_if_finite, but gradient"
+          " release never has these at one time: leave it out of the optimizer, and pass clip= and"
+          " max_norm= to eco.value_and_step, which also skips gradients that are not finite"
+        )
+
+
+def _scale(scale: Any, *numbers: jax.Array) -> jax.Array:
+  """A factor of gradients, float32; NaN, which skips a step, where a number is not finite."""
+  is_finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in numbers]))
+  return jnp.where(is_finite, jnp.asarray(scale, jnp.float32), np.float32(np.nan))
+
+
+def _clipped(scale: jax.Array, norm: jax.Array, max_norm: float | None) -> jax.Array:
+  """The factor that also brings gradients of a norm, times their scale, down to `max_norm`."""
+  if max_norm is None:
+    return scale
+  scaled = norm * jnp.abs(scale)
+  clip = jnp.where(scaled < max_norm, np.float32(1), np.float32(max_norm) / scaled)
+  return scale * clip
+
+
+def _trace(
+  fn: Callable[[Any], Any], params: Any, dense: bool, sink_dtype: Any
+) -> tuple[core.ClosedJaxpr, Any]:
+  """The program of a loss, and the tree of its outputs."""
+
+  def view(x: Any) -> Any:
+    if not is_quantized(x):
+      return x
+    sink = jax.eval_shape(lambda: new_sink(x, sink_dtype))
+    return sink if dense else dataclasses.replace(x, sink=sink)
+
+  views = jax.tree.map(view, params, is_leaf=is_quantized)
+  try:
+    closed, out_tree = dense_view.trace(fn, jax.eval_shape(lambda x: x, views))
+  except dense_view.NEEDS_VALUES as error:
+    raise ValueError(
+      "the loss needs the values of parameters, as a Python `if` on one does, but gradient release"
+      f" has to trace it: use eco.value_and_grad and the optimizer's update ({error})"
+    ) from error
+  return dense_view.inline(closed), out_tree
 
 
 def value_and_step(
@@ -410,70 +481,156 @@ def value_and_step(
   dense: bool = True,
   has_aux: bool = False,
   gradient_dtype: Any = jnp.float32,
+  *,
+  clip: Literal["exact", "layer"] = "exact",
+  max_norm: float | None = None,
+  shardings: Any = None,
 ) -> Callable[..., Any]:
-  """TODO."""
+  """A training step that never holds more than one layer's gradient.
 
-  checked = set()
+  `eco.value_and_grad`, the optimizer's update and `eco.apply_updates` in one: a parameter is
+  stepped as soon as its gradient is complete, in the middle of the backward pass. Of packed
+  parameters that a `jax.lax.scan` takes as a stack, each layer is stepped in place before the next
+  one's gradient is made; such a scan keeps what one layer hands to the next, and makes all else
+  again. Parameters of an unrolled model are stepped one layer after another; `jax.checkpoint` each
+  layer. What the loss uses in several places, such as a tied embedding, is stepped at the end.
+
+  The numbers are those of the ordinary step, but for the order of sums. Gradients that are not
+  finite skip the step of their own layer, or of the leaves that are stepped with them, bit for
+  bit, where the ordinary step would skip all or nothing; the optimizer's count of steps goes on. A
+  loss that is not finite changes nothing.
+
+  Args:
+    fn: a scalar function of parameters and further arguments, as in `value_and_grad`. It is traced.
+    tx: an optimizer that steps each leaf, and each layer of a stack, by itself: `eco.adamw(…)`,
+      `eco.layer_by_layer(…)`, `eco.low_bit_moments(…)` and others, without a clip by global norm.
+    dense: as in `value_and_grad`.
+    has_aux: as in `value_and_grad`.
+    gradient_dtype: as in `value_and_grad`.
+    clip: how gradients are clipped to `max_norm`. `"exact"`: by the norm of the whole gradient, for
+      which a first backward pass is made. `"layer"`: those of each layer, or of the leaves that are
+      stepped together, by their own norm. To clip by the norm of the step before, which costs
+      nothing, pass `gradient_scale=jnp.minimum(1, max_norm / report.norm)`.
+    max_norm: None does not clip.
+    shardings: a tree of the parameters' NamedShardings on a mesh. Gradients are summed into the
+      parts that devices own, and each device does the step of its own part.
+
+  Returns:
+    A function `step(params, state, *args, gradient_scale=None, **kwargs)` that returns `(value,
+    params, state, report)`; value is `(value, aux)` with `has_aux`. Donate `params` and `state` to
+    the `jax.jit` around it. Gradients are multiplied by `gradient_scale` before all else; one that
+    is not finite skips the step. The `Report` has `norm`, of the whole gradient as it was before,
+    `skipped`, the number of layers or leaves that were skipped, and `norms` by path of a parameter.
+
+  Raises:
+    ValueError: when traced, naming the leaf, if its step depends on other leaves or layers; if the
+      loss needs the values of parameters, or is not one real number; and as `value_and_grad`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, eco_optax as eco
+    >>> params = eco.quantize({"blocks": jnp.ones((12, 4, 4))}, eco.FP8)
+    >>> def loss_fn(params, x):
+    ...   x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params["blocks"])
+    ...   return jnp.mean(x**2)
+    >>> tx = eco.adamw(1e-3)
+    >>> step = jax.jit(eco.value_and_step(loss_fn, tx, max_norm=1.0), donate_argnums=(0, 1))
+    >>> value, params, state, report = step(params, tx.init(params), jnp.ones((2, 4)))
+    >>> report.norms["blocks"].shape, int(report.skipped)
+    ((12,), 0)
+
+  References:
+    Lv et al, `Full Parameter Fine-tuning for Large Language Models with Limited Resources
+    <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO).
+  """
+  if clip not in ("exact", "layer"):
+    raise ValueError(f"clip must be 'exact' or 'layer', got {clip!r}")
+  if max_norm is not None:
+    require_scalar("max_norm", max_norm)
+  checked: set[Any] = set()
+  sink_dtype = jnp.float32 if dense else gradient_dtype
 
   def step(
     params: Any, state: Any, *args: Any, gradient_scale: Any = None, **kwargs: Any
   ) -> tuple[Any, Any, Any, Report]:
     trees.map_with_path(require_floats, params, is_leaf=is_quantized)
-    weights, treedef = flatten(params)
-    states, state_treedef = flatten(state)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    key = jax.tree.structure(params), tuple(jax.tree.leaves(shapes))
+    if key not in checked:
+      _require_apart(tx, params)
+      checked.add(key)
+    (weights, treedef), (states, state_treedef) = flatten(params), flatten(state)
     optimizer = leafwise.Optimizer(tx, params, params, state, {})
     owned = optimizer.owned()
     shared = pick(states, owned[None])
     own_states = {path: pick(states, owned[path]) for path in weights}
-    sink_dtype = jnp.float32 if dense else gradient_dtype
+    places = flatten(shardings)[0]
 
     def is_stack(path: str, layers: int) -> bool:
       arrays = jax.tree.leaves(own_states[path])
       return all(x.ndim and x.shape[0] == layers for x in arrays)
 
-    shapes = jax.eval_shape(lambda x: x, params)
-    if dense:
-      shapes = jax.eval_shape(dequantize, shapes)
-    else:
-      sink = lambda x: dataclasses.replace(x, sink=jax.ShapeDtypeStruct(x.shape, gradient_dtype))
-      shapes = jax.tree.map(
-        lambda x: sink(x) if is_quantized(x) else x, shapes, is_leaf=is_quantized
-      )
-    closed, out_tree = dense_view.trace(lambda params: fn(params, *args, **kwargs), shapes)
-    loss = _cut(dense_view.inline(closed), weights, dense, sink_dtype, is_stack)
+    def placed(path: str, grad: jax.Array, layer: Any) -> jax.Array:
+      """A gradient as its parameter is split over devices."""
+      if path not in places:
+        return grad
+      place = places[path].qvalue if is_quantized(places[path]) else places[path]
+      spec = place.spec if layer is None else place.spec[1:]
+      own = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
+      return jax.lax.with_sharding_constraint(grad, own)
+
+    closed, out_tree = _trace(lambda params: fn(params, *args, **kwargs), params, dense, sink_dtype)
+    out = closed.out_avals[0]
+    if out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
+      raise ValueError(f"the loss must be one real number, got {out}: sum it, or set has_aux")
+    loss = _cut(closed, weights, dense, sink_dtype, is_stack)
     tape = _compute(loss)
     value = tape.outputs[0]
-    scale = jnp.ones([], jnp.float32) if gradient_scale is None else gradient_scale
-    scale = _finite_or_nan(jnp.asarray(scale, jnp.float32), value)
+    scale = _scale(1.0 if gradient_scale is None else gradient_scale, value)
 
-    def visit(grads: Leaves, weights: Leaves, states: Leaves, layer: Any) -> Any:
+    def seen(grads: Leaves, layer: Any) -> tuple[Leaves, dict[str, jax.Array]]:
+      """Gradients as the optimizer gets them, and their squared norms."""
       cast = lambda path, g: g.astype(gradient_dtype) if is_quantized(weights[path]) else g
-      grads = {path: cast(path, g) for path, g in grads.items()}
-      squares = {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in grads.items()}
-      context = Context(layer, None, _finite_or_nan(scale, sum(squares.values())))
-      updates, new_states = optimizer.step(grads, weights, shared | states, context)
-      new = {path: apply_updates(leaf, updates[path]) for path, leaf in weights.items()}
-      return (new, pick(new_states, states)), squares
+      grads = {path: placed(path, cast(path, g), layer) for path, g in grads.items()}
+      return grads, {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in grads.items()}
 
-    passed = _backward(tape, jnp.ones_like(value), visit, weights, own_states)
-    unused = [path for path in weights if path not in passed.squares]
-    zeros = {path: jnp.zeros_like(loss.primal(weights[path])) for path in unused}
-    updates, last = optimizer.step(
-      zeros, pick(weights, unused), shared | {k: x for path in unused for k, x in own_states[path].items()},
-      Context(None, None, scale),
+    def look(grads: Leaves, weights: Leaves, states: Leaves, layer: Any) -> _Seen:
+      del weights, states
+      return _Seen(seen(grads, layer)[1], jnp.zeros([], bool), {}, {})
+
+    def take(grads: Leaves, weights: Leaves, states: Leaves, layer: Any) -> _Seen:
+      grads, squares = seen(grads, layer)
+      total = jnp.sum(jnp.stack(list(squares.values())))
+      own = _clipped(scale, jnp.sqrt(total), max_norm if clip == "layer" else None)
+      own = _scale(own, total)
+      context = Context(layer, shardings, own)
+      updates, new_states = optimizer.step(grads, weights, shared | states, context)
+      new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in weights.items()}
+      return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states))
+
+    norm = lambda squares: jnp.sqrt(sum(map(jnp.sum, squares.values())))
+    cotangent = jnp.ones_like(value)
+    if max_norm is not None and clip == "exact":
+      whole = norm(_backward(tape, cotangent, look, {}, {}).squares)
+      scale = _scale(_clipped(scale, whole, max_norm), whole)
+      # The second pass is not to find the first one's gradients and keep them.
+      cotangent, scale = jax.lax.optimization_barrier((cotangent, scale))
+    done = _backward(tape, cotangent, take, weights, own_states)
+
+    # What the loss does not use, and what all parameters share, such as the count of steps.
+    unused = pick(weights, [path for path in weights if path not in done.squares])
+    zeros = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in unused.items()}
+    states_left = shared | {k: x for path in unused for k, x in own_states[path].items()}
+    updates, new_states = optimizer.step(
+      zeros, unused, states_left, Context(None, shardings, scale)
     )
-    new_weights = passed.weights | {path: apply_updates(weights[path], updates[path]) for path in unused}
-    new_states = passed.states | last
-    squares = passed.squares | {path: jnp.zeros([], jnp.float32) for path in unused}
-    norms = {path: jnp.sqrt(squares[path]) for path in weights}
-    total = jnp.sqrt(sum(map(jnp.sum, squares.values())))
-    report = Report(total, passed.skipped, norms)
-    result = jax.tree.unflatten(out_tree, tape.outputs)
+    new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in unused.items()}
+    new_weights, new_states = done.weights | new_weights, done.states | new_states
+    squares = {path: done.squares.get(path, jnp.zeros([], jnp.float32)) for path in weights}
     return (
-      result,
+      jax.tree.unflatten(out_tree, tape.outputs),
       jax.tree.unflatten(treedef, [new_weights[path] for path in weights]),
       jax.tree.unflatten(state_treedef, [new_states[path] for path in states]),
-      report,
+      Report(norm(squares), done.skipped, {path: jnp.sqrt(x) for path, x in squares.items()}),
     )
 
   return step

@@ -16,7 +16,7 @@ from eco_optax.transforms.leafwise import Leaves, flatten, pick
 from eco_optax.transforms.packed import Context, PackedTransformation, require_params, run
 
 
-def _stacks(params: _Leaves) -> dict[int, list[str]]:
+def _stacks(params: Leaves) -> dict[int, list[str]]:
   """Paths of packed stacks of matrices, by their number of layers."""
   groups: dict[int, list[str]] = collections.defaultdict(list)
   for path, leaf in params.items():
