@@ -398,7 +398,7 @@ class _Change(NamedTuple):
   same: frozenset[str]  # Leaves whose gradients stay.
   same_layer: frozenset[str]  # Stacks of which the first layer's gradient stays.
 
-  def __call__(self, path: str, grad: Any) -> Any:
+  def gradient(self, path: str, grad: Any) -> Any:
     """The other gradient of a leaf."""
     if path in self.same:
       return grad
@@ -419,7 +419,7 @@ def _require_apart(tx: optax.GradientTransformation, params: Any) -> None:
         same = frozenset(path for i, path in enumerate(weights) if i >> bit & 1 == side)
         changes.append(_Change(factor, same, frozenset()))
     changes.append(_Change(factor, frozenset(weights) - stacked, stacked))
-  before, *after = leafwise.responses(tx, params, changes)
+  before, *after = leafwise.responses(tx, params, [change.gradient for change in changes])
   owners = trees.owners(before, weights)
   for change, response in zip(changes, after, strict=True):
     for path, new in response.items():
