@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -66,16 +67,30 @@ class _Loss(NamedTuple):
   """A traced loss, cut into pieces."""
 
   jaxpr: core.Jaxpr
-  values: _Values  # Of its constants and parameters.
+  values: _Values  # Of its constants, parameters and further arguments.
   parameters: dict[str, _Parameter]
   pieces: list[_Piece]
   complete: list[list[str]]  # Parameters whose gradients are complete once a piece is passed.
   active: set[Any]  # Variables that have cotangents, since they depend on parameters.
   sink_dtype: Any
+  parts: int | None  # Micro-batches, whose values stand along a first axis of
+  split: set[Any]  # these variables.
 
   def primal(self, x: Any) -> Any:
     """What is differentiated in place of a value: a packed one's is its sink."""
     return new_sink(x, self.sink_dtype) if is_quantized(x) else x
+
+  def with_weights(
+    self, values: _Values, weights: Leaves, needed: Collection[Any] | None = None
+  ) -> _Values:
+    """The values with other weights, where these are among the variables that are needed."""
+    for path, weight in weights.items():
+      own = self.parameters[path]
+      if needed is not None and not any(x in needed for x in own.variables):
+        continue
+      sink = self.primal(weight) if is_quantized(weight) and len(own.variables) > 1 else None
+      values = values | dict(zip(own.variables, own.operands(weight, sink), strict=True))
+    return values
 
 
 def _with_primal(x: Any, primal: Any) -> Any:
@@ -96,6 +111,7 @@ def _cut(
   dense: bool,
   sink_dtype: Any,
   is_stack: Callable[[str, int], bool],
+  args: Sequence[Any],
 ) -> _Loss:
   """Cuts a loss into pieces.
 
@@ -105,20 +121,15 @@ def _cut(
     dense: whether it is of dense views.
     sink_dtype: of packed parameters' gradients.
     is_stack: whether the optimizer's state at the path of a parameter has so many layers.
+    args: further arguments, whose first axis is that of micro-batches; none if they are constants.
   """
   jaxpr = closed.jaxpr
   values: _Values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   invars, parameters = iter(jaxpr.invars), {}
   for path, value in params.items():
-    if not is_quantized(value) or dense:
-      parameter = _Parameter(value, (next(invars),))
-    else:
-      arrays = [*jax.tree.leaves(value), new_sink(value, sink_dtype)]
-      parameter = _Parameter(value, tuple(next(invars) for _ in arrays))
-    if len(parameter.variables) == 1:
-      arrays = [value]
-    values |= zip(parameter.variables, arrays, strict=True)
-    parameters[path] = parameter
+    count = 1 if dense or not is_quantized(value) else len(jax.tree.leaves(value)) + 1
+    parameters[path] = _Parameter(value, tuple(next(invars) for _ in range(count)))
+  values |= zip(invars, args, strict=True)
   uses = collections.Counter(_variables(jaxpr.eqns))
   uses.update(x for x in jaxpr.outvars if not isinstance(x, core.Literal))
 
@@ -141,18 +152,23 @@ def _cut(
     return [path for path, parameter in parameters.items() if is_own(path, parameter)]
 
   gradients = {parameter.variables[-1]: path for path, parameter in parameters.items()}
-  groups: list[tuple[list[core.JaxprEqn], list[str]]] = []
+  active, split = set(gradients), set(jaxpr.invars[len(jaxpr.invars) - len(args) :])
+  groups: list[tuple[list[core.JaxprEqn], list[str], bool]] = []
   first: dict[str, int] = {}
   for eqn in jaxpr.eqns:
-    own = released(eqn)
-    used = [gradients[x] for x in _variables([eqn]) if x in gradients]
-    if not groups or own or groups[-1][1] or set(used) - set(first):
-      groups.append(([], own))
+    operands, own = _variables([eqn]), released(eqn)
+    if any(x in active for x in operands):
+      active |= {x for x in eqn.outvars if _is_float(x.aval)}
+    if is_split := any(x in split for x in operands):
+      split |= set(eqn.outvars)
+    used = [gradients[x] for x in operands if x in gradients]
+    if not groups or own or set(used) - set(first) or groups[-1][1:] != ([], is_split):
+      groups.append(([], own, is_split))
     groups[-1][0].append(eqn)
     first |= {path: len(groups) - 1 for path in used if path not in first}
 
   pieces: list[_Piece] = []
-  for eqns, own in groups:
+  for eqns, own, _ in groups:
     made, inside = [x for eqn in eqns for x in eqn.outvars], collections.Counter(_variables(eqns))
     inputs = [x for x in inside if x not in set(made)]
     outputs = [x for x in made if uses[x] > inside[x]]
@@ -161,12 +177,9 @@ def _cut(
   for path, number in first.items():
     if path not in pieces[number].released:
       complete[number].append(path)
-
-  active: set[Any] = set(gradients)
-  for eqn in jaxpr.eqns:
-    if any(x in active for x in _variables([eqn])):
-      active |= {x for x in eqn.outvars if _is_float(x.aval)}
-  return _Loss(jaxpr, values, parameters, pieces, complete, active, sink_dtype)
+  parts = args[0].shape[0] if args else None
+  loss = _Loss(jaxpr, values, parameters, pieces, complete, active, sink_dtype, parts, split)
+  return loss._replace(values=loss.with_weights(values, params))
 
 
 class _Seen(NamedTuple):
@@ -181,35 +194,95 @@ class _Seen(NamedTuple):
 # (gradients, weights and states of parameters or of one layer of stacks, number of this layer)
 _Visit = Callable[[Leaves, Leaves, Leaves, jax.Array | None], _Seen]
 
-# (cotangents of outputs, visit, weights and states of released stacks if the visit changes them)
-# → cotangents of inputs, what the visit made of released stacks
-_Backward = Callable[[_Values, _Visit, tuple[Leaves, Leaves]], tuple[_Values, _Seen | None]]
+# What of a forward pass the backward pass needs, → cotangents of inputs, and of a scan what the
+# visit made of the stacks. The weights are those that the parameters have by then.
+_Backward = Callable[[_Values, Leaves, Leaves, _Visit], tuple[_Values, _Seen | None]]
+
+# Of operands by name: (what is differentiated in place of some, all operands) → outputs
+_Function = Callable[[dict[Any, Any], dict[Any, Any]], list[Any]]
 
 
-def _forward(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[Any], _Backward]:
-  """A piece's outputs, and its backward pass."""
-  jaxpr = loss.jaxpr.replace(
-    constvars=[], invars=piece.inputs, outvars=piece.outputs, eqns=piece.eqns
-  )
-  given = [x for x in piece.inputs if x in loss.active]
-  is_active = [x in loss.active for x in piece.outputs]
+def _call(fn: _Function, operands: dict[Any, Any], split: Collection[Any]) -> list[Any]:
+  """Outputs of a function, of one micro-batch after another where operands are split."""
+  own = pick(operands, split)
+  if not own:
+    return fn({}, operands)
+  return jax.lax.map(lambda own: fn({}, operands | own), own)  # type: ignore[no-any-return]
 
-  def fn(primals: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Outputs that have cotangents, and all."""
-    operands = values | {
-      x: _with_primal(values[x], primal) for x, primal in zip(given, primals, strict=True)
-    }
-    outputs = dense_view.evaluate(jaxpr, (), [operands[x] for x in piece.inputs])
-    return [y for y, active in zip(outputs, is_active, strict=True) if active], outputs
 
-  _, vjp, outputs = jax.vjp(fn, [loss.primal(values[x]) for x in given], has_aux=True)
+def _pull(
+  fn: _Function,
+  primals: dict[Any, Any],
+  operands: dict[Any, Any],
+  split: Collection[Any],
+  cotangents: list[Any],
+) -> dict[Any, Any]:
+  """Cotangents of what is differentiated, those of shared operands summed in float32."""
+  if not split:
+    return jax.vjp(lambda primals: fn(primals, operands), primals)[1](cotangents)[0]
+  shared = {k: x for k, x in primals.items() if k not in split}
 
-  def backward(cotangents: _Values, visit: _Visit, stacks: tuple[Leaves, Leaves]) -> Any:
-    del visit, stacks
-    (inputs,) = vjp([cotangents[x] for x in piece.outputs if x in loss.active])
-    return dict(zip(given, inputs, strict=True)), None
+  def turn(totals: Any, part: Any) -> tuple[Any, Any]:
+    own_primals, own, cotangents = part
+    call = lambda primals: fn(primals, operands | own)
+    (found,) = jax.vjp(call, shared | own_primals)[1](cotangents)
+    totals = {k: total + found[k].astype(total.dtype) for k, total in totals.items()}
+    return totals, pick(found, own_primals)
 
-  return outputs, backward
+  wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+  parts = {k: x for k, x in primals.items() if k in split}, pick(operands, split), cotangents
+  totals, found = jax.lax.scan(turn, {k: wide(x) for k, x in shared.items()}, parts)
+  return totals | found
+
+
+def _forward(
+  loss: _Loss, piece: _Piece, values: _Values, again: bool
+) -> tuple[list[Any], _Backward]:
+  """A piece's outputs, and its backward pass, which makes the piece `again` or keeps what it needs.
+
+  A piece that is made again has the weights of then, so that the old ones need not be kept.
+  """
+  inputs, outputs = dict(enumerate(piece.inputs)), piece.outputs
+  jaxpr = loss.jaxpr.replace(constvars=[], invars=piece.inputs, outvars=outputs, eqns=piece.eqns)
+  active = [i for i, x in inputs.items() if x in loss.active]
+  split = [i for i, x in inputs.items() if x in loss.split]
+  felt = [i for i, x in enumerate(outputs) if x in loss.active]
+
+  def fn(primals: dict[int, Any], operands: dict[int, Any]) -> list[Any]:
+    changed = {i: _with_primal(operands[i], x) for i, x in primals.items()}
+    return dense_view.evaluate(jaxpr, (), [(operands | changed)[i] for i in inputs])
+
+  def fn_felt(primals: dict[int, Any], operands: dict[int, Any]) -> list[Any]:
+    found = fn(primals, operands)
+    return [found[i] for i in felt]
+
+  def given(values: _Values) -> tuple[dict[int, Any], dict[int, Any]]:
+    operands = {i: values[x] for i, x in inputs.items()}
+    return {i: loss.primal(operands[i]) for i in active}, operands
+
+  def with_cotangents(found: dict[int, Any]) -> _Values:
+    return {inputs[i]: x for i, x in found.items()}
+
+  primals, operands = given(values)
+  if again:
+
+    def pull(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
+      primals, operands = given(loss.with_weights(values, weights, piece.inputs))
+      needed = [cotangents[outputs[i]] for i in felt]
+      return with_cotangents(_pull(fn_felt, primals, operands, split, needed)), None
+
+    return _call(fn, operands, split), pull
+
+  def split_outputs(primals: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+    found = fn(primals, operands)
+    return [found[i] for i in felt], found
+
+  _, vjp, made = jax.vjp(split_outputs, primals, has_aux=True)
+
+  def backward(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
+    return with_cotangents(vjp([cotangents[outputs[i]] for i in felt])[0]), None
+
+  return made, backward
 
 
 def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[Any], _Backward]:
@@ -218,96 +291,121 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
   Kept is what one layer hands to the next; all else is made again.
   """
   (eqn,) = piece.eqns
-  p, closed = eqn.params, eqn.params["jaxpr"]
+  p, closed, parts = eqn.params, eqn.params["jaxpr"], loss.parts
   first_carry, first_stack = p["num_consts"], p["num_consts"] + p["num_carry"]
   released = pick(loss.parameters, piece.released)
-  weights = {path: parameter.value for path, parameter in released.items()}
 
   # Operands by their place in the equation, those of released stacks apart.
-  place = {x: i for i, x in enumerate(eqn.invars) if not isinstance(x, core.Literal)}
+  variables = {i: x for i, x in enumerate(eqn.invars) if not isinstance(x, core.Literal)}
+  place = {x: i for i, x in variables.items()}
   places = {path: [place.get(x) for x in own.variables] for path, own in released.items()}
   taken = {i for own in places.values() for i in own}
+  number_of = {path: len(eqn.invars) + k for k, path in enumerate(released)}
+  others = [i for i in range(len(eqn.invars)) if i not in taken]
+  consts, carries, stacks = (
+    [i for i in others if i in range(*ends)]
+    for ends in ((0, first_carry), (first_carry, first_stack), (first_stack, len(eqn.invars)))
+  )
+  active = {i for i, x in variables.items() if x in loss.active}
+  is_split = any(x in loss.split for x in variables.values())
+  # In the loops, all that layers hand on is split where anything is.
+  split = {i for i, x in variables.items() if x in loss.split} | set(carries if is_split else ())
 
-  def operand(i: int, x: Any) -> Any:
-    value = x.val if isinstance(x, core.Literal) else values[x]
+  def operand(i: int, values: _Values) -> Any:
+    """What the loops take: layers first, then micro-batches."""
+    x = eqn.invars[i]
+    value = jnp.asarray(x.val) if isinstance(x, core.Literal) else values[x]
     keeps_codes = i < first_carry or (i >= first_stack and dense_view.is_stack(value))
-    return value.dequantize() if is_quantized(value) and not keeps_codes else value
+    if is_quantized(value) and not keeps_codes:
+      value = value.dequantize()
+    if i in split and x not in loss.split:
+      return jnp.broadcast_to(value, (parts, *value.shape))
+    return jnp.moveaxis(value, 0, 1) if i in split and i >= first_stack else value
 
-  given = {i: operand(i, x) for i, x in enumerate(eqn.invars) if i not in taken}
-  consts, carry, xs = (
-    {i: x for i, x in given.items() if i in places}
-    for places in (
-      range(first_carry), range(first_carry, first_stack), range(first_stack, len(eqn.invars))
-    )
-  )  # fmt: skip
-  new_sinks = lambda weights: {path: loss.primal(leaf) for path, leaf in weights.items()}
+  def of_operand(i: int, x: jax.Array) -> jax.Array:
+    """The cotangent of the equation's operand from that of the loops' operand."""
+    if i in split and variables[i] not in loss.split:
+      return jnp.sum(x, 0)
+    return jnp.moveaxis(x, 0, 1) if i in split and i >= first_stack else x
 
-  def body(operands: dict[int, Any], weights: Leaves, sinks: Leaves) -> list[Any]:
-    """One layer."""
-    operands = dict(operands)
+  n_carry = len(carries)
+  floats = [i for i, x in enumerate(eqn.outvars) if _is_float(x.aval)]
+
+  def layer(primals: dict[Any, Any], operands: dict[Any, Any]) -> list[Any]:
+    """The body of the scan; released stacks have numbers behind its own operands."""
+    values = operands | {i: _with_primal(operands[i], x) for i, x in primals.items()}
     for path, own in released.items():
-      arrays = own.operands(weights[path], sinks[path])
-      operands |= {i: x for i, x in zip(places[path], arrays, strict=True) if i is not None}
-    ordered = [operands[i] for i in range(len(eqn.invars))]
+      weight = values[number_of[path]]
+      sink = loss.primal(weight) if weight.sink is None else weight.sink
+      arrays = own.operands(dataclasses.replace(weight, sink=None), sink)
+      values |= {i: x for i, x in zip(places[path], arrays, strict=True) if i is not None}
+    ordered = [values[i] for i in range(len(eqn.invars))]
     return dense_view.evaluate(closed.jaxpr, closed.consts, ordered)
 
-  def turn(carry: dict[int, Any], x: Any) -> tuple[Any, Any]:
-    xs, weights = x
-    outputs = body(consts | carry | xs, weights, new_sinks(weights))
-    new_carry = dict(zip(carry, outputs, strict=False))
-    return new_carry, (carry, outputs[len(carry) :])
+  def layer_felt(primals: dict[Any, Any], operands: dict[Any, Any]) -> list[Any]:
+    found = layer(primals, operands)
+    return [found[i] for i in floats]
 
+  def turn(carry: list[Any], x: Any) -> tuple[list[Any], Any]:
+    rows, own_weights = x
+    operands = shared | dict(zip(carries, carry, strict=True)) | rows | own_weights
+    found = _call(layer, operands, split)
+    return found[:n_carry], (carry, found[n_carry:])
+
+  shared = {i: operand(i, values) for i in consts}
+  rows = {i: operand(i, values) for i in stacks}
+  weights = {number_of[path]: own.value for path, own in released.items()}
+  start = [operand(i, values) for i in carries]
   how = {"length": p["length"], "reverse": p["reverse"]}
-  last, (kept, ys) = jax.lax.scan(turn, carry, (xs, weights), **how)
-  made = dict(zip(eqn.outvars, [*last.values(), *ys], strict=True))
+  last, (kept, ys) = jax.lax.scan(turn, start, (rows, weights), **how)
+  ys = [jnp.moveaxis(y, 1, 0) if is_split else y for y in ys]
+  made = dict(zip(eqn.outvars, [*last, *ys], strict=True))
 
-  outvars = [x for x in eqn.outvars if _is_float(x.aval)]
-  is_active = lambda i: eqn.invars[i] in loss.active if i in place.values() else False
-  differentiated = [i for i in (*consts, *xs) if is_active(i)]
-  differentiated += [i for i, x in carry.items() if _is_float(x)]
-
-  def backward(cotangents: _Values, visit: _Visit, stacks: tuple[Leaves, Leaves]) -> Any:
-    of_outputs = [cotangents[x] if x in cotangents else jnp.zeros_like(made[x]) for x in outvars]
-    n_carry = sum(map(_is_float, carry.values()))
+  def backward(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
+    now = loss.with_weights(values, weights, [variables[i] for i in others if i in variables])
+    shared = {i: operand(i, now) for i in consts}
+    rows = {i: operand(i, now) for i in stacks}
+    old = {path: own.value for path, own in released.items()}
+    outs = [eqn.outvars[i] for i in floats]
+    given = [cotangents[x] if x in cotangents else jnp.zeros_like(made[x]) for x in outs]
+    n_felt = sum(i < n_carry for i in floats)
+    of_ys = [jnp.moveaxis(x, 0, 1) if is_split else x for x in given[n_felt:]]
+    felt = [carries[i] for i in floats if i < n_carry]
 
     def turn(state: Any, x: Any) -> tuple[Any, Any]:
-      of_carry, of_consts, stacks = state
-      i, (carry, xs), of_ys = x
-      at = lambda stack: jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-      own_weights, own_states = jax.tree.map(at, (weights | stacks[0], stacks[1]))
-      operands = consts | carry | xs
+      of_carry, of_shared, changing = state
+      number, carry, rows, of_ys = x
+      at = lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
+      own_weights, own_states = jax.tree.map(at, (old | changing[0], changing[1]))
+      operands = shared | dict(zip(carries, carry, strict=True)) | rows
+      operands |= {number_of[path]: x for path, x in own_weights.items()}
+      differentiated = [i for i in (*consts, *stacks) if i in active] + felt
+      differentiated += number_of.values()
+      primals = {k: loss.primal(operands[k]) for k in differentiated}
+      found = _pull(layer_felt, primals, operands, split, [*of_carry, *of_ys])
+      grads = {path: found[i] for path, i in number_of.items()}
+      seen = visit(grads, own_weights, own_states, number)
+      write = lambda stack, x: write_layer(stack, x, number)
+      changing = jax.tree.map(write, changing, (seen.weights, seen.states))
+      of_shared = {i: x + found[i].astype(x.dtype) for i, x in of_shared.items()}
+      of_rows = {i: found[i] for i in stacks if i in active}
+      rest = seen._replace(weights={}, states={})
+      return ([found[i] for i in felt], of_shared, changing), (of_rows, rest)
 
-      def fn(primals: dict[int, Any], sinks: Leaves) -> list[Any]:
-        changed = {i: _with_primal(operands[i], x) for i, x in primals.items()}
-        outputs = body(operands | changed, own_weights, sinks)
-        return [y for y, x in zip(outputs, eqn.outvars, strict=True) if _is_float(x.aval)]
-
-      primals = {i: loss.primal(operands[i]) for i in differentiated}
-      _, vjp = jax.vjp(fn, primals, new_sinks(own_weights))
-      of_operands, grads = vjp([*of_carry, *of_ys])
-      seen = visit(grads, own_weights, own_states, i)
-      new = seen.weights, seen.states
-      stacks = jax.tree.map(lambda stack, x: write_layer(stack, x, i), stacks, new)
-      of_consts = {k: x + of_operands[k] for k, x in of_consts.items()}
-      of_carry = [of_operands[k] for k in carry if k in of_operands]
-      of_xs = {k: of_operands[k] for k in xs if k in of_operands}
-      return (of_carry, of_consts, stacks), (of_xs, seen._replace(weights={}, states={}))
-
-    zeros = {i: jnp.zeros_like(loss.primal(x)) for i, x in consts.items() if is_active(i)}
-    (of_carry, of_consts, stacks), (of_xs, seen) = jax.lax.scan(
+    zeros = {i: jnp.zeros_like(loss.primal(shared[i])) for i in consts if i in active}
+    own = [path for path in released if path in weights]
+    (of_carry, of_shared, changed), (of_rows, seen) = jax.lax.scan(
       turn,
-      (of_outputs[:n_carry], zeros, stacks),
-      (jnp.arange(p["length"]), (kept, xs), of_outputs[n_carry:]),
+      (given[:n_felt], zeros, (pick(weights, own), states)),
+      (jnp.arange(p["length"]), kept, rows, of_ys),
       length=p["length"],
       reverse=not p["reverse"],
     )
-    floats = [i for i, x in carry.items() if _is_float(x)]
-    by_place = of_consts | dict(zip(floats, of_carry, strict=True)) | of_xs
     inputs: _Values = {}
-    for i, x in by_place.items():
-      if is_active(i):
-        _add(inputs, eqn.invars[i], x)
-    return inputs, seen._replace(weights=stacks[0], states=stacks[1])
+    for i, x in (of_shared | dict(zip(felt, of_carry, strict=True)) | of_rows).items():
+      if i in active:
+        _add(inputs, variables[i], of_operand(i, x))
+    return inputs, seen._replace(weights=changed[0], states=changed[1])
 
   return [made[x] for x in piece.outputs], backward
 
@@ -322,20 +420,22 @@ class _Tape(NamedTuple):
   loss: _Loss
   outputs: list[Any]
   backwards: list[_Backward]
-  zeros: Callable[[Any], jax.Array]  # The cotangent of a variable that the value does not feel.
+  shapes: _Values  # Of cotangents.
 
 
-def _compute(loss: _Loss) -> _Tape:
-  """The forward pass."""
+def _compute(loss: _Loss, again: bool) -> _Tape:
+  """The forward pass; `again` as in `_forward`."""
   values, backwards = dict(loss.values), []
   for piece in loss.pieces:
-    forward = _forward_of_scan if piece.released else _forward
-    outputs, backward = forward(loss, piece, values)
+    if piece.released:
+      outputs, backward = _forward_of_scan(loss, piece, values)
+    else:
+      outputs, backward = _forward(loss, piece, values, again)
     values |= zip(piece.outputs, outputs, strict=True)
     backwards.append(backward)
   read = lambda x: x.val if isinstance(x, core.Literal) else values[x]
   outputs = [x.dequantize() if is_quantized(x) else x for x in map(read, loss.jaxpr.outvars)]
-  return _Tape(loss, outputs, backwards, lambda x: jnp.zeros_like(loss.primal(values[x])))
+  return _Tape(loss, outputs, backwards, values)
 
 
 def _backward(
@@ -347,19 +447,17 @@ def _backward(
     tape: of the forward pass.
     cotangent: of the loss.
     visit: of gradients that are complete.
-    weights: by path, if the visit changes them, or none.
+    weights: by path.
     states: by path of a parameter, its leaves of the optimizer's state.
 
   Returns:
-    What the visits made, and how many skipped their parameters, int32.
+    What the visits made, and how many of them skipped their parameters, int32.
   """
   loss, variable = tape.loss, tape.loss.jaxpr.outvars[0]
   cotangents: _Values = {variable: cotangent} if variable in loss.active else {}
   all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {})
-
-  def own(paths: Sequence[str]) -> tuple[Leaves, Leaves]:
-    paths = [path for path in paths if path in weights]
-    return pick(weights, paths), {k: x for path in paths for k, x in states[path].items()}
+  zeros = lambda x: jnp.zeros_like(loss.primal(tape.shapes[x]))
+  own = lambda paths: {k: x for path in paths for k, x in states[path].items()}
 
   def joined(seen: _Seen) -> _Seen:
     return _Seen(
@@ -373,18 +471,17 @@ def _backward(
   for piece, backward, paths in reversed(pieces):
     given = {x: cotangents.pop(x) for x in piece.outputs if x in cotangents}
     if given or piece.released:
-      missing = [x for x in piece.outputs if x in loss.active and x not in given]
-      inputs, seen = backward(
-        given | {x: tape.zeros(x) for x in missing}, visit, own(piece.released)
-      )
+      felt = [x for x in piece.outputs if x in loss.active]
+      given = {x: given[x].astype(x.aval.dtype) if x in given else zeros(x) for x in felt}
+      inputs, seen = backward(given, weights, own(piece.released), visit)
       for x, cotangent in inputs.items():
         _add(cotangents, x, cotangent)
       all_seen = joined(seen) if seen else all_seen
     if paths:
       variables = {path: loss.parameters[path].variables[-1] for path in paths}
       grads = {path: cotangents.pop(x, None) for path, x in variables.items()}
-      grads |= {path: tape.zeros(variables[path]) for path, g in grads.items() if g is None}
-      seen = visit(grads, *own(paths), None)
+      grads |= {path: zeros(variables[path]) for path, g in grads.items() if g is None}
+      seen = visit(grads, pick(weights, paths), own(paths), None)
       # The gradients are of no more use before anything goes on.
       rest, seen = jax.lax.optimization_barrier((list(cotangents.values()), seen))
       cotangents, all_seen = dict(zip(cotangents, rest, strict=True)), joined(seen)
@@ -454,9 +551,17 @@ def _clipped(scale: jax.Array, norm: jax.Array, max_norm: float | None) -> jax.A
 
 
 def _trace(
-  fn: Callable[[Any], Any], params: Any, dense: bool, sink_dtype: Any
+  fn: Callable[..., Any], params: Any, args: Any, dense: bool, sink_dtype: Any
 ) -> tuple[core.ClosedJaxpr, Any]:
-  """The program of a loss, and the tree of its outputs."""
+  """The program of a loss, and the tree of its outputs.
+
+  Args:
+    fn: of parameters and of further arguments by number.
+    params: packed and float.
+    args: arrays by number, or their shapes.
+    dense: whether the loss takes dense views.
+    sink_dtype: of packed parameters' gradients.
+  """
 
   def view(x: Any) -> Any:
     if not is_quantized(x):
@@ -466,13 +571,31 @@ def _trace(
 
   views = jax.tree.map(view, params, is_leaf=is_quantized)
   try:
-    closed, out_tree = dense_view.trace(fn, jax.eval_shape(lambda x: x, views))
+    closed, out_tree = dense_view.trace(
+      lambda operands: fn(*operands), jax.eval_shape(lambda x: x, (views, args))
+    )
   except dense_view.NEEDS_VALUES as error:
     raise ValueError(
-      "the loss needs the values of parameters, as a Python `if` on one does, but gradient release"
-      f" has to trace it: use eco.value_and_grad and the optimizer's update ({error})"
+      "the loss needs the values of its arguments, as a Python `if` on one does, but gradient"
+      f" release has to trace it: use eco.value_and_grad and the optimizer's update ({error})"
     ) from error
   return dense_view.inline(closed), out_tree
+
+
+def _arrays(args: Any, parts: int | None) -> dict[int, Any]:
+  """Arrays among the leaves of arguments, by number, where these have a first axis of parts."""
+  if parts is None:
+    return {}
+  is_array = lambda x: isinstance(x, (jax.Array, np.ndarray))
+  arrays = {i: x for i, x in enumerate(jax.tree.leaves(args)) if is_array(x)}
+  if not arrays or any(x.ndim == 0 or x.shape[0] != parts for x in arrays.values()):
+    shapes = [x.shape for x in arrays.values()]
+    raise ValueError(
+      f"accumulation={parts} takes arguments whose arrays all have a first axis of {parts}"
+      f" micro-batches, got shapes {shapes}: reshape them, and close the loss over what all"
+      " micro-batches share"
+    )
+  return arrays
 
 
 def value_and_step(
@@ -484,6 +607,7 @@ def value_and_step(
   *,
   clip: Literal["exact", "layer"] = "exact",
   max_norm: float | None = None,
+  accumulation: int | None = None,
   shardings: Any = None,
 ) -> Callable[..., Any]:
   """A training step that never holds more than one layer's gradient.
@@ -512,6 +636,10 @@ def value_and_step(
       stepped together, by their own norm. To clip by the norm of the step before, which costs
       nothing, pass `gradient_scale=jnp.minimum(1, max_norm / report.norm)`.
     max_norm: None does not clip.
+    accumulation: a number of micro-batches, along a first axis of all arrays among the further
+      arguments of the step. The value is the mean over them, `aux` has their axis. They are the
+      inner loop: what layers hand on is kept for all, and the gradient of one layer is summed over
+      them in float32 and stepped. None is for one batch without such an axis.
     shardings: a tree of the parameters' NamedShardings on a mesh. Gradients are summed into the
       parts that devices own, and each device does the step of its own part.
 
@@ -578,26 +706,40 @@ def value_and_step(
       own = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
       return jax.lax.with_sharding_constraint(grad, own)
 
-    closed, out_tree = _trace(lambda params: fn(params, *args, **kwargs), params, dense, sink_dtype)
+    arrays = _arrays((args, kwargs), accumulation)
+    arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
+
+    def call(params: Any, arrays: dict[int, Any]) -> Any:
+      filled = [arrays.get(i, x) for i, x in enumerate(arg_leaves)]
+      own_args, own_kwargs = jax.tree.unflatten(args_treedef, filled)
+      return fn(params, *own_args, **own_kwargs)
+
+    one = {i: jax.eval_shape(lambda x: x[0], x) for i, x in arrays.items()}
+    closed, out_tree = _trace(call, params, one, dense, sink_dtype)
     out = closed.out_avals[0]
     if out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
       raise ValueError(f"the loss must be one real number, got {out}: sum it, or set has_aux")
-    loss = _cut(closed, weights, dense, sink_dtype, is_stack)
-    tape = _compute(loss)
-    value = tape.outputs[0]
-    scale = _scale(1.0 if gradient_scale is None else gradient_scale, value)
+    is_exact = max_norm is not None and clip == "exact"
+    loss = _cut(closed, weights, dense, sink_dtype, is_stack, list(arrays.values()))
+    tape = _compute(loss, again=is_exact or accumulation is not None)
+    outputs = list(tape.outputs)
+    cotangent = jnp.ones_like(outputs[0])
+    if loss.jaxpr.outvars[0] in loss.split:
+      cotangent = cotangent / np.asarray(accumulation, cotangent.dtype)
+      outputs[0] = jnp.mean(outputs[0])
+    scale = _scale(1.0 if gradient_scale is None else gradient_scale, outputs[0])
 
     def seen(grads: Leaves, layer: Any) -> tuple[Leaves, dict[str, jax.Array]]:
       """Gradients as the optimizer gets them, and their squared norms."""
-      cast = lambda path, g: g.astype(gradient_dtype) if is_quantized(weights[path]) else g
+      # Sums over micro-batches stay in float32.
+      is_cast = lambda path: is_quantized(weights[path]) and accumulation is None
+      cast = lambda path, g: g.astype(gradient_dtype) if is_cast(path) else g
       grads = {path: placed(path, cast(path, g), layer) for path, g in grads.items()}
       return grads, {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in grads.items()}
 
-    def look(grads: Leaves, weights: Leaves, states: Leaves, layer: Any) -> _Seen:
-      del weights, states
-      return _Seen(seen(grads, layer)[1], jnp.zeros([], bool), {}, {})
-
-    def take(grads: Leaves, weights: Leaves, states: Leaves, layer: Any) -> _Seen:
+    def visit(
+      scale: jax.Array, grads: Leaves, weights: Leaves, states: Leaves, layer: Any
+    ) -> _Seen:
       grads, squares = seen(grads, layer)
       total = jnp.sum(jnp.stack(list(squares.values())))
       own = _clipped(scale, jnp.sqrt(total), max_norm if clip == "layer" else None)
@@ -608,13 +750,31 @@ def value_and_step(
       return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states))
 
     norm = lambda squares: jnp.sqrt(sum(map(jnp.sum, squares.values())))
-    cotangent = jnp.ones_like(value)
-    if max_norm is not None and clip == "exact":
-      whole = norm(_backward(tape, cotangent, look, {}, {}).squares)
-      scale = _scale(_clipped(scale, whole, max_norm), whole)
-      # The second pass is not to find the first one's gradients and keep them.
-      cotangent, scale = jax.lax.optimization_barrier((cotangent, scale))
-    done = _backward(tape, cotangent, take, weights, own_states)
+    released = {path for piece in loss.pieces for path in piece.released}
+    used = pick(weights, released.union(*loss.complete))
+
+    def one_pass(scale: jax.Array, weights: Leaves, states: dict[str, Leaves]) -> _Seen:
+      return _backward(tape, cotangent, functools.partial(visit, scale), weights, states)
+
+    if not is_exact:
+      done = one_pass(scale, used, pick(own_states, used))
+    else:
+      # Two turns of one loop, so that no array of one pass is found in the other and kept. The
+      # first finds the norm: a scale of NaN steps nothing, bit for bit.
+      def turn(i: jax.Array, before: tuple[_Seen, jax.Array]) -> tuple[_Seen, jax.Array]:
+        seen, own_scale = before
+        states = {path: pick(seen.states, owned[path]) for path in used}
+        seen = one_pass(own_scale, seen.weights, states)
+        whole = norm(seen.squares)
+        return seen, _scale(_clipped(scale, whole, max_norm), whole)
+
+      squares = {
+        path: jnp.zeros((weights[path].shape[0],) if path in released else ()) for path in used
+      }
+      states = {k: x for path in used for k, x in own_states[path].items()}
+      first = _Seen(squares, jnp.zeros([], jnp.int32), used, states)
+      nan = jnp.full([], np.nan, jnp.float32)
+      done, scale = jax.lax.fori_loop(0, 2, turn, (first, nan))
 
     # What the loss does not use, and what all parameters share, such as the count of steps.
     unused = pick(weights, [path for path in weights if path not in done.squares])
@@ -627,7 +787,7 @@ def value_and_step(
     new_weights, new_states = done.weights | new_weights, done.states | new_states
     squares = {path: done.squares.get(path, jnp.zeros([], jnp.float32)) for path in weights}
     return (
-      jax.tree.unflatten(out_tree, tape.outputs),
+      jax.tree.unflatten(out_tree, outputs),
       jax.tree.unflatten(treedef, [new_weights[path] for path in weights]),
       jax.tree.unflatten(state_treedef, [new_states[path] for path in states]),
       Report(norm(squares), done.skipped, {path: jnp.sqrt(x) for path, x in squares.items()}),

@@ -83,8 +83,8 @@ def defaults() -> config_dict.ConfigDict:
     "eps": 1e-9,
     "weight_decay": 0.1,
     "max_norm": 1.0,  # Of the gradient, which is clipped to it.
-    # By whose norm: "exact" is the whole gradient's, for which `release` makes a backward pass more;
-    # with `release` also "layer", each layer's own.
+    # By whose norm: "exact" is the whole gradient's, for which `release` goes backwards twice; with
+    # `release` also "layer", each layer's own.
     "clip": "exact",
   }
 
