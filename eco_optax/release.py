@@ -162,7 +162,9 @@ def _cut(
     if is_split := any(x in split for x in operands):
       split |= set(eqn.outvars)
     used = [gradients[x] for x in operands if x in gradients]
-    if not groups or own or set(used) - set(first) or groups[-1][1:] != ([], is_split):
+    # Vectors are too small to be worth a cut, which keeps what goes over it.
+    begins = any(path not in first and params[path].ndim > 1 for path in used)
+    if not groups or own or begins or groups[-1][1:] != ([], is_split):
       groups.append(([], own, is_split))
     groups[-1][0].append(eqn)
     first |= {path: len(groups) - 1 for path in used if path not in first}
@@ -376,15 +378,17 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
       of_carry, of_shared, changing = state
       number, carry, rows, of_ys = x
       at = lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
-      own_weights, own_states = jax.tree.map(at, (old | changing[0], changing[1]))
+      own_weights = jax.tree.map(at, old | changing[0])
       operands = shared | dict(zip(carries, carry, strict=True)) | rows
       operands |= {number_of[path]: x for path, x in own_weights.items()}
       differentiated = [i for i in (*consts, *stacks) if i in active] + felt
       differentiated += number_of.values()
       primals = {k: loss.primal(operands[k]) for k in differentiated}
       found = _pull(layer_felt, primals, operands, split, [*of_carry, *of_ys])
+      # The state of the layer is not read before its gradient is there.
+      found, number = jax.lax.optimization_barrier((found, number))
       grads = {path: found[i] for path, i in number_of.items()}
-      seen = visit(grads, own_weights, own_states, number)
+      seen = visit(grads, own_weights, jax.tree.map(at, changing[1]), number)
       write = lambda stack, x: write_layer(stack, x, number)
       changing = jax.tree.map(write, changing, (seen.weights, seen.states))
       of_shared = {i: x + found[i].astype(x.dtype) for i, x in of_shared.items()}
@@ -771,8 +775,8 @@ def value_and_step(
       squares = {
         path: jnp.zeros((weights[path].shape[0],) if path in released else ()) for path in used
       }
-      states = {k: x for path in used for k, x in own_states[path].items()}
-      first = _Seen(squares, jnp.zeros([], jnp.int32), used, states)
+      old_states = {k: x for path in used for k, x in own_states[path].items()}
+      first = _Seen(squares, jnp.zeros([], jnp.int32), used, old_states)
       nan = jnp.full([], np.nan, jnp.float32)
       done, scale = jax.lax.fori_loop(0, 2, turn, (first, nan))
 
