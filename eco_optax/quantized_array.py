@@ -476,7 +476,8 @@ def quantize_array(
   x = x.astype(jnp.float32)
   unit = unit_of(x, format)
   y, scale, _ = scaled(x, format, groups_of(format, x.shape), rounding, unit=unit)
-  qvalue, odd = pack(rounding_lib.code_bits(y, format.dtype, bits), format)
+  code = rounding_lib.code_bits(y, format.dtype, bits, format.power_of_two)
+  qvalue, odd = pack(code, format)
   return QuantizedArray(qvalue, scale.astype(format.scale_dtype), format, unit, odd=odd)
 
 

@@ -77,13 +77,16 @@ def round_to_integers(y: jax.Array, largest: int, bits: jax.Array) -> jax.Array:
   return jnp.where(y < 0, -count, count)
 
 
-def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> jax.Array:
+def code_bits(
+  y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None, exact: bool = False
+) -> jax.Array:
   """`round_to_codes` before the codes are given their dtype.
 
   Args:
     y: as in `round_to_codes`.
     dtype: as in `round_to_codes`.
     bits: as in `round_to_codes`.
+    exact: whether y is a quotient by a power of two.
 
   Returns:
     int32: the bit patterns of floating-point codes, and integer codes themselves.
@@ -91,7 +94,7 @@ def code_bits(y: jax.Array, dtype: np.dtype, bits: jax.Array | None = None) -> j
   mantissa, minimum = formats.grid(dtype)
   largest = formats.grid_max(dtype)
   magnitude = jnp.abs(y)
-  if bits is not None:
+  if bits is not None and not exact:
     # y is a quotient, so a point of the grid arrives up to three float32 ulps beside it, and a
     # dither would then move it once in a million draws. Keep 21 of the 24 significant bits.
     raw = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
@@ -225,12 +228,15 @@ def stochastic_cast(x: jax.Array, dtype: np.dtype, bits: jax.Array) -> jax.Array
   return jnp.where(jnp.isfinite(x), dithered, x).astype(dtype)
 
 
+_FIRST, _SECOND = _UINT32(0x7FEB352D), _UINT32(0x846CA68B)
+
+
 def _mix(x: jax.Array) -> jax.Array:
   """A bijection of uint32 that flips each output bit with probability 1/2 (multiply-xorshift)."""
   x = x ^ (x >> _UINT32(16))
-  x = x * _UINT32(0x7FEB352D)
+  x = x * _FIRST
   x = x ^ (x >> _UINT32(15))
-  x = x * _UINT32(0x846CA68B)
+  x = x * _SECOND
   return x ^ (x >> _UINT32(16))
 
 
@@ -257,21 +263,38 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
   return jnp.stack([first, second])
 
 
+def mixed(element: jax.Array, offset: jax.Array | None = None) -> jax.Array:
+  """Indices of elements as `element_bits` mixes them first: once for all streams of bits.
+
+  Args:
+    element: uint32 indices in their matrix, row after row.
+    offset: uint32 below the lowest bit that is not zero in any `element`, to be added to them: for
+      elements side by side of which the first is told.
+
+  Returns:
+    uint32 of element's shape, or of offset's.
+  """
+  x = element ^ (element >> _UINT32(16))
+  x = (x if offset is None else x ^ offset) * _FIRST
+  return (x ^ (x >> _UINT32(15))) * _SECOND
+
+
 def element_bits(key: Any, element: jax.Array, matrix: jax.Array | None = None) -> jax.Array:
   """Random bits of elements told by their index.
 
+  The key enters between two mixings. The leading bits, which rounding uses, are mixed best.
+
   Args:
     key: two uint32, see `stream_key`.
-    element: uint32 indices in their matrix, row after row.
+    element: `mixed` indices of the elements.
     matrix: uint32 numbers of their matrices in the stack, or None where there is no stack.
 
   Returns:
     uint32 of element's shape.
   """
-  word = _mix(element ^ key[0]) + key[1]
-  if matrix is not None:
-    word = word + _mix(matrix + key[1])
-  return _mix(word)
+  added = key[1] if matrix is None else key[1] + _mix(matrix + key[1])
+  x = (element ^ key[0]) * _FIRST + added
+  return (x ^ (x >> _UINT32(15))) * _SECOND
 
 
 def counter_bits(
@@ -312,4 +335,4 @@ def counter_bits(
     matrices = math.prod(shape[:lead])
     first = jnp.asarray(layer).astype(jnp.uint32) * _UINT32(matrices & 0xFFFFFFFF)
     matrix = linear_index(range(lead)) + first
-  return element_bits(key, linear_index(range(lead, len(shape))), matrix)
+  return element_bits(key, mixed(linear_index(range(lead, len(shape)))), matrix)

@@ -444,13 +444,17 @@ def _variants(
 
 _ROWS: tuple[dict[str, Any], ...] = (
   {},
-  {"row": 1024},
-  {"row": 1024, "elements": 16},
+  {"chunk": 8192},
+  {"elements": 8},
   {"row": 2048, "chunk": 2048},
-  {"row": 512, "chunk": 512},
+)
+_LOW_ROWS: tuple[dict[str, Any], ...] = (
+  {},
+  {"per": 16},
+  {"chunk": 8192},
+  {"per": 16, "chunk": 8192},
   {"elements": 8},
 )
-_LOW_ROWS: tuple[dict[str, Any], ...] = ({}, {"row": 1024}, {"elements": 8}, {"per": 4})
 _COLUMNS: tuple[dict[str, Any], ...] = (
   {},
   {"chunk": 2048, "elements": 16},
@@ -546,7 +550,7 @@ def arithmetic(size: int) -> Rows:
         *given, out = (ref for ref in refs)
         x = given[0][...]
         drawn = given[1][...] if len(given) > 1 else None
-        out[...] = gpu_math.code_bits(target, x, x, dtype, drawn).astype(jnp.uint8)
+        out[...] = gpu_math.code_bits(target, x, dtype, drawn).astype(jnp.uint8)
 
       found = call(kernel, jnp.uint8, *args)
       wanted = (rounding.code_bits(values, dtype, bits) & 255).astype(jnp.uint8)
@@ -558,8 +562,7 @@ def arithmetic(size: int) -> Rows:
   x = y * spread
 
   def divide(x_ref: Any, s_ref: Any, out: Any) -> None:
-    by = gpu_math.divisor(target, s_ref[...], False)
-    out[...] = gpu_math.over(target, x_ref[...], by)
+    out[...] = gpu_math.over(target, x_ref[...], s_ref[...], False)
 
   found = np.asarray(call(divide, jnp.float32, x, spread))
   quotients: Any = np.asarray(x) / np.asarray(spread)  # By the host.
@@ -568,14 +571,15 @@ def arithmetic(size: int) -> Rows:
 
   root = jnp.abs(y)
 
-  def roots(y_ref: Any, out: Any) -> None:
+  def roots(y_ref: Any, bits_ref: Any, out: Any) -> None:
     y = y_ref[...]
-    out[...] = gpu_math.root_on_grid(target, y, y * y, dtype)
+    codes = gpu_math.root_codes(target, y, y * y, dtype, bits_ref[...])
+    out[...] = codes.astype(jnp.uint8)
 
-  found = call(roots, jnp.float32, root)
-  wanted = jax.jit(lambda y: stored_moments.root_on_grid(y, y * y, dtype))(root)
-  gap = float(jnp.max(jnp.abs(found - wanted) / wanted))
-  yield "roots on the grid", {"equal": same(found, wanted), "largest_relative": gap}
+  found = call(roots, jnp.uint8, root, dither)
+  wanted = jax.jit(lambda y: stored_moments.root_codes(y, y * y, dtype, dither))(root)
+  equal = same(found, wanted.astype(jnp.uint8))
+  yield "codes of roots", {"equal": equal, "of": math.prod(shape)}
 
 
 def check(size: int) -> Rows:
@@ -594,6 +598,8 @@ def check(size: int) -> Rows:
   from eco_optax.optimizers.adamw import ADAMW
   from eco_optax.transforms import stored_moments
 
+  # As the harness has it, which skips steps whose gradients are not finite.
+  step = ADAMW._replace(skips=True)
   formats, kinds = _formats(), ("first", "second")
   real = size >= 2**26
   cases = [
@@ -632,16 +638,16 @@ def check(size: int) -> Rows:
     label = f"{name} {' × '.join(map(str, shape))}, {moments} moments"
     try:
       leaf = jax.jit(make)(jax.random.key(k))
-      planned = gpu.plan(ADAMW, "stochastic", leaf, _target())
+      planned = gpu.plan(step, "stochastic", leaf, _target())
       if planned is None:
         yield label, {"error": "no kernel"}
         continue
-      found = jax.jit(functools.partial(gpu.by_tiles, ADAMW, "stochastic", target=_target()))(
+      found = jax.jit(functools.partial(gpu.by_tiles, step, "stochastic", target=_target()))(
         leaf=leaf
       )
-      wanted = jax.jit(functools.partial(definition, ADAMW, "stochastic"))(leaf)
+      wanted = jax.jit(functools.partial(definition, step, "stochastic"))(leaf)
       figures = _difference(found, wanted) | {"schedule": planned.schedule}
-      again = jax.jit(functools.partial(gpu.by_tiles, ADAMW, "stochastic", target=_target()))(
+      again = jax.jit(functools.partial(gpu.by_tiles, step, "stochastic", target=_target()))(
         leaf=leaf
       )
       differ = (x["bytes_that_differ"] for x in _difference(found, again)["arrays"])
@@ -751,11 +757,13 @@ def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Ca
   return rows
 
 
+# One GPU has the memory to keep what the backward pass needs.
 _METHODS: dict[str, dict[str, Any]] = {
-  "BF16": {"method": "bf16_mw"},
-  "ECO + SR": {"method": "eco_sr"},
+  "BF16": {"method": "bf16_mw", "model.remat": "none"},
+  "ECO + SR": {"method": "eco_sr", "model.remat": "none"},
   "ECO + SR, FP8 moments": {
     "method": "eco_sr",
+    "model.remat": "none",
     "moments.mu": "float8_e4m3fn",
     "moments.nu": "float8_e4m3fn",
   },

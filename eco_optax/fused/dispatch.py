@@ -59,9 +59,9 @@ _take_step_p.multiple_results = True
 
 
 def on_one_device(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
-  """The step of a leaf, or of a device's part of it."""
+  """The step of a leaf, or of a device's part of it: one program for all leaves that are alike."""
   flat, treedef = jax.tree.flatten(leaf)
-  results = _take_step_p.bind(*flat, step=step, rounding=rounding, treedef=treedef)
+  results = _compiled(step=step, rounding=rounding, treedef=treedef)(*flat)
   return jax.tree.unflatten(jax.tree.structure(leaf.results), results)
 
 

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from eco_optax import rounding as rounding_lib
 from eco_optax.formats import Format
 from eco_optax.fused import gpu_math
 from eco_optax.fused import leaf as leaf_lib
@@ -56,8 +58,10 @@ class Tuning(NamedTuple):
 
 TUNED = Tuning()
 # Elements of a thread and of a tile. What waits for a scale fills the registers with values; what
-# reads twice does better with more threads.
+# reads twice does better with more threads, and so do rows that move many bytes. Rows of few bytes
+# take that many instructions that two at a time, in 512 threads, are worth fewer registers.
 _IN_REGISTERS, _READ_TWICE = (16, 2048), (8, 1024)
+_WIDE_ROWS, _NARROW_ROWS = (8, 2048), (16, 8192)
 
 
 class _Groups(NamedTuple):
@@ -199,6 +203,7 @@ def plan(
   across = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
   if group == (1, 0):  # Rows.
     width, height = _power(columns), high
+    best = _WIDE_ROWS if widest == 4 else _NARROW_ROWS
     if width > tuning.row or (width - columns) * 8 > columns:
       best = _READ_TWICE
       width = min(tuning.chunk or best[1], width)
@@ -240,11 +245,18 @@ def plan(
     return None
   warps = min(max(height * width // (32 * (tuning.elements or best[0])), 1), 32)
   groups = [_groups(own, height, width, per) for own in (group, *of_moments)]
+  step = step._replace(
+    propose=gpu_math.shorter(target, step.propose), inject=gpu_math.shorter(target, step.inject)
+  )
   step_plan = step_lib.plan_of(step, rounding, leaf, groups, gpu_math.arithmetic(target))
   return _Plan(
     step_plan, target, schedule, tuple(of_moments), stack, rows, columns, per, group, height, width,
     turns, along, leaf_lib.stream(leaf), warps,
   )  # fmt: skip
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
 class _Tile(NamedTuple):
@@ -260,7 +272,7 @@ class _Read(NamedTuple):
 
   scalars: Any  # The optimizer's, loaded once so that what depends on them is computed once.
   proposal: Proposal
-  weight: Codes  # The old codes and the scales for them.
+  elements: jax.Array  # As `bits` takes them.
 
 
 class _Program(NamedTuple):
@@ -315,25 +327,26 @@ class _Program(NamedTuple):
   def store(self, ref: Any, tile: _Tile, x: jax.Array) -> None:
     """Writes a tile's part."""
     part, mask = self._at(ref, tile)
-    if (skip := self.plan.step.step.skipped(self.step_scalars())) is not None:
-      # The arrays are changed in place: what is not written stays.
-      writes = jnp.broadcast_to(~skip, x.shape)
-      mask = writes if mask is None else jnp.broadcast_to(mask, x.shape) & writes
     pltriton.store(part, x, mask=mask)
 
-  def bits(self, k: int, tile: _Tile) -> jax.Array:
-    """Random bits of the weight, 0, or of a moment, from 1 on."""
+  def elements(self, tile: _Tile) -> jax.Array:
+    """A tile's elements as `bits` takes them."""
     p, integers = self.plan, self.integers
-    begin = 2 + p.place.numbers + 2 * k
-    unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
-    key = tuple(unsigned(integers[begin + i]) for i in (0, 1))
-    number = unsigned(integers[2 + tile.matrix]) if p.place.numbers else None
     shape = p.height, p.width // p.per, 1
     row = integers[0] + tile.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1) * np.int32(p.per)
     column = integers[1] + tile.column + column
-    first = unsigned(row * np.int32(p.place.columns) + column)
-    return gpu_math.element_bits(key, first, p.per, number)
+    # Rows of parts, and of wholes, are multiples of what lies side by side.
+    first = _unsigned(row * np.int32(p.place.columns) + column)
+    offset = jax.lax.broadcasted_iota(jnp.uint32, (*shape[:-1], p.per), 2)
+    return rounding_lib.mixed(first, offset)
+
+  def bits(self, k: int, tile: _Tile, elements: jax.Array) -> jax.Array:
+    """Random bits of the weight, 0, or of a moment, from 1 on."""
+    begin = 2 + self.plan.place.numbers + 2 * k
+    key = tuple(_unsigned(self.integers[begin + i]) for i in (0, 1))
+    number = _unsigned(self.integers[2 + tile.matrix]) if self.plan.place.numbers else None
+    return rounding_lib.element_bits(key, elements, number)
 
   def spread(self, scale: jax.Array, group: Group) -> jax.Array:
     """Scales as they are stored, with the axes of `_Groups.split`."""
@@ -364,23 +377,7 @@ class _Program(NamedTuple):
     weight = Codes(code, self.spread(self.load(self.scale, tile), p.group))
     scalars = self.step_scalars()
     proposal = step_lib.propose(p.step, scalars, gradient, weight, tuple(moments))
-    return _Read(scalars, proposal, weight)
-
-  def forget(self, read: _Read, known: jax.Array) -> _Read:
-    """The same with less of it in registers while a scale is being found.
-
-    Args:
-      read: before that.
-      known: int32 that is not negative, one number that only is there after it.
-
-    Returns:
-      What is to be written.
-    """
-    forget = functools.partial(gpu_math.forget, self.plan.target, known)
-    scalars, code = jax.tree.map(forget, read.scalars), forget(read.weight.code)
-    weight = read.weight._replace(code=code)
-    again = self.plan.step.weight.read(weight, self.plan.step.how)
-    return _Read(scalars, read.proposal._replace(weight=again), weight)
+    return _Read(scalars, proposal, self.elements(tile))
 
   def inside_proposal(self, read: _Read, tile: _Tile) -> jax.Array:
     """A tile's proposals; zeros beyond the matrix."""
@@ -392,7 +389,7 @@ class _Program(NamedTuple):
     return groups.largest_bits(self.inside_proposal(read, tile))
 
   def write(self, out: Any, tile: _Tile, read: _Read, largest: jax.Array, unit: Any) -> None:
-    """A tile's new codes, moments and scales.
+    """A tile's new codes, scales and momentum, after `write_others`.
 
     Args:
       out: references to scales, codes and moments.
@@ -407,7 +404,7 @@ class _Program(NamedTuple):
       p.step,
       read.scalars,
       read.proposal,
-      lambda k: self.bits(k, tile),
+      lambda k: self.bits(k, tile, read.elements),
       gpu_math.float_of(largest),
       unit,
     )
@@ -416,12 +413,26 @@ class _Program(NamedTuple):
     del code
     # The programs of a column or matrix all store the same.
     self.store_scale(new_scale, tile, scale, p.group)
-    refs = iter(new_moments)
-    for group, moment in zip(p.blocks, settled, strict=True):
+    self.store_moments(new_moments, tile, p.blocks[:1], [next(settled)])
+
+  def write_others(self, out: Any, tile: _Tile, read: _Read) -> None:
+    """A tile's moments after the first: before its scale is known, so that no register waits."""
+    bits = lambda k: self.bits(k, tile, read.elements)
+    others = step_lib.settle_others(self.plan.step, read.proposal, bits)
+    self.store_moments(out[2:], tile, self.plan.blocks, [None, *others])
+
+  def store_moments(
+    self, refs: Any, tile: _Tile, blocks: Sequence[Group], moments: Sequence[Any]
+  ) -> None:
+    """Writes a tile's moments, but for those that are None."""
+    refs = iter(refs)
+    for stored, group, moment in zip(self.plan.step.moments, blocks, moments, strict=False):
+      own = [next(refs) for _ in range(2 if stored.format else 1)]
       if isinstance(moment, Codes):
-        self.store_scale(next(refs), tile, moment.scale, group)
+        self.store_scale(own[0], tile, moment.scale, group)
         moment = moment.code.astype(jnp.uint8)
-      self.store(next(refs), tile, moment)
+      if moment is not None:
+        self.store(own[-1], tile, moment)
 
 
 def _from_byte(scale: jax.Array) -> jax.Array:
@@ -461,9 +472,8 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   p = program.plan
   if p.turns == 1:
     read = program.read(first)
+    program.write_others(out, first, read)
     largest = program.found(read, first, p.step.weight.groups)  # type: ignore[arg-type]
-    known = largest if largest.size == 1 else program.integers[0]
-    read = program.forget(read, known)
     program.write(out, first, read, largest, unit)
     return
   size = np.int32((p.height, p.width)[p.along])
@@ -482,7 +492,9 @@ def _alone(program: _Program, out: Any, first: _Tile, unit: Any = None) -> None:
   largest = p.step.weight.groups.largest_bits(gpu_math.float_of(largest))  # type: ignore[union-attr]
 
   def write(i: jax.Array, carry: None) -> None:
-    program.write(out, at(i), program.read(at(i)), largest, unit)
+    read = program.read(at(i))
+    program.write_others(out, at(i), read)
+    program.write(out, at(i), read, largest, unit)
 
   jax.lax.fori_loop(0, p.turns, write, None)
 
@@ -530,11 +542,23 @@ def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
 
 
 def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
+  """`_step`, but for one that is skipped: arrays are changed in place, and stay."""
+  step, scalars = plan.step.step, refs[1]
+  skip = step.skipped(step.scalars(*(scalars[k] for k in range(scalars.shape[0]))))
+  run = functools.partial(_step, plan, phase, pl.program_id(0), *refs)
+  if skip is None:
+    run()
+  else:
+    pl.when(~skip)(run)
+
+
+def _step(plan: _Plan, phase: Any, number: jax.Array, *refs: Any) -> None:
   """A program.
 
   Args:
     plan: of it.
     phase: of two launches, which: "find" or "write"; else None.
+    number: its own.
     *refs: as `_launch` gives them.
   """
   integers, scalars, scale, gradient, qvalue, *rest = refs
@@ -543,9 +567,9 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
   del rest[:count]
   out = rest[-2 - count :]
   if plan.schedule == "alone":
-    _alone(program, out, _tile(plan, pl.program_id(0)))
+    _alone(program, out, _tile(plan, number))
   else:
-    tile = _tile(plan, pl.program_id(0))
+    tile = _tile(plan, number)
     if phase == "find":
       _raise_found(program, rest[-1], tile)
       return
@@ -558,6 +582,7 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
     if plan.group == (0, 1):
       shape = (1, 1, plan.width // plan.per, plan.per)  # type: ignore[assignment]
     largest = gpu_math.bits_of(largest).reshape(shape)
+    program.write_others(out, tile, read)
     program.write(out, tile, read, largest, None)
 
 

@@ -147,7 +147,8 @@ def tile_bits(
   )
   unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
   element = unsigned(row * np.int32(columns) + column)
-  return rounding_lib.element_bits(key, element, None if matrix is None else unsigned(matrix))
+  number = None if matrix is None else unsigned(matrix)
+  return rounding_lib.element_bits(key, rounding_lib.mixed(element), number)
 
 
 def random_bits(leaf: Leaf, k: int) -> jax.Array:

@@ -143,10 +143,18 @@ def settle(
   yield Codes(code, scale)
   # In the order that keeps an update far below the weight's own precision.
   error = plan.how.add(proposal.weight - stored, proposal.update)
-  momentum, *others = proposal.moments
-  moments = momentum + plan.step.inject(scalars, proposal.moments, error), *others
-  for k, (how, x) in enumerate(zip(plan.moments, moments, strict=True), 1):
-    yield how.write(x, functools.partial(bits, k), plan.how)
+  added = plan.step.inject(scalars, proposal.moments, error)
+  yield plan.moments[0].write(proposal.moments[0] + added, lambda: bits(1), plan.how)
+  yield from settle_others(plan, proposal, bits)
+
+
+def settle_others(
+  plan: Plan, proposal: Proposal, bits: Callable[[int], jax.Array]
+) -> Iterator[Codes | jax.Array]:
+  """What is to be stored of the moments after the first, which no error changes."""
+  others = zip(plan.moments[1:], proposal.moments[1:], strict=True)
+  for k, (how, moment) in enumerate(others, 2):
+    yield how.write(moment, functools.partial(bits, k), plan.how)
 
 
 def arrays(

@@ -159,6 +159,70 @@ def _computations(text: str) -> dict[str, list[str]]:
   return found
 
 
+class _Instruction(NamedTuple):
+  """An instruction of a compiled module, how often it runs, and the types around it as text."""
+
+  line: str
+  operation: str
+  result: str
+  operands: list[str]
+  computation: str
+  times: int
+  is_fused: bool  # Its result is no array in memory, unless it is the root of its fusion.
+
+
+def _types(lines: list[str]) -> dict[str, str]:
+  """Types of a computation's results by name, with their layouts."""
+  found = {}
+  for line in lines:
+    if match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line):
+      right = match[2]
+      found[match[1]] = right.split(") ", 1)[0] if right[0] == "(" else right.split(" ", 1)[0]
+  return found
+
+
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+  """How often a loop runs: as the compiler says, or the constant its counter is compared with."""
+  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(known[1])
+  bounds = [1]
+  for inner in computations[re.search(r"condition=%([\w.\-]+)", line)[1]]:  # type: ignore[index]
+    bounds += [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", inner)]
+  return max(bounds)
+
+
+def _instructions(text: str) -> Iterator[_Instruction]:
+  """The instructions of one run of a compiled module; of a condition's branches, all of them."""
+  computations = _computations(text)
+  types = {name: _types(lines) for name, lines in computations.items()}
+
+  def visit(name: str, times: int, is_fused: bool) -> Iterator[_Instruction]:
+    for line in computations.get(name, []):
+      right = line.split(" = ", 1)[1]
+      match = re.search(r"(?:^|\s)([a-z][a-z\-]*)\(", right)
+      operation = match[1] if match else ""
+      result, _, arguments = right.partition(operation + "(")
+      operands = [types[name][x] for x in _names(arguments) if x in types[name]]
+      yield _Instruction(line, operation, result, operands, name, times, is_fused)
+      inner = times * (_trip_count(line, computations) if operation == "while" else 1)
+      called = r"(?:body|calls|called_computations|branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
+      for group in re.findall(called, line):
+        for reference in re.findall(r"%([\w.\-]+)", group):
+          yield from visit(reference, inner, is_fused or operation == "fusion")
+
+  return visit("ENTRY", 1, False)
+
+
+def _names(arguments: str) -> list[str]:
+  """Names of an instruction's operands, from what follows its opening bracket."""
+  depth, end = 1, 0
+  for end, letter in enumerate(arguments):  # noqa: B007
+    depth += (letter == "(") - (letter == ")")
+    if depth == 0:
+      break
+  return re.findall(r"%([\w.\-]+)", arguments[:end])
+
+
 def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
   """Counts the collectives in one run of a compiled module.
 
@@ -169,64 +233,196 @@ def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
     By operation and dtype, how often it runs on one device and the bytes of its larger side (the
     gathered or the summed array), with loops multiplied by their trip counts.
   """
-  computations = _computations(text)
   found: dict[str, dict[str, dict[str, int]]] = {}
   seen: set[str] = set()
-
-  def trip_count(condition: str) -> int:
-    """The constant that a loop's counter is compared with."""
-    bounds = [1]
-    for line in computations[condition]:
-      bounds += [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
-    return max(bounds)
-
-  def visit(name: str, times: int) -> None:
-    lines = computations.get(name, [])
-    for line in lines:
-      right = line.split(" = ", 1)[1]
-      match = re.search(r"(?:^|\s)([a-z][a-z\-]*)\(", right)
-      operation = match[1] if match else ""
-      kind = operation.removesuffix("-start")
-      # The stages of one overlapped operation are fusions that each hold it, on one channel.
-      stage = re.search(r"channel_id=(\d+).*chain_id=", line)
-      first = stage is None or stage[1] not in seen
-      if kind in _COLLECTIVES and first:
-        if stage:
-          seen.add(stage[1])
-        result, arguments = right.split(operation + "(", 1)
-        sides = [list(_shapes(result)), list(_shapes(" ".join(_operands(lines, arguments))))]
-        larger = max(sides, key=lambda side: sum(size for _, size in side))
-        # TPUs scatter sums by a fusion of this name.
-        shown = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-        for dtype in {dtype for dtype, _ in larger}:
-          entry = found.setdefault(shown, {}).setdefault(dtype, {"count": 0, "bytes": 0})
-          entry["count"] += times
-          entry["bytes"] += times * sum(size for other, size in larger if other == dtype)
-      inner = times
-      if operation == "while":
-        inner *= trip_count(re.search(r"condition=%([\w.\-]+)", line)[1])  # type: ignore[index]
-      for group in re.findall(r"(?:body|calls|called_computations)=(\{[^}]*\}|%[\w.\-]+)", line):
-        for reference in re.findall(r"%([\w.\-]+)", group):
-          visit(reference, inner)
-
-  visit("ENTRY", 1)
+  for instruction in _instructions(text):
+    kind = instruction.operation.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+      continue
+    # The stages of one overlapped operation are fusions that each hold it, on one channel.
+    if stage := re.search(r"channel_id=(\d+).*chain_id=", instruction.line):
+      if stage[1] in seen:
+        continue
+      seen.add(stage[1])
+    sides = [list(_shapes(side)) for side in (instruction.result, " ".join(instruction.operands))]
+    larger = max(sides, key=lambda side: sum(size for _, size in side))
+    # TPUs scatter sums by a fusion of this name.
+    is_scatter = instruction.computation.startswith("all-reduce-scatter")
+    shown = "reduce-scatter" if is_scatter else kind
+    for dtype in {dtype for dtype, _ in larger}:
+      entry = found.setdefault(shown, {}).setdefault(dtype, {"count": 0, "bytes": 0})
+      entry["count"] += instruction.times
+      size = sum(size for other, size in larger if other == dtype)
+      entry["bytes"] += instruction.times * size
   return {kind: dict(sorted(found[kind].items())) for kind in sorted(found)}
 
 
-def _operands(lines: list[str], arguments: str) -> Iterator[str]:
-  """The shapes of an instruction's operands, as text."""
-  depth, end = 1, 0
-  for end, letter in enumerate(arguments):  # noqa: B007
-    depth += (letter == "(") - (letter == ")")
-    if depth == 0:
-      break
-  names = re.findall(r"%([\w.\-]+)", arguments[:end])
+def _arrays(text: str) -> list[tuple[str, list[int]]]:
+  """Dtype and shape of each array in a piece of HLO."""
+  found = re.findall(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]", text)
+  return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in found]
+
+
+def _contracted(line: str, operands: list[tuple[str, list[int]]]) -> int:
+  """The number of products in each element of a product's result."""
+  (_, left), (_, right) = operands[:2]
+  if labels := re.search(r"dim_labels=\w+_(\w+)->", line):
+    # A convolution: inputs times the window, but for axes that are dilated, which are of a batch.
+    size = re.search(r"size=([\dx]+)", line)
+    dilated = re.search(r"lhs_dilate=([\dx]+)", line)
+    sizes = [int(n) for n in size[1].split("x")] if size else []
+    dilations = [int(n) for n in dilated[1].split("x")] if dilated else [1] * len(sizes)
+    window = [n for n, dilation in zip(sizes, dilations, strict=True) if dilation == 1]
+    return right[labels[1].index("i")] * math.prod(window)
+  axes = re.search(r'lhs_contracting_(?:dims=\{|dimensions":\[)([\d,"]*)', line)
+  return math.prod(left[int(n)] for n in axes[1].replace('"', "").split(",") if n) if axes else 1
+
+
+def products(text: str) -> dict[str, float]:
+  """Operations of matrix products in one run of a compiled module, by the dtypes of their factors.
+
+  Two for each multiplication and addition, with loops multiplied by their trip counts. cuDNN's
+  attention counts the logits that a causal mask or a window leaves. Kernels of Pallas are not seen.
+
+  Args:
+    text: the module's HLO.
+
+  Returns:
+    Operations on one device by a pair such as `bf16 × bf16`, the most first.
+  """
+  found: dict[str, float] = {}
+  for line, operation, result, operands, _, times, _ in _instructions(text):
+    target = re.search(r'custom_call_target="([^"]*)"', line)
+    factors = _arrays(" ".join(operands))
+    if target and "fmha" in target[1]:
+      (dtype, (B, L, H, K)), (_, (_, M, *_)) = factors[:2]
+      window = re.search(r'"sliding_window_length": ?(\d+)', line)
+      seen = M / 2 if '"CAUSAL"' in line else M
+      seen = min(seen, int(window[1])) if window and int(window[1]) else seen
+      amount = (10 if "Backward" in target[1] else 4) * B * L * H * K * seen
+      pair = (dtype, dtype)
+    elif operation in ("dot", "convolution") or (target and "cublas" in target[1]):
+      amount = 2 * math.prod(_arrays(result)[0][1]) * _contracted(line, factors)
+      pair = (factors[0][0], factors[1][0])
+      if algorithm := re.search(r"algorithm=dot_([a-z0-9]+)_([a-z0-9]+)_f32", line):
+        pair = (algorithm[1], algorithm[2])
+    else:
+      continue
+    name = " × ".join(pair)
+    found[name] = found.get(name, 0.0) + times * amount
+  return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _root(lines: list[str]) -> str:
+  """The last operation of a computation, behind changes of dtype and shape alone."""
+  found, root = {}, ""
   for line in lines:
-    match = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line)
-    if match and match[1] in names:
-      yield (
-        match[2].split("(", 1)[0] if not match[2].startswith("(") else match[2].split(") ", 1)[0]
-      )
+    if match := re.match(r"\s*(ROOT )?%([\w.\-]+) = (.*)", line):
+      right = match[3].split(") " if match[3][0] == "(" else " ", 1)[1]
+      operation, _, arguments = right.partition("(")
+      found[match[2]] = operation, _names(arguments)
+      root = match[2] if match[1] else root
+  operation, operands = found[root]
+  while operation in ("bitcast", "convert", "reshape") and operands[0] in found:
+    operation, operands = found[operands[0]]
+  return operation
+
+
+def _made(text: str) -> Iterator[tuple[_Instruction, str]]:
+  """Instructions whose results are new arrays in memory, and the operation that makes them."""
+  computations = _computations(text)
+  none = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional")
+  for instruction in _instructions(text):
+    operation = instruction.operation
+    if instruction.is_fused or operation in none or operation.endswith("-done"):
+      continue
+    if operation == "fusion":
+      called = re.search(r"calls=%([\w.\-]+)", instruction.line)
+      operation = _root(computations[called[1]])  # type: ignore[index]
+    yield instruction, operation
+
+
+def bytes_copied(text: str) -> int:
+  """Bytes that one run of a compiled module writes to move arrays and no more.
+
+  These are copies and transposes, also where they change the dtype, on one device; with loops
+  multiplied by their trip counts. What a TPU moves between its memories is none of them.
+
+  Args:
+    text: the module's HLO.
+  """
+  total = 0
+  for instruction, operation in _made(text):
+    between = any("S(" in x for x in (instruction.result, *instruction.operands))
+    if operation in ("copy", "copy-start", "transpose") and not between:
+      sizes = [size for _, size in _shapes(instruction.result)]
+      total += instruction.times * (sizes[0] if operation == "copy-start" else sum(sizes))
+  return total
+
+
+def _table(text: str, name: str) -> dict[str, str]:
+  """A module's table of this name, such as its stack frames: entries by their numbers."""
+  section = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.M)
+  return dict(line.split(" ", 1) for line in section[1].splitlines()) if section else {}
+
+
+def _sources(text: str) -> dict[str, str]:
+  """File and line of each stack frame, those of this package where it calls others."""
+  files, places = _table(text, "FileNames"), _table(text, "FileLocations")
+  number = lambda name, entry: re.search(rf"{name}=(\d+)", entry)[1]  # type: ignore[index]
+  frames = {
+    frame: (number("file_location_id", entry), str(int(number("parent_frame_id", entry)) - 1))
+    for frame, entry in _table(text, "StackFrames").items()
+  }
+
+  def describe(frame: str) -> str:
+    found = []
+    while frame in frames:
+      place, frame = frames[frame]
+      file = files[number("file_name_id", places[place])].strip('"')
+      found.append(f"{file}:{number(' line', places[place])}")
+    own = [line for line in found if "eco_optax/" in line]
+    return f"eco_optax/{own[0].rpartition('eco_optax/')[2]}" if own else next(iter(found), "")
+
+  return {frame: describe(frame) for frame in frames}
+
+
+def _returned(entry: list[str]) -> set[str]:
+  """Names of the results that a module returns, `name/index` for those of several."""
+  element = r"\s*%([\w.\-]+) = .* get-tuple-element\(%([\w.\-]+)\), index=(\d+)"
+  parts = {match[1]: f"{match[2]}/{match[3]}" for x in entry if (match := re.match(element, x))}
+  root = next(line for line in entry if line.lstrip().startswith("ROOT"))
+  tuple_of = re.search(r" tuple\((.*)", root)
+  names = _names(tuple_of[1]) if tuple_of else re.findall(r"ROOT %([\w.\-]+) =", root)
+  return {parts.get(name, name) for name in names}
+
+
+def largest_temporaries(text: str, count: int = 5) -> list[dict[str, Any]]:
+  """The largest arrays that one run of a compiled module makes and does not return.
+
+  Args:
+    text: the module's HLO.
+    count: how many, those of one shape and source together.
+
+  Returns:
+    Each one's bytes on one device, dtype and shape, and line of source, the largest first.
+  """
+  sources = _sources(text)
+  returned = _returned(_computations(text)["ENTRY"])
+  found: dict[tuple[str, str], int] = {}
+  for instruction, operation in _made(text):
+    if operation == "dynamic-update-slice" or "output_to_operand_aliasing" in instruction.line:
+      continue  # In place.
+    name = re.match(r"\s*(?:ROOT )?%([\w.\-]+) =", instruction.line)[1]  # type: ignore[index]
+    frame = re.search(r"stack_frame_id=(\d+)", instruction.line)
+    source = sources.get(frame[1], "") if frame else ""
+    arrays = zip(_shapes(instruction.result), _arrays(instruction.result), strict=True)
+    for index, ((_, size), (dtype, shape)) in enumerate(arrays):
+      if instruction.computation == "ENTRY" and {name, f"{name}/{index}"} & returned:
+        continue  # In the memory of a donated argument.
+      found[f"{dtype}[{','.join(map(str, shape))}]", source] = size
+  largest = sorted(found.items(), key=lambda item: -item[1])[:count]
+  return [{"bytes": size, "array": array, "source": source} for (array, source), size in largest]
 
 
 class _Heartbeat:
@@ -309,6 +505,7 @@ def compile_step(
   tokens = config.batch_size * config.length
   cost = compiled.cost_analysis() or {}
   static = memory.per_parameter(state, where)
+  text = compiled.as_text()
   report = {
     "method": config.method,
     "parameters": transformer.count_params(model, embedding=True),
@@ -328,7 +525,10 @@ def compile_step(
     },
     "fits": None if chip is None else peak <= chip.bytes,
     "chip_bytes": None if chip is None else chip.bytes,
-    "collectives_per_device": collectives(compiled.as_text()),
+    "collectives_per_device": collectives(text),
+    "product_flops_per_device": products(text),
+    "bytes_copied_per_device": bytes_copied(text),
+    "largest_temporaries": largest_temporaries(text),
     "model_flops_per_step": transformer.flops_per_token(model, config.length) * tokens,
     # The compiler counts the body of a loop once.
     "compiler_flops_per_device": cost.get("flops"),
@@ -357,6 +557,14 @@ def report_text(report: dict[str, Any]) -> str:
   for kind, dtypes in report["collectives_per_device"].items():
     for dtype, entry in dtypes.items():
       rows.append((f"{kind} {dtype}", f"{entry['count']} × , {mib(entry['bytes'])}"))
+  flops = report["product_flops_per_device"]
+  for pair, amount in flops.items():
+    share = amount / max(1.0, sum(flops.values()))
+    rows.append((f"products {pair} per device", f"{amount:.3e}, {share:.1%}"))
+  rows.append(("copied and transposed per device", mib(report["bytes_copied_per_device"])))
+  for entry in report["largest_temporaries"]:
+    where = f"{entry['array']} {entry['source']}"
+    rows.append(("large temporary per device", f"{mib(entry['bytes'])}, {where}"))
   rows.append(("model operations per step", f"{report['model_flops_per_step']:.3e}"))
   seconds = report["seconds"]
   rows.append(

@@ -113,16 +113,19 @@ def root(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.maximum(x, 0))
 
 
+def root_codes(y: jax.Array, x: jax.Array, dtype: np.dtype, bits: jax.Array | None) -> jax.Array:
+  """Codes, see `rounding.code_bits`, of the roots y of x in units of their scale."""
+  return rounding_lib.code_bits(root_on_grid(y, x, dtype), dtype, bits)
+
+
 class Arithmetic(NamedTuple):
   """How a device computes numbers that are the same on all of them, bit for bit."""
 
   division: Division = IEEE
   decode: Callable[[jax.Array, np.dtype], jax.Array] = rounding_lib.decode
-  # (y, values with the signs of y, dtype, random bits) → `rounding.code_bits` of y.
-  code_bits: Callable[..., jax.Array] = lambda y, signs, dtype, bits: rounding_lib.code_bits(
-    y, dtype, bits
-  )
-  root_on_grid: Callable[..., jax.Array] = root_on_grid
+  code_bits: Callable[..., jax.Array] = rounding_lib.code_bits
+  root: Callable[[jax.Array], jax.Array] = root
+  root_codes: Callable[..., jax.Array] = root_codes
   # Products with a scale and sums with an update, each rounded.
   times: Callable[[jax.Array, jax.Array], jax.Array] = times_scale
   add: Callable[[jax.Array, jax.Array], jax.Array] = add_update
@@ -178,13 +181,15 @@ class Stored(NamedTuple):
     """
     assert self.format is not None
     assert self.groups is not None
-    value = root(x) if self.is_root else x
+    value = how.root(x) if self.is_root else x
     y, scale, factor = scaled(
       value, self.format, self.groups, rounding, largest, unit, how.division
     )
     if self.is_root:
-      y = how.root_on_grid(y, x, self.dtype)
-    return Rounded(how.code_bits(y, value, self.dtype, bits), scale, factor)
+      code = how.root_codes(y, x, self.dtype, bits)
+    else:
+      code = how.code_bits(y, self.dtype, bits, self.format.power_of_two)
+    return Rounded(code, scale, factor)
 
   def write(
     self, x: jax.Array, bits: Callable[[], jax.Array], how: Arithmetic = PLAIN

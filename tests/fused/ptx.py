@@ -2,7 +2,7 @@
 
 It knows the instructions of the fused updates and asks that branches be taken by all threads, but
 for those of inline assembly, which only skip what changes nothing. What is approximate on a GPU,
-square roots and some divisions, is exact here.
+square roots, reciprocals and some divisions, is exact here.
 """
 
 import itertools
@@ -42,6 +42,7 @@ _COMPUTED = {
   "abs": np.abs,
   "neg": np.negative,
   "sqrt": np.sqrt,
+  "rcp": np.reciprocal,
   "copysign": lambda sign, x: np.copysign(x, sign),
 }
 
@@ -105,6 +106,8 @@ class _Block:
     value = np.broadcast_to(value, self.thread.shape)
     if value.dtype == dtype:
       return value
+    if value.dtype.kind == "f":
+      value = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
     return np.ascontiguousarray(value.astype(f"u{dtype.itemsize}")).view(dtype)
 
   def write(self, register, value, where):

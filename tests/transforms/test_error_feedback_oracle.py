@@ -404,8 +404,11 @@ def test_packed_and_emulated_runs_have_the_same_codes(method, format, rounding):
   carry = ((packed, packed_tx.init(packed)), (emulated, emulated_tx.init(emulated)))
   packed, emulated, codes = jax.tree.map(np.asarray, loop(carry))
   # θ̂ + (q − θ̂) may miss q by a rounding of the move: 2^-20 of the largest weight, which is far
-  # below the distance of two codes, so that equal values are equal codes.
-  np.testing.assert_allclose(emulated, packed, rtol=0, atol=2.0**-20 * np.abs(packed).max())
+  # below the distance of two codes, so that equal values are equal codes. Of the smallest weights
+  # it is 4% of that distance, and a random draw in 10^4 falls in between.
+  limit = 2.0**-20 * np.abs(packed).max()
+  assert np.mean(np.abs(emulated - packed) > limit) <= (2e-4 if rounding == "stochastic" else 0)
+  assert np.all(np.abs(emulated - packed) <= limit + 2.0**-3 * np.abs(packed))
   moved = np.mean(np.any(codes[1:] != codes[:-1], axis=0))
   assert moved > 0.2 or (method == "naive" and rounding == "nearest")  # Which loses small updates.
 

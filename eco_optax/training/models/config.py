@@ -7,6 +7,8 @@ import math
 
 import eco_optax as eco
 
+ATTENTIONS = ("auto", "plain", "chunked", "cudnn")
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -39,6 +41,7 @@ class TransformerConfig:
   joint_qk_norm: bool = False  # Whether all heads are normalized together.
   query_scalar: float = 0.0  # Attention logits are divided by its square root; 0: head_width.
   attention_cap: float = 0.0  # Attention logits become cap × tanh(logits / cap); 0: they stay.
+  attention: str = "auto"  # How it is computed: auto, plain, chunked or cudnn; see attention.py.
 
   rope_base: float = 1e4
   rope_interleaved: bool = True  # Pairs (2i, 2i + 1), or else (i, i + K / 2).
@@ -91,6 +94,7 @@ class TransformerConfig:
       ("activation", ("silu", "gelu")),
       ("quantized", ("blocks", "experts")),
       ("remat", ("none", "dots", "full")),
+      ("attention", ATTENTIONS),
     ):
       if getattr(self, name) not in choices:
         raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -100,6 +104,9 @@ class TransformerConfig:
     fill("kv_heads", self.heads)
     fill("head_width", self.width // self.heads)
     fill("mlp_width", 256 * math.ceil(8 * self.width // 3 / 256))
+    if self.attention == "cudnn" and (self.attention_cap or self.separator >= 0):
+      has = "attention_cap" if self.attention_cap else "separator"
+      raise ValueError(f"attention 'cudnn' does not know a {has}: use 'auto'")
     if self.head_width % 2:
       raise ValueError(f"head_width {self.head_width} is odd, rotary embedding turns pairs")
     if self.rope_low >= self.rope_high:

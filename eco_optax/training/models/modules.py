@@ -16,7 +16,9 @@ from flax import nnx
 
 import eco_optax as eco
 from eco_optax.training import sharding
+from eco_optax.training.models.attention import attend
 from eco_optax.training.models.config import TransformerConfig
+from eco_optax.training.models.products import product
 
 INIT_SCALE = 0.02
 
@@ -107,64 +109,17 @@ def rotate(x_BxLxHxK: jax.Array, angle_LxK2: jax.Array, interleaved: bool) -> ja
   return turned.reshape(x_BxLxHxK.shape).astype(x_BxLxHxK.dtype)
 
 
-def within_window(length: int, window: jax.Array) -> jax.Array:
-  """Mask of shape (1, 1, L, L): each position sees itself and those before it, `window` in all."""
-  position = jnp.arange(length)
-  return (position[:, None] - position[None, :] < window)[None, None]
-
-
-def within_document(tokens_BxL: jax.Array, separator: int) -> jax.Array:
-  """Mask of shape (B, 1, L, L): each position sees its own document.
+def documents(tokens_BxL: jax.Array, separator: int) -> jax.Array:
+  """The number of each position's document, int32.
 
   The separator behind a document is the first token of the next one, so that a document's last
   token still predicts its end, and nothing but the separator predicts the next one's beginning.
   """
-  document_BxL = jnp.cumsum(tokens_BxL == separator, axis=1)
-  return (document_BxL[:, :, None] == document_BxL[:, None, :])[:, None]
-
-
-def attend(
-  q_BxLxHxK: jax.Array,
-  k_BxLxGxK: jax.Array,
-  v_BxLxGxK: jax.Array,
-  mask_Bx1xLxL: jax.Array | None,
-  scale: float,
-  cap: float,
-) -> jax.Array:
-  """Causal attention, each key-value head for H / G query heads; output shaped like q.
-
-  Args:
-    q_BxLxHxK: queries.
-    k_BxLxGxK: keys.
-    v_BxLxGxK: values.
-    mask_Bx1xLxL: what to attend to besides; its first axis may be 1.
-    scale: of the logits.
-    cap: logits become cap × tanh(logits / cap); 0 leaves them.
-  """
-  with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 and float32.
-    if not cap:
-      return jax.nn.dot_product_attention(
-        q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, mask=mask_Bx1xLxL, is_causal=True, scale=scale
-      )
-    B, L, H, K = q_BxLxHxK.shape
-    G = k_BxLxGxK.shape[2]
-    q_BxLxGxRxK = q_BxLxHxK.reshape(B, L, G, H // G, K)
-    logits_BxGxRxLxL = scale * jnp.einsum(
-      "blgrk,bmgk->bgrlm", q_BxLxGxRxK, k_BxLxGxK, preferred_element_type=jnp.float32
-    )
-    logits_BxGxRxLxL = cap * jnp.tanh(logits_BxGxRxLxL / cap)
-    seen = jnp.tril(jnp.ones((1, 1, 1, L, L), bool))
-    if mask_Bx1xLxL is not None:
-      seen = seen & mask_Bx1xLxL[:, None]
-    share_BxGxRxLxL = jax.nn.softmax(jnp.where(seen, logits_BxGxRxLxL, -jnp.inf))
-    y_BxLxGxRxK = jnp.einsum(
-      "bgrlm,bmgk->blgrk", share_BxGxRxLxL.astype(v_BxLxGxK.dtype), v_BxLxGxK
-    )
-    return y_BxLxGxRxK.reshape(q_BxLxHxK.shape)
+  return jnp.cumsum(tokens_BxL == separator, axis=1)
 
 
 class Attention(nnx.Module):
-  """Causal attention, multi-head or with shared keys and values, over all or what a mask leaves."""
+  """Causal attention, multi-head or with shared keys and values, in a window and a document."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     D, K = config.width, config.head_width
@@ -180,11 +135,15 @@ class Attention(nnx.Module):
       self.key_norm = RMSNorm(config, width(config.kv_heads))
 
   def __call__(
-    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, mask_Bx1xLxL: jax.Array | None = None
+    self,
+    x_BxLxD: jax.Array,
+    angle_LxK2: jax.Array,
+    is_global: bool | jax.Array = True,
+    documents_BxL: jax.Array | None = None,
   ) -> jax.Array:
-    """Each position attends to itself and those before it that a mask leaves it, if one is given.
+    """Each position attends to itself and those before it in its document.
 
-    The mask's first axis may be 1, for one that all sequences share.
+    Where `is_global` is false, those of the config's window alone.
     """
     config, (B, L, _) = self.config, x_BxLxD.shape
     split = lambda y: y.reshape(B, L, -1, config.head_width)
@@ -194,7 +153,17 @@ class Attention(nnx.Module):
       q, k = self.query_norm(shaped(q)), self.key_norm(shaped(k))
     turn = lambda y: rotate(split(y), angle_LxK2, config.rope_interleaved)
     scale = (config.query_scalar or config.head_width) ** -0.5
-    y_BxLxHxK = attend(turn(q), turn(k), v_BxLxGxK, mask_Bx1xLxL, scale, config.attention_cap)
+    y_BxLxHxK = attend(
+      turn(q),
+      turn(k),
+      v_BxLxGxK,
+      scale=scale,
+      cap=config.attention_cap,
+      window=config.window,
+      is_global=is_global,
+      documents_BxL=documents_BxL,
+      implementation=config.attention,
+    )
     return self.out(y_BxLxHxK.reshape(B, L, -1))
 
 
@@ -249,9 +218,8 @@ class RoutedExperts(nnx.Module):
     """Outputs like x, and the balance loss and share of dropped assignments of this layer."""
     config, (B, L, D) = self.config, x_BxLxD.shape
     E, T, C = config.experts, config.experts_per_token, self.capacity(L)
-    logits_BxLxE = jnp.matmul(
-      x_BxLxD.astype(jnp.float32), self.router.get_value(), precision=jax.lax.Precision.HIGHEST
-    )
+    # In float32, because a choice of experts is all or nothing.
+    logits_BxLxE = product("bld,de->ble", x_BxLxD, self.router.get_value(), "highest")
     probability_BxLxE = jax.nn.softmax(logits_BxLxE, axis=-1)
     weight_BxLxT, expert_BxLxT = jax.lax.top_k(probability_BxLxE, T)
     if config.normalize_expert_weights:
@@ -274,9 +242,7 @@ class RoutedExperts(nnx.Module):
     y_BxExCxD = sharding.constrain(self.experts(x_BxExCxD), "expert_batch", "expert", None, None)
     y_BxECxD = sharding.constrain(y_BxExCxD.reshape(B, E * C, D), "batch", None, None)
     y_BxLxTxD = gather(y_BxECxD, slot_BxLT).reshape(B, L, T, D)
-    y_BxLxD = jnp.einsum(
-      "bltd,blt->bld", y_BxLxTxD.astype(jnp.float32), weight_BxLxT, precision="highest"
-    ).astype(x_BxLxD.dtype)
+    y_BxLxD = product("bltd,blt->bld", y_BxLxTxD, weight_BxLxT, "highest").astype(x_BxLxD.dtype)
     if config.shared_experts:
       y_BxLxD = y_BxLxD + self.shared(x_BxLxD)
 
@@ -305,13 +271,17 @@ class Block(nnx.Module):
       self.mlp_post_norm = RMSNorm(config, config.width)
 
   def __call__(
-    self, x_BxLxD: jax.Array, angle_LxK2: jax.Array, mask_Bx1xLxL: jax.Array | None = None
+    self,
+    x_BxLxD: jax.Array,
+    angle_LxK2: jax.Array,
+    is_global: bool | jax.Array = True,
+    documents_BxL: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
     """One layer, and the metrics of its routing if there is any."""
     aux: dict[str, Any] = {}
     before, after = self.config.pre_norms, self.config.post_norms
     h_BxLxD = self.attention_norm(x_BxLxD) if before else x_BxLxD
-    y_BxLxD = self.attention(h_BxLxD, angle_LxK2, mask_Bx1xLxL)
+    y_BxLxD = self.attention(h_BxLxD, angle_LxK2, is_global, documents_BxL)
     x_BxLxD = x_BxLxD + (self.attention_post_norm(y_BxLxD) if after else y_BxLxD)
     h_BxLxD = self.mlp_norm(x_BxLxD) if before else x_BxLxD
     if self.routed:

@@ -19,6 +19,7 @@ import eco_optax as eco
 from eco_optax.training import sharding
 from eco_optax.training.models import modules
 from eco_optax.training.models.config import TransformerConfig
+from eco_optax.training.models.products import product
 
 Params = dict[str, Any]
 
@@ -115,9 +116,9 @@ def hidden(
     x_BxLxD = x_BxLxD * jnp.asarray(math.sqrt(config.width), dtype)
   angle_LxK2 = modules.rotation(config, L)
   local_angle_LxK2 = modules.rotation(config, L, is_global=False)
-  documents_Bx1xLxL = None
+  documents_BxL = None
   if config.separator >= 0:
-    documents_Bx1xLxL = modules.within_document(tokens_BxL, config.separator)
+    documents_BxL = modules.documents(tokens_BxL, config.separator)
   auxiliary = []
   for stack, layers in config.stacks.items():
     block = nnx.eval_shape(functools.partial(_block, config, stack, jax.random.key(0)))
@@ -134,12 +135,10 @@ def hidden(
       params = sharding.gather(stack, params)
       state = jax.tree.map(lambda x: x, state)  # Of its own, because filling it in changes it.
       nnx.replace_by_pure_dict(state, params)
-      mask, angle = documents_Bx1xLxL, angle_LxK2
+      angle = angle_LxK2
       if config.window:
-        near = modules.within_window(L, jnp.where(is_global, L, config.window))
-        mask = near if mask is None else mask & near
         angle = jnp.where(is_global, angle_LxK2, local_angle_LxK2)
-      x_BxLxD, aux = nnx.merge(definition, state)(x_BxLxD, angle, mask)
+      x_BxLxD, aux = nnx.merge(definition, state)(x_BxLxD, angle, is_global, documents_BxL)
       return sharding.constrain(x_BxLxD, "batch", None, None), aux
 
     if config.remat != "none":
@@ -156,12 +155,8 @@ def _logits(config: TransformerConfig, params: Params, x_BxLxD: jax.Array) -> ja
   """Float32 logits of normalized outputs."""
   name = "embedding" if config.tied_embedding else "head"
   head = sharding.gather(name, params[name].astype(x_BxLxD.dtype))
-  logits = jnp.einsum(
-    "bld,vd->blv" if config.tied_embedding else "bld,dv->blv",
-    x_BxLxD,
-    head,
-    preferred_element_type=jnp.float32,
-  )
+  spec = "bld,vd->blv" if config.tied_embedding else "bld,dv->blv"
+  logits = product(spec, x_BxLxD, head)
   if config.logit_cap:
     logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
   return sharding.constrain(logits, "batch", None, "vocabulary")
