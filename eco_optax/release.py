@@ -26,7 +26,7 @@ from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import leafwise
 from eco_optax.transforms.leafwise import Leaves, flatten, pick
 from eco_optax.transforms.packed import Context, require_scalar
-from eco_optax.transforms.stacks import write_layer
+from eco_optax.transforms.stacks import as_stored, write_layer
 from eco_optax.updates import apply_updates, new_sink, require_floats
 
 _Values = dict[Any, Any]  # By variable of the loss's program.
@@ -350,6 +350,7 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
 
   def turn(carry: list[Any], x: Any) -> tuple[list[Any], Any]:
     rows, own_weights = x
+    own_weights = as_stored(own_weights)
     operands = shared | dict(zip(carries, carry, strict=True)) | rows | own_weights
     found = _call(layer, operands, split)
     return found[:n_carry], (carry, found[n_carry:])
@@ -378,7 +379,7 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
       of_carry, of_shared, changing = state
       number, carry, rows, of_ys = x
       at = lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
-      own_weights = jax.tree.map(at, old | changing[0])
+      own_weights = as_stored(jax.tree.map(at, old | changing[0]))
       operands = shared | dict(zip(carries, carry, strict=True)) | rows
       operands |= {number_of[path]: x for path, x in own_weights.items()}
       differentiated = [i for i in (*consts, *stacks) if i in active] + felt
