@@ -273,9 +273,8 @@ def _release_problems(config: config_dict.ConfigDict) -> list[str]:
   problems = []
   if methods.of(config).rounding is None:
     problems.append(f"release steps packed weights, which method {config.method!r} has none of")
-  for key in ("accumulation", "reduction_groups"):
-    if config[key] > 1:
-      problems.append(f"release does not go together with {key} {config[key]}: set one of the two")
+  if groups := config.reduction_groups:
+    problems.append(f"release and reduction_groups {groups} exclude each other: set one of them")
   return problems
 
 

@@ -160,8 +160,7 @@ def make_train_step(
     parts = accumulation(config, mesh)
     if parts == 1:
       return gradients(params, batch)
-    # Every part takes rows from all devices.
-    batch = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, x.shape[1]), 0, 1), batch)
+    batch = _in_parts(batch, parts)
     first = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
 
@@ -194,17 +193,23 @@ def make_train_step(
     skipped = state.skipped + jnp.where(is_finite, 0, 1)
     return State(eco.apply_updates(state.params, updates), opt_state, skipped), metrics
 
+  parts = accumulation(config, mesh)
   value_and_step = eco.value_and_step(
     loss,
     tx,
     **how,
     clip=config.optimizer.clip,
     max_norm=config.optimizer.max_norm,
+    accumulation=parts if parts > 1 else None,
     shardings=in_place.params,
   )
 
   def released(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    if parts > 1:
+      split = lambda x: sharding.constrain(x, None, "batch", None)
+      batch = jax.tree.map(split, _in_parts(batch, parts))
     (loss, aux), params, opt_state, report = value_and_step(state.params, state.opt_state, batch)
+    aux = jax.tree.map(jnp.mean, aux)
     bad_leaf = _first_without_norm(list(report.norms.values()))
     metrics = {"loss": loss, **aux, "grad_norm": report.norm, "bad_leaf": bad_leaf}
     skipped = state.skipped + jnp.where(report.skipped > 0, 1, 0)
@@ -225,6 +230,11 @@ def make_train_step(
     return state, metrics | {"skipped": state.skipped}
 
   return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None))
+
+
+def _in_parts(batch: Batch, parts: int) -> Batch:
+  """A batch with a first axis of parts, each of which takes rows from all devices."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, x.shape[1]), 0, 1), batch)
 
 
 def _first_without_norm(leaves: list[jax.Array]) -> jax.Array:
