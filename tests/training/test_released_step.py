@@ -44,7 +44,7 @@ def train(config, steps=3):
     {"model.remat": "full", "model.tied_embedding": True},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
     {"accumulation": 2, "method": "eco_rtn", "schedule_aware": False},
-    {"method": "mw_sr", "gradient_dtype": "bfloat16"},
+    {"method": "mw_sr"},
   ],
   ids=lambda changes: ", ".join(changes),
 )
