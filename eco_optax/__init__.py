@@ -19,6 +19,7 @@ from eco_optax.optimizers.sgd import sgd as sgd
 from eco_optax.quantized_array import QuantizedArray as QuantizedArray
 from eco_optax.quantized_array import dequantize as dequantize
 from eco_optax.quantized_array import quantize as quantize
+from eco_optax.release import value_and_step as value_and_step
 from eco_optax.transforms.error_feedback import (
   error_feedback_to_momentum as error_feedback_to_momentum,
 )

@@ -23,7 +23,7 @@ _JIT, _CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat2")
 _Rule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
 
 # Of functions that run on the values of their arguments, which have none while they are traced.
-_NEEDS_VALUES = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+NEEDS_VALUES = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
 
 @jax.custom_vjp
@@ -59,6 +59,20 @@ def apply(fn: Callable[[Any], Any], params: Any) -> Any:
     `if` on a weight, gets the dense view itself.
   """
   leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+  try:
+    closed, out_tree = trace(fn, jax.eval_shape(dequantize, params))
+  except NEEDS_VALUES:
+    return fn(jax.tree.unflatten(treedef, map(_dense, leaves)))
+  return jax.tree.unflatten(out_tree, evaluate(closed.jaxpr, closed.consts, leaves))
+
+
+def trace(fn: Callable[[Any], Any], params: Any) -> tuple[core.ClosedJaxpr, Any]:
+  """The program of `fn(params)`, whose arguments are the leaves of `params`; and the output's tree.
+
+  Raises:
+    One of `NEEDS_VALUES`, if `fn` is no function of shapes.
+  """
+  leaves, treedef = jax.tree.flatten(params)
   returned = []
 
   def flat(*leaves: Any) -> list[Any]:
@@ -66,15 +80,32 @@ def apply(fn: Callable[[Any], Any], params: Any) -> Any:
     returned.append(out_tree)
     return outputs
 
-  try:
-    closed = jax.make_jaxpr(flat)(*jax.eval_shape(dequantize, leaves))
-  except _NEEDS_VALUES:
-    return fn(jax.tree.unflatten(treedef, map(_dense, leaves)))
-  return jax.tree.unflatten(returned[0], _evaluate(closed.jaxpr, closed.consts, leaves))
+  return jax.make_jaxpr(flat)(*leaves), returned[0]
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-  """The outputs of a function that was traced with dense arguments; some are given packed."""
+def inline(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+  """A program in which the bodies of `jax.jit` with a checkpoint or a scan stand in its own."""
+  rules: dict[str, _Rule] = {}
+  rules |= dict.fromkeys(_JIT, lambda eqn, operands: _body(eqn, operands, rules))
+  fn = lambda *args: evaluate(closed.jaxpr, closed.consts, args, rules)
+  return jax.make_jaxpr(fn)(*(x.aval for x in closed.jaxpr.invars))
+
+
+def evaluate(
+  jaxpr: core.Jaxpr,
+  consts: Sequence[Any],
+  args: Sequence[Any],
+  rules: dict[str, _Rule] | None = None,
+) -> list[Any]:
+  """The outputs of a function that was traced with dense arguments; some are given packed.
+
+  Args:
+    jaxpr: of the function.
+    consts: of its constants.
+    args: of it.
+    rules: by primitive; None are those for packed operands.
+  """
+  rules = _RULES if rules is None else rules
   values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
   values |= zip(jaxpr.invars, args, strict=True)
   views: dict[Any, jax.Array] = {}
@@ -91,7 +122,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
 
   for eqn in jaxpr.eqns:
     operands = [read(x) for x in eqn.invars]
-    rule = _RULES.get(eqn.primitive.name)
+    rule = rules.get(eqn.primitive.name)
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
       outputs = rule and rule(eqn, operands)
@@ -107,7 +138,7 @@ def _checkpoint(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   """A `jax.checkpoint` that keeps codes."""
   if not any(map(is_quantized, operands)):
     return None
-  fn = lambda *operands: _evaluate(eqn.params["jaxpr"], (), operands)
+  fn = lambda *operands: evaluate(eqn.params["jaxpr"], (), operands)
   options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
   return jax.checkpoint(fn, **options)(*operands)
 
@@ -125,16 +156,16 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   )
 
   def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-    outputs = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
+    outputs = evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
     return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
 
-  xs = [x if _is_stack(x) else _dense(x) for x in xs]
+  xs = [x if is_stack(x) else _dense(x) for x in xs]
   options = {key: p[key] for key in ("length", "reverse", "unroll")}
   carry, ys = jax.lax.scan(body, [_dense(x) for x in carry], xs, **options)
   return [*carry, *ys]
 
 
-def _is_stack(x: Any) -> bool:
+def is_stack(x: Any) -> bool:
   """Whether the first axis of a leaf is one of all its arrays, so that its layers are leaves."""
   return not is_quantized(x) or (
     x.ndim >= 3 and all(array.shape[:1] == x.shape[:1] for array in jax.tree.leaves(x))
@@ -142,14 +173,17 @@ def _is_stack(x: Any) -> bool:
 
 
 def _jit(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
-  """The body of a `jax.jit`, if it has a checkpoint or a scan."""
+  """A `jax.jit` with packed operands, if it has a checkpoint or a scan."""
+  return _body(eqn, operands, _RULES) if any(map(is_quantized, operands)) else None
+
+
+def _body(eqn: core.JaxprEqn, operands: list[Any], rules: dict[str, _Rule]) -> list[Any] | None:
+  """The body of a `jax.jit`, if it has a checkpoint or a scan and lies nowhere in particular."""
   closed = eqn.params["jaxpr"]
   placed = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
-  if not any(map(is_quantized, operands)) or not _has_layers(closed.jaxpr):
+  if any(isinstance(x, jax.sharding.Sharding) for x in placed) or not _has_layers(closed.jaxpr):
     return None
-  if any(isinstance(x, jax.sharding.Sharding) for x in placed):
-    return None
-  return _evaluate(closed.jaxpr, closed.consts, operands)
+  return evaluate(closed.jaxpr, closed.consts, operands, rules)
 
 
 def _has_layers(jaxpr: core.Jaxpr) -> bool:

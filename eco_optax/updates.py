@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from eco_optax import dense_view, explicit_axes, trees
-from eco_optax.quantized_array import is_quantized, replaced
+from eco_optax.quantized_array import QuantizedArray, is_quantized, replaced
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -56,6 +56,27 @@ def apply_updates(params: Any, updates: Any) -> Any:
   return trees.map_with_path(apply, params, updates, is_leaf=is_quantized)
 
 
+def require_floats(path: str, leaf: Any) -> None:
+  """Raises `ValueError` for a parameter that has no gradient."""
+  if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    raise ValueError(
+      f"{trees.leaf_name(path)} holds {leaf.dtype}, which has no gradient: pass it as a further"
+      " argument of the function, beside the parameters"
+    )
+
+
+def new_sink(leaf: QuantizedArray, dtype: Any) -> jax.Array:
+  """Where the gradient of a packed leaf is collected.
+
+  These are zeros that nothing reads, so they cost no memory once compiled.
+  """
+  return explicit_axes.call(  # type: ignore[no-any-return]
+    lambda codes: jnp.zeros(leaf.shape, dtype),
+    lambda new: explicit_axes.spec_like(new, leaf.qvalue),
+    leaf.qvalue,
+  )
+
+
 def value_and_grad(
   fn: Callable[..., Any],
   dense: bool = True,
@@ -89,23 +110,10 @@ def value_and_grad(
            [2., 2.]], dtype=float32))
   """
 
-  def require_floats(path: str, leaf: Any) -> None:
-    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
-      raise ValueError(
-        f"{trees.leaf_name(path)} holds {leaf.dtype}, which has no gradient: pass it as a further"
-        " argument of the function, beside the parameters"
-      )
-
   def of_sinks(params: Any, call: Callable[[Any], Any], sink_dtype: Any) -> tuple[Any, Any]:
     trees.map_with_path(require_floats, params, is_leaf=is_quantized)
-    zeros = lambda leaf: explicit_axes.call(
-      lambda codes: jnp.zeros(leaf.shape, sink_dtype),
-      lambda new: explicit_axes.spec_like(new, leaf.qvalue),
-      leaf.qvalue,
-    )
-    # The sinks are zeros that nothing reads, so they cost no memory once compiled.
     sinks = jax.tree.map(
-      lambda leaf: zeros(leaf) if is_quantized(leaf) else leaf,
+      lambda leaf: new_sink(leaf, sink_dtype) if is_quantized(leaf) else leaf,
       params,
       is_leaf=is_quantized,
     )

@@ -22,7 +22,7 @@ LEVELS = (
   ("fused",),
   ("optimizers",),
   # Theory simulates the transforms that it has closed forms of. "" is eco_optax/__init__.py.
-  ("diagnostics", "theory", ""),
+  ("diagnostics", "release", "theory", ""),
   ("interop",),
   ("training",),
 )

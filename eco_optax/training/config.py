@@ -57,6 +57,10 @@ def defaults() -> config_dict.ConfigDict:
   # left without a sequence.
   config.accumulation = 1
 
+  # Whether each layer is stepped as soon as its gradient is there, see eco_optax.value_and_step: no
+  # more than one layer's gradient exists, and a layer's activations are made again.
+  config.release = False
+
   # Groups of sequences whose gradients are computed separately and summed in order: any number of
   # devices that divides the groups trains the same weights, bit for bit. Each device then holds a
   # whole gradient. 0: gradients are summed in the fastest order.
@@ -79,6 +83,9 @@ def defaults() -> config_dict.ConfigDict:
     "eps": 1e-9,
     "weight_decay": 0.1,
     "max_norm": 1.0,  # Of the gradient, which is clipped to it.
+    # By whose norm: "exact" is the whole gradient's, for which `release` goes backwards twice; with
+    # `release` also "layer", each layer's own.
+    "clip": "exact",
   }
 
   config.checkpoint = {
@@ -188,6 +195,7 @@ RANGES: dict[str, _Check] = {
   "optimizer.eps": _positive,
   "optimizer.weight_decay": _natural,
   "optimizer.max_norm": _positive,
+  "optimizer.clip": _one_of("exact", "layer"),
   "checkpoint.every": _natural,
   "checkpoint.keep": _positive,
   "nonfinite": _one_of("stop", "skip", "record"),
@@ -248,12 +256,26 @@ def validate(config: config_dict.ConfigDict) -> None:
         f"reduction_groups {config.reduction_groups} does not divide batch_size"
         f" {config.batch_size} / accumulation {config.accumulation}"
       )
+    problems += _release_problems(config)
     try:
       model(config)
     except ValueError as error:
       problems.append(f"model: {error}")
   if problems:
     raise ValueError("config: " + "; ".join(problems))
+
+
+def _release_problems(config: config_dict.ConfigDict) -> list[str]:
+  """What does not go together with `release`, or not without."""
+  if not config.release:
+    clip = config.optimizer.clip
+    return [f"optimizer.clip {clip!r} needs release"] if clip != "exact" else []
+  problems = []
+  if methods.of(config).rounding is None:
+    problems.append(f"release steps packed weights, which method {config.method!r} has none of")
+  if groups := config.reduction_groups:
+    problems.append(f"release and reduction_groups {groups} exclude each other: set one of them")
+  return problems
 
 
 def formats(config: config_dict.ConfigDict) -> tuple[eco.Format | None, eco.Format | None]:

@@ -2,8 +2,9 @@
 
 A method is a value. Configs name one by `config.method` and the keys beside it, studies and the
 benchmark by its label; nothing else knows what a name means. Optimizers are expressions of the
-library's public names, with two exceptions: `until` makes a quantizer out of two, which takes
-`PackedTransformation`, and `with_master` fills the residual of a `MasterWeightsState`.
+library's public names, with two exceptions: `until`, which makes a quantizer out of two, and
+`_behind_identity` take `PackedTransformation`, and `with_master` fills the residual of a
+`MasterWeightsState`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import optax.contrib
 
 import eco_optax as eco
 from eco_optax.transforms.master_weights import MasterWeightsState
-from eco_optax.transforms.packed import PackedTransformation, scale_gradients, unless_skipped
+from eco_optax.transforms.packed import (
+  Context,
+  PackedTransformation,
+  run,
+  scale_gradients,
+  unless_skipped,
+)
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -253,6 +260,28 @@ def _can_fuse(config: ml_collections.ConfigDict) -> bool:
   return config.optimizer.name in _FUSED and method.schedule_aware and one_rounding
 
 
+def _behind_identity(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.chain(optax.identity(), tx)`, which tells a transformation of `eco` all of the step.
+
+  The identity keeps the place of a clip in the state, which checkpoints of all methods share.
+  """
+
+  def init(params: Any) -> tuple[Any, Any]:
+    return optax.EmptyState(), tx.init(params)
+
+  def update(
+    updates: Any, state: tuple[Any, Any], params: Any, context: Context, **extra_args: Any
+  ) -> tuple[Any, tuple[Any, Any]]:
+    updates, new_state = run(tx, updates, state[1], params, context, extra_args)
+    return updates, (state[0], new_state)
+
+  whole = PackedTransformation(init, update)
+  whole.skips = True
+  return whole
+
+
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
   """The optimizer of `config.method`, layer by layer.
 
@@ -260,10 +289,9 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   `tx.update(…, gradient_scale=clip_factor(max_norm, global_norm(grads)))`.
   """
   method, inner = of(config), stock_optimizer(config)
-  # The identity keeps the place of a clip in the state, which checkpoints of all methods share.
-  behind = lambda tx: optax.with_extra_args_support(optax.chain(optax.identity(), tx))
   if method.family == FLOAT:
-    return behind(scaled(_low_bit(method, inner)))
+    tx = scaled(_low_bit(method, inner))
+    return optax.with_extra_args_support(optax.chain(optax.identity(), tx))
   if method.family == MASTER_WEIGHTS:
     tx = eco.master_weights(inner, quantizer(config), method.residual)  # type: ignore[arg-type]
   elif method.family == NAIVE:
@@ -273,7 +301,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   else:
     learning_rate = schedule(config) if method.schedule_aware else None
     tx = eco.error_feedback_to_momentum(inner, quantizer(config), learning_rate)
-  return behind(eco.layer_by_layer(_low_bit(method, tx)))
+  return _behind_identity(eco.layer_by_layer(_low_bit(method, tx)))
 
 
 def with_master(

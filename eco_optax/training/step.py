@@ -122,7 +122,8 @@ def make_train_step(
   `state.skipped`, and tells in the metric `bad_leaf` which leaf of the gradient is the first that
   is not finite, by its number in the order of `jax.tree.leaves(params)` with packed leaves as one;
   −1 where all are. The metric `bad_weight` tells the same of the parameters after the step: an
-  update of finite gradients may still be too large for float32.
+  update of finite gradients may still be too large for float32. With `config.release` and a clip by
+  layer, only those layers stay as they are whose gradients are not finite.
 
   Args:
     config: of the run.
@@ -133,12 +134,10 @@ def make_train_step(
     The function; its batch is a `pipeline.Batch`.
   """
   model = config_lib.model(config)
-  loss_and_grad = eco.value_and_grad(
-    lambda p, x: transformer.loss(model, p, *x),
-    dense=False,
-    has_aux=True,
-    gradient_dtype=jnp.dtype(config.gradient_dtype),
-  )
+  loss = lambda params, batch: transformer.loss(model, params, *batch)
+  gradient_dtype = jnp.dtype(config.gradient_dtype)
+  how: dict[str, Any] = {"dense": False, "has_aux": True, "gradient_dtype": gradient_dtype}
+  loss_and_grad = eco.value_and_grad(loss, **how)
   target = abstract_state(config, tx, mesh)
   in_place = jax.tree.map(lambda x: x.sharding, target)
 
@@ -161,8 +160,7 @@ def make_train_step(
     parts = accumulation(config, mesh)
     if parts == 1:
       return gradients(params, batch)
-    # Every part takes rows from all devices.
-    batch = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, x.shape[1]), 0, 1), batch)
+    batch = _in_parts(batch, parts)
     first = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
 
@@ -173,12 +171,7 @@ def make_train_step(
 
     return jax.lax.scan(add, zeros, batch)[0]
 
-  def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    if batch.weights is not None:
-      # Of mean 1 over the whole batch, so that the mean of its parts' means is the weighted mean.
-      # A batch may have no target at all; one among 2³⁰ tokens makes a mean of 1e-9.
-      mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)
-      batch = batch._replace(weights=batch.weights / mean)
+  def ordinary(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     metrics, grads = accumulated(state.params, batch)
     # A sum over the devices' parts would depend on how many there are.
     norm = (
@@ -198,7 +191,37 @@ def make_train_step(
       grads, state.opt_state, state.params, gradient_scale=scale, shardings=in_place.params
     )
     skipped = state.skipped + jnp.where(is_finite, 0, 1)
-    state = State(eco.apply_updates(state.params, updates), opt_state, skipped)
+    return State(eco.apply_updates(state.params, updates), opt_state, skipped), metrics
+
+  parts = accumulation(config, mesh)
+  value_and_step = eco.value_and_step(
+    loss,
+    tx,
+    **how,
+    clip=config.optimizer.clip,
+    max_norm=config.optimizer.max_norm,
+    accumulation=parts if parts > 1 else None,
+    shardings=in_place.params,
+  )
+
+  def released(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    if parts > 1:
+      split = lambda x: sharding.constrain(x, None, "batch", None)
+      batch = jax.tree.map(split, _in_parts(batch, parts))
+    (loss, aux), params, opt_state, report = value_and_step(state.params, state.opt_state, batch)
+    aux = jax.tree.map(jnp.mean, aux)
+    bad_leaf = _first_without_norm(list(report.norms.values()))
+    metrics = {"loss": loss, **aux, "grad_norm": report.norm, "bad_leaf": bad_leaf}
+    skipped = state.skipped + jnp.where(report.skipped > 0, 1, 0)
+    return State(params, opt_state, skipped), metrics
+
+  def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    if batch.weights is not None:
+      # Of mean 1 over the whole batch, so that the mean of its parts' means is the weighted mean.
+      # A batch may have no target at all; one among 2³⁰ tokens makes a mean of 1e-9.
+      mean = jnp.maximum(jnp.mean(batch.weights), 1e-9)
+      batch = batch._replace(weights=batch.weights / mean)
+    state, metrics = (released if config.release else ordinary)(state, batch)
     # Codes are always finite; a bad weight shows in its scale.
     is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
     leaves = jax.tree.leaves(state.params, is_leaf=is_packed)
@@ -208,6 +231,11 @@ def make_train_step(
 
   options = hardware.compiler_options(mesh.devices.flat[0].platform)
   return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None), compiler_options=options)
+
+
+def _in_parts(batch: Batch, parts: int) -> Batch:
+  """A batch with a first axis of parts, each of which takes rows from all devices."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, x.shape[1]), 0, 1), batch)
 
 
 def _first_without_norm(leaves: list[jax.Array]) -> jax.Array:

@@ -6,36 +6,17 @@ import collections
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from eco_optax import trees
-from eco_optax.quantized_array import dequantize, is_quantized, quantize_array, replaced
-from eco_optax.transforms import eager, stacks
-from eco_optax.transforms.packed import (
-  Context,
-  PackedTransformation,
-  require_params,
-  run,
-)
-
-_Leaves = dict[str, Any]  # Leaves of a tree by path.
+from eco_optax.quantized_array import is_quantized, replaced
+from eco_optax.transforms import leafwise, stacks
+from eco_optax.transforms.leafwise import Leaves, flatten, pick
+from eco_optax.transforms.packed import Context, PackedTransformation, require_params, run
 
 
-def _flatten(tree: Any) -> tuple[_Leaves, Any]:
-  """Leaves by path, a packed leaf being one, and the tree's definition."""
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
-  return {trees.path_name(path): leaf for path, leaf in leaves}, treedef
-
-
-def _keep(tree: Any, kept: _Leaves) -> Any:
-  """The tree with `kept` leaves by path, and all others masked."""
-  leaves, treedef = _flatten(tree)
-  return jax.tree.unflatten(treedef, [kept.get(path, optax.MaskedNode()) for path in leaves])
-
-
-def _stacks(params: _Leaves) -> dict[int, list[str]]:
+def _stacks(params: Leaves) -> dict[int, list[str]]:
   """Paths of packed stacks of matrices, by their number of layers."""
   groups: dict[int, list[str]] = collections.defaultdict(list)
   for path, leaf in params.items():
@@ -44,45 +25,18 @@ def _stacks(params: _Leaves) -> dict[int, list[str]]:
   return groups
 
 
-def _miniature(leaf: Any, generator: np.random.Generator) -> Any:
-  """A leaf of the same kind with a few layers and a few channels or blocks."""
-  block = getattr(getattr(leaf, "format", None), "granularity", ())
-  least = (3,) * leaf.ndim if isinstance(block, str) else (3,) * (leaf.ndim - len(block)) + block
-  shape = tuple(min(n, m) for n, m in zip(leaf.shape, least, strict=True))
-  values = jnp.asarray(generator.standard_normal(shape), jnp.float32)
-  return quantize_array(values, leaf.format) if is_quantized(leaf) else values.astype(leaf.dtype)
-
-
-def _check_separable(inner: optax.GradientTransformationExtraArgs, params: Any) -> None:
+def _check_separable(inner: optax.GradientTransformation, params: Any) -> None:
   """Raises `ValueError` if on a miniature the first layer's step changes with other gradients."""
-  generator = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda tree: tree, params)  # Nothing that is traced goes along.
-  stacked = [path for paths in _stacks(_flatten(shapes)[0]).values() for path in paths]
+  weights = flatten(params)[0]
+  stacked = [path for paths in _stacks(weights).values() for path in paths]
 
-  # Compiled in two pieces: operation by operation, hundreds of small programs would be.
-  @jax.jit
-  def prepare() -> tuple[Any, Any, tuple[Any, Any]]:
-    small = jax.tree.map(lambda x: _miniature(x, generator), shapes, is_leaf=is_quantized)
-    first = jax.tree.map(
-      lambda x: jnp.asarray(generator.standard_normal(x.shape), jnp.float32), dequantize(small)
-    )
-    # Large, so that a norm which is clipped only beyond some limit shows too.
-    second = trees.map_with_path(
-      lambda path, g: (1e4 * g).at[0].set(g[0]) if path in stacked else 1e4 * g, first
-    )
-    return small, inner.init(small), (first, second)
+  def change(path: str, grad: Any) -> Any:
+    """Large, so that a norm which is clipped only beyond some limit shows too."""
+    first = grad[:1] if path in stacked else grad[:0]
+    return np.concatenate([first, 1e4 * grad[len(first) :]]) if grad.ndim else 1e4 * grad
 
-  @jax.jit
-  def step(grads: Any, state: Any, small: Any) -> Any:
-    return dequantize(inner.update(grads, state, small))
-
-  def try_out() -> list[Any]:
-    small, state, gradients = prepare()
-    return [jax.device_get(step(g, state, small)) for g in gradients]
-
-  results = eager.now(try_out)
-  one, other = (_flatten(result)[0] for result in results)
-  owners = trees.owners(one, _flatten(shapes)[0])
+  one, other = leafwise.responses(inner, params, [change])
+  owners = trees.owners(one, weights)
   for path, leaf in one.items():
     owner = owners[path]
     if (
@@ -129,7 +83,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
   takes_whole = inner.takes_whole if isinstance(inner, PackedTransformation) else lambda *_: ()
 
   def init(params: Any) -> optax.OptState:
-    if _stacks(_flatten(params)[0]):
+    if _stacks(flatten(params)[0]):
       _check_separable(inner, params)
     return inner.init(params)
 
@@ -137,47 +91,44 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     updates: Any, state: optax.OptState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, optax.OptState]:
     require_params(params)
-    weights, grads = _flatten(params)[0], _flatten(updates)[0]
-    states, treedef = _flatten(state)
-    owners = trees.owners(states, weights)
+    if context.layer is not None:  # One layer of each stack: there is nothing to take apart.
+      return run(inner, updates, state, params, context, extra_args)
+    (weights, _), (grads, updates_treedef) = flatten(params), flatten(updates)
+    states, treedef = flatten(state)
     whole = takes_whole(state, params, context.moments is not None)
     groups = _stacks({path: leaf for path, leaf in weights.items() if path not in whole})
     stacked = [path for paths in groups.values() for path in paths]
-    pick = lambda leaves, paths: {path: leaves[path] for path in paths}
+    optimizer = leafwise.Optimizer(inner, updates, params, state, extra_args)
+    owned = optimizer.owned()
+    shared = pick(states, owned[None])  # The step count.
 
     def run_on(
-      grads: _Leaves, weights: _Leaves, state: _Leaves, layer: jax.Array | None = context.layer
-    ) -> tuple[_Leaves, _Leaves]:
+      grads: Leaves, weights: Leaves, own_states: Leaves, layer: jax.Array | None = None
+    ) -> tuple[Leaves, Leaves]:
       """One step of `inner` where all other leaves are masked."""
-      masked = jax.tree.unflatten(treedef, [state.get(p, optax.MaskedNode()) for p in states])
       own_context = context._replace(layer=layer)
-      new_updates, new_state = run(
-        inner, _keep(updates, grads), masked, _keep(params, weights), own_context, extra_args
-      )
+      new_updates, new_states = optimizer.step(grads, weights, shared | own_states, own_context)
       put = lambda path, new: replaced(weights[path], new) if is_quantized(new) else new
-      new_weights = {path: put(path, new) for path, new in _flatten(new_updates)[0].items()}
-      return new_weights, _flatten(new_state)[0]
+      return {path: put(path, new) for path, new in new_updates.items()}, new_states
 
     rest = [path for path in weights if path not in stacked]
-    rest_states = pick(states, [path for path in states if owners[path] not in stacked])
+    rest_states = pick(states, [x for path in rest for x in owned[path]])
     new_updates, new_states = run_on(pick(grads, rest), pick(weights, rest), rest_states)
-    shared = pick(states, [path for path in states if owners[path] is None])  # The step count.
 
     for paths in groups.values():
 
-      def step(i: jax.Array, layer: Any, grads: Any) -> tuple[_Leaves, _Leaves]:
-        weights, own_state = layer
-        new_weights, new_state = run_on(grads, weights, shared | own_state, i)
-        return new_weights, pick(new_state, own_state)
+      def step(i: jax.Array, layer: Any, grads: Any) -> tuple[Leaves, Leaves]:
+        weights, own_states = layer
+        new_weights, new_states = run_on(grads, weights, own_states, i)
+        return new_weights, pick(new_states, own_states)
 
-      own = [path for path in states if owners[path] in paths]
+      own = [x for path in paths for x in owned[path]]
       stack = pick(weights, paths), pick(states, own)
       done = stacks.each_layer(step, stack, pick(grads, paths))
       new_updates |= done[0]
       new_states |= done[1]
-    leaves, updates_treedef = _flatten(updates)
     return (
-      jax.tree.unflatten(updates_treedef, [new_updates[path] for path in leaves]),
+      jax.tree.unflatten(updates_treedef, [new_updates[path] for path in grads]),
       jax.tree.unflatten(treedef, [new_states[path] for path in states]),
     )
 

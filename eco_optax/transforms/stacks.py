@@ -7,6 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
+
+
+def as_stored(layer: Any) -> Any:
+  """A layer that keeps the order in memory in which it came out of its stack.
+
+  A compiler that wants the rows and columns of a product in another order may otherwise transpose
+  the whole stack, and carry that through the loop over its layers.
+  """
+  in_order = lambda x: layout.Layout(major_to_minor=tuple(range(x.ndim)))
+  return jax.tree.map(lambda x: layout.with_layout_constraint(x, in_order(x)), layer)
 
 
 def write_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:

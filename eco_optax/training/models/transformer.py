@@ -95,8 +95,10 @@ def _lookup_forward(embedding_VxD: jax.Array, tokens_BxL: jax.Array, dtype: Any)
 def _lookup_backward(dtype: Any, residuals: tuple, grad_BxLxD: jax.Array) -> tuple:
   del dtype
   embedding_VxD, tokens_BxL = residuals
+  # The gradient's zeros wait for what is added, or they are there for all of the backward pass.
+  zero, grad_BxLxD = jax.lax.optimization_barrier((jnp.float32(0), grad_BxLxD))
   # A frequent token's gradient is a sum of thousands, in which bfloat16 would lose most.
-  zeros = jnp.zeros_like(embedding_VxD)
+  zeros = jnp.full_like(embedding_VxD, zero)
   return zeros.at[tokens_BxL].add(grad_BxLxD.astype(zeros.dtype)), None
 
 

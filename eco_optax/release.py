@@ -1,0 +1,801 @@
+"""Gradient release: a training step in which no more than one layer's gradient exists.
+
+The loss is traced once and cut into pieces: each scan over a stack of layers by itself, all else
+before each equation that is the first to use a parameter. The backward pass goes through the pieces
+by hand, the last first. Behind the piece that uses a parameter first its gradient is complete, and
+its step is taken. The backward pass of a scan is a loop that steps each layer in place in its stack
+and hands the cotangent on.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+
+from eco_optax import dense_view, trees
+from eco_optax.quantized_array import is_quantized
+from eco_optax.transforms import leafwise
+from eco_optax.transforms.leafwise import Leaves, flatten, pick
+from eco_optax.transforms.packed import Context, require_scalar
+from eco_optax.transforms.stacks import as_stored, write_layer
+from eco_optax.updates import apply_updates, new_sink, require_floats
+
+_Values = dict[Any, Any]  # By variable of the loss's program.
+
+
+class Report(NamedTuple):
+  """What a step saw of the gradients, before they were scaled or clipped."""
+
+  norm: jax.Array  # float32 scalar: Euclidean norm of the whole gradient.
+  skipped: jax.Array  # int32 scalar: how many layers or leaves were not stepped, see below.
+  # By path of a parameter: the norm of its gradient, float32; of a stack, one for each layer.
+  norms: dict[str, jax.Array]
+
+
+class _Parameter(NamedTuple):
+  """A parameter of a traced loss."""
+
+  value: Any  # Packed, without a sink, or float.
+  variables: tuple[Any, ...]  # Of its arrays; the cotangent of the last is its gradient.
+
+  def operands(self, value: Any, sink: jax.Array | None) -> list[Any]:
+    """Values of the variables where the parameter, or one layer of it, is `value`."""
+    if is_quantized(value):
+      value = dataclasses.replace(value, sink=sink)
+    return jax.tree.leaves(value) if len(self.variables) > 1 else [value]
+
+
+class _Piece(NamedTuple):
+  """Equations that are differentiated together."""
+
+  eqns: list[core.JaxprEqn]
+  inputs: list[Any]
+  outputs: list[Any]  # Variables that something behind it uses.
+  released: list[str]  # Paths of stacks whose layers a scan, the only equation, steps in place.
+
+
+class _Loss(NamedTuple):
+  """A traced loss, cut into pieces."""
+
+  jaxpr: core.Jaxpr
+  values: _Values  # Of its constants, parameters and further arguments.
+  parameters: dict[str, _Parameter]
+  pieces: list[_Piece]
+  complete: list[list[str]]  # Parameters whose gradients are complete once a piece is passed.
+  active: set[Any]  # Variables that have cotangents, since they depend on parameters.
+  sink_dtype: Any
+  parts: int | None  # Micro-batches, whose values stand along a first axis of
+  split: set[Any]  # these variables.
+
+  def primal(self, x: Any) -> Any:
+    """What is differentiated in place of a value: a packed one's is its sink."""
+    return new_sink(x, self.sink_dtype) if is_quantized(x) else x
+
+  def with_weights(
+    self, values: _Values, weights: Leaves, needed: Collection[Any] | None = None
+  ) -> _Values:
+    """The values with other weights, where these are among the variables that are needed."""
+    for path, weight in weights.items():
+      own = self.parameters[path]
+      if needed is not None and not any(x in needed for x in own.variables):
+        continue
+      sink = self.primal(weight) if is_quantized(weight) and len(own.variables) > 1 else None
+      values = values | dict(zip(own.variables, own.operands(weight, sink), strict=True))
+    return values
+
+
+def _with_primal(x: Any, primal: Any) -> Any:
+  return dataclasses.replace(x, sink=primal) if is_quantized(x) else primal
+
+
+def _is_float(x: Any) -> bool:
+  return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _variables(eqns: Sequence[core.JaxprEqn]) -> list[Any]:
+  return [x for eqn in eqns for x in eqn.invars if not isinstance(x, core.Literal)]
+
+
+def _cut(
+  closed: core.ClosedJaxpr,
+  params: Leaves,
+  dense: bool,
+  sink_dtype: Any,
+  is_stack: Callable[[str, int], bool],
+  args: Sequence[Any],
+) -> _Loss:
+  """Cuts a loss into pieces.
+
+  Args:
+    closed: its program, of the arrays of parameters and sinks, or of dense views.
+    params: by path, packed ones without a sink.
+    dense: whether it is of dense views.
+    sink_dtype: of packed parameters' gradients.
+    is_stack: whether the optimizer's state at the path of a parameter has so many layers.
+    args: further arguments, whose first axis is that of micro-batches; none if they are constants.
+  """
+  jaxpr = closed.jaxpr
+  values: _Values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  invars, parameters = iter(jaxpr.invars), {}
+  for path, value in params.items():
+    count = 1 if dense or not is_quantized(value) else len(jax.tree.leaves(value)) + 1
+    parameters[path] = _Parameter(value, tuple(next(invars) for _ in range(count)))
+  values |= zip(invars, args, strict=True)
+  uses = collections.Counter(_variables(jaxpr.eqns))
+  uses.update(x for x in jaxpr.outvars if not isinstance(x, core.Literal))
+
+  def released(eqn: core.JaxprEqn) -> list[str]:
+    """Stacks that a scan has for itself, one layer in each turn."""
+    if eqn.primitive.name != "scan":
+      return []
+    stacks = eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+
+    def is_own(path: str, parameter: _Parameter) -> bool:
+      used = [x for x in parameter.variables if uses[x]]
+      return (
+        is_quantized(parameter.value)
+        and parameter.variables[-1] in used
+        and all(uses[x] == 1 and x in stacks for x in used)
+        and dense_view.is_stack(parameter.value)
+        and is_stack(path, eqn.params["length"])
+      )
+
+    return [path for path, parameter in parameters.items() if is_own(path, parameter)]
+
+  gradients = {parameter.variables[-1]: path for path, parameter in parameters.items()}
+  active, split = set(gradients), set(jaxpr.invars[len(jaxpr.invars) - len(args) :])
+  groups: list[tuple[list[core.JaxprEqn], list[str], bool]] = []
+  first: dict[str, int] = {}
+  for eqn in jaxpr.eqns:
+    operands, own = _variables([eqn]), released(eqn)
+    if any(x in active for x in operands):
+      active |= {x for x in eqn.outvars if _is_float(x.aval)}
+    if is_split := any(x in split for x in operands):
+      split |= set(eqn.outvars)
+    used = [gradients[x] for x in operands if x in gradients]
+    # Vectors are too small to be worth a cut, which keeps what goes over it.
+    begins = any(path not in first and params[path].ndim > 1 for path in used)
+    if not groups or own or begins or groups[-1][1:] != ([], is_split):
+      groups.append(([], own, is_split))
+    groups[-1][0].append(eqn)
+    first |= {path: len(groups) - 1 for path in used if path not in first}
+
+  pieces: list[_Piece] = []
+  for eqns, own, _ in groups:
+    made, inside = [x for eqn in eqns for x in eqn.outvars], collections.Counter(_variables(eqns))
+    inputs = [x for x in inside if x not in set(made)]
+    outputs = [x for x in made if uses[x] > inside[x]]
+    pieces.append(_Piece(eqns, inputs, outputs, own))
+  complete: list[list[str]] = [[] for _ in pieces]
+  for path, number in first.items():
+    if path not in pieces[number].released:
+      complete[number].append(path)
+  parts = args[0].shape[0] if args else None
+  loss = _Loss(jaxpr, values, parameters, pieces, complete, active, sink_dtype, parts, split)
+  return loss._replace(values=loss.with_weights(values, params))
+
+
+class _Seen(NamedTuple):
+  """What a visit of gradients makes; its fields have the layers of a released stack."""
+
+  squares: dict[str, jax.Array]  # float32, by path: the gradients' squared norms.
+  skipped: jax.Array  # bool: whether the parameters are not stepped.
+  weights: Leaves  # New ones; none if the visit is for the norms alone.
+  states: Leaves
+
+
+# (gradients, weights and states of parameters or of one layer of stacks, number of this layer)
+_Visit = Callable[[Leaves, Leaves, Leaves, jax.Array | None], _Seen]
+
+# What of a forward pass the backward pass needs, → cotangents of inputs, and of a scan what the
+# visit made of the stacks. The weights are those that the parameters have by then.
+_Backward = Callable[[_Values, Leaves, Leaves, _Visit], tuple[_Values, _Seen | None]]
+
+# Of operands by name: (what is differentiated in place of some, all operands) → outputs
+_Function = Callable[[dict[Any, Any], dict[Any, Any]], list[Any]]
+
+
+def _call(fn: _Function, operands: dict[Any, Any], split: Collection[Any]) -> list[Any]:
+  """Outputs of a function, of one micro-batch after another where operands are split."""
+  own = pick(operands, split)
+  if not own:
+    return fn({}, operands)
+  return jax.lax.map(lambda own: fn({}, operands | own), own)  # type: ignore[no-any-return]
+
+
+def _pull(
+  fn: _Function,
+  primals: dict[Any, Any],
+  operands: dict[Any, Any],
+  split: Collection[Any],
+  cotangents: list[Any],
+) -> dict[Any, Any]:
+  """Cotangents of what is differentiated, those of shared operands summed in float32."""
+  if not split:
+    return jax.vjp(lambda primals: fn(primals, operands), primals)[1](cotangents)[0]
+  shared = {k: x for k, x in primals.items() if k not in split}
+
+  def turn(totals: Any, part: Any) -> tuple[Any, Any]:
+    own_primals, own, cotangents = part
+    call = lambda primals: fn(primals, operands | own)
+    (found,) = jax.vjp(call, shared | own_primals)[1](cotangents)
+    totals = {k: total + found[k].astype(total.dtype) for k, total in totals.items()}
+    return totals, pick(found, own_primals)
+
+  wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+  parts = {k: x for k, x in primals.items() if k in split}, pick(operands, split), cotangents
+  totals, found = jax.lax.scan(turn, {k: wide(x) for k, x in shared.items()}, parts)
+  return totals | found
+
+
+def _forward(
+  loss: _Loss, piece: _Piece, values: _Values, again: bool
+) -> tuple[list[Any], _Backward]:
+  """A piece's outputs, and its backward pass, which makes the piece `again` or keeps what it needs.
+
+  A piece that is made again has the weights of then, so that the old ones need not be kept.
+  """
+  inputs, outputs = dict(enumerate(piece.inputs)), piece.outputs
+  jaxpr = loss.jaxpr.replace(constvars=[], invars=piece.inputs, outvars=outputs, eqns=piece.eqns)
+  active = [i for i, x in inputs.items() if x in loss.active]
+  split = [i for i, x in inputs.items() if x in loss.split]
+  felt = [i for i, x in enumerate(outputs) if x in loss.active]
+
+  def fn(primals: dict[int, Any], operands: dict[int, Any]) -> list[Any]:
+    changed = {i: _with_primal(operands[i], x) for i, x in primals.items()}
+    return dense_view.evaluate(jaxpr, (), [(operands | changed)[i] for i in inputs])
+
+  def fn_felt(primals: dict[int, Any], operands: dict[int, Any]) -> list[Any]:
+    found = fn(primals, operands)
+    return [found[i] for i in felt]
+
+  def given(values: _Values) -> tuple[dict[int, Any], dict[int, Any]]:
+    operands = {i: values[x] for i, x in inputs.items()}
+    return {i: loss.primal(operands[i]) for i in active}, operands
+
+  def with_cotangents(found: dict[int, Any]) -> _Values:
+    return {inputs[i]: x for i, x in found.items()}
+
+  primals, operands = given(values)
+  if again:
+
+    def pull(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
+      primals, operands = given(loss.with_weights(values, weights, piece.inputs))
+      needed = [cotangents[outputs[i]] for i in felt]
+      return with_cotangents(_pull(fn_felt, primals, operands, split, needed)), None
+
+    return _call(fn, operands, split), pull
+
+  def split_outputs(primals: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+    found = fn(primals, operands)
+    return [found[i] for i in felt], found
+
+  _, vjp, made = jax.vjp(split_outputs, primals, has_aux=True)
+
+  def backward(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
+    return with_cotangents(vjp([cotangents[outputs[i]] for i in felt])[0]), None
+
+  return made, backward
+
+
+def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[Any], _Backward]:
+  """The outputs of a scan over released stacks, and its backward pass.
+
+  Kept is what one layer hands to the next; all else is made again.
+  """
+  (eqn,) = piece.eqns
+  p, closed, parts = eqn.params, eqn.params["jaxpr"], loss.parts
+  first_carry, first_stack = p["num_consts"], p["num_consts"] + p["num_carry"]
+  released = pick(loss.parameters, piece.released)
+
+  # Operands by their place in the equation, those of released stacks apart.
+  variables = {i: x for i, x in enumerate(eqn.invars) if not isinstance(x, core.Literal)}
+  place = {x: i for i, x in variables.items()}
+  places = {path: [place.get(x) for x in own.variables] for path, own in released.items()}
+  taken = {i for own in places.values() for i in own}
+  number_of = {path: len(eqn.invars) + k for k, path in enumerate(released)}
+  others = [i for i in range(len(eqn.invars)) if i not in taken]
+  consts, carries, stacks = (
+    [i for i in others if i in range(*ends)]
+    for ends in ((0, first_carry), (first_carry, first_stack), (first_stack, len(eqn.invars)))
+  )
+  active = {i for i, x in variables.items() if x in loss.active}
+  is_split = any(x in loss.split for x in variables.values())
+  # In the loops, all that layers hand on is split where anything is.
+  split = {i for i, x in variables.items() if x in loss.split} | set(carries if is_split else ())
+
+  def operand(i: int, values: _Values) -> Any:
+    """What the loops take: layers first, then micro-batches."""
+    x = eqn.invars[i]
+    value = jnp.asarray(x.val) if isinstance(x, core.Literal) else values[x]
+    keeps_codes = i < first_carry or (i >= first_stack and dense_view.is_stack(value))
+    if is_quantized(value) and not keeps_codes:
+      value = value.dequantize()
+    if i in split and x not in loss.split:
+      return jnp.broadcast_to(value, (parts, *value.shape))
+    return jnp.moveaxis(value, 0, 1) if i in split and i >= first_stack else value
+
+  def of_operand(i: int, x: jax.Array) -> jax.Array:
+    """The cotangent of the equation's operand from that of the loops' operand."""
+    if i in split and variables[i] not in loss.split:
+      return jnp.sum(x, 0)
+    return jnp.moveaxis(x, 0, 1) if i in split and i >= first_stack else x
+
+  n_carry = len(carries)
+  floats = [i for i, x in enumerate(eqn.outvars) if _is_float(x.aval)]
+
+  def layer(primals: dict[Any, Any], operands: dict[Any, Any]) -> list[Any]:
+    """The body of the scan; released stacks have numbers behind its own operands."""
+    values = operands | {i: _with_primal(operands[i], x) for i, x in primals.items()}
+    for path, own in released.items():
+      weight = values[number_of[path]]
+      sink = loss.primal(weight) if weight.sink is None else weight.sink
+      arrays = own.operands(dataclasses.replace(weight, sink=None), sink)
+      values |= {i: x for i, x in zip(places[path], arrays, strict=True) if i is not None}
+    ordered = [values[i] for i in range(len(eqn.invars))]
+    return dense_view.evaluate(closed.jaxpr, closed.consts, ordered)
+
+  def layer_felt(primals: dict[Any, Any], operands: dict[Any, Any]) -> list[Any]:
+    found = layer(primals, operands)
+    return [found[i] for i in floats]
+
+  def turn(carry: list[Any], x: Any) -> tuple[list[Any], Any]:
+    rows, own_weights = x
+    own_weights = as_stored(own_weights)
+    operands = shared | dict(zip(carries, carry, strict=True)) | rows | own_weights
+    found = _call(layer, operands, split)
+    return found[:n_carry], (carry, found[n_carry:])
+
+  shared = {i: operand(i, values) for i in consts}
+  rows = {i: operand(i, values) for i in stacks}
+  weights = {number_of[path]: own.value for path, own in released.items()}
+  start = [operand(i, values) for i in carries]
+  how = {"length": p["length"], "reverse": p["reverse"]}
+  last, (kept, ys) = jax.lax.scan(turn, start, (rows, weights), **how)
+  ys = [jnp.moveaxis(y, 1, 0) if is_split else y for y in ys]
+  made = dict(zip(eqn.outvars, [*last, *ys], strict=True))
+
+  def backward(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
+    now = loss.with_weights(values, weights, [variables[i] for i in others if i in variables])
+    shared = {i: operand(i, now) for i in consts}
+    rows = {i: operand(i, now) for i in stacks}
+    old = {path: own.value for path, own in released.items()}
+    outs = [eqn.outvars[i] for i in floats]
+    given = [cotangents[x] if x in cotangents else jnp.zeros_like(made[x]) for x in outs]
+    n_felt = sum(i < n_carry for i in floats)
+    of_ys = [jnp.moveaxis(x, 0, 1) if is_split else x for x in given[n_felt:]]
+    felt = [carries[i] for i in floats if i < n_carry]
+
+    def turn(state: Any, x: Any) -> tuple[Any, Any]:
+      of_carry, of_shared, changing = state
+      number, carry, rows, of_ys = x
+      at = lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
+      own_weights = as_stored(jax.tree.map(at, old | changing[0]))
+      operands = shared | dict(zip(carries, carry, strict=True)) | rows
+      operands |= {number_of[path]: x for path, x in own_weights.items()}
+      differentiated = [i for i in (*consts, *stacks) if i in active] + felt
+      differentiated += number_of.values()
+      primals = {k: loss.primal(operands[k]) for k in differentiated}
+      found = _pull(layer_felt, primals, operands, split, [*of_carry, *of_ys])
+      # The state of the layer is not read before its gradient is there.
+      found, number = jax.lax.optimization_barrier((found, number))
+      grads = {path: found[i] for path, i in number_of.items()}
+      seen = visit(grads, own_weights, jax.tree.map(at, changing[1]), number)
+      write = lambda stack, x: write_layer(stack, x, number)
+      changing = jax.tree.map(write, changing, (seen.weights, seen.states))
+      of_shared = {i: x + found[i].astype(x.dtype) for i, x in of_shared.items()}
+      of_rows = {i: found[i] for i in stacks if i in active}
+      rest = seen._replace(weights={}, states={})
+      return ([found[i] for i in felt], of_shared, changing), (of_rows, rest)
+
+    zeros = {i: jnp.zeros_like(loss.primal(shared[i])) for i in consts if i in active}
+    own = [path for path in released if path in weights]
+    (of_carry, of_shared, changed), (of_rows, seen) = jax.lax.scan(
+      turn,
+      (given[:n_felt], zeros, (pick(weights, own), states)),
+      (jnp.arange(p["length"]), kept, rows, of_ys),
+      length=p["length"],
+      reverse=not p["reverse"],
+    )
+    inputs: _Values = {}
+    for i, x in (of_shared | dict(zip(felt, of_carry, strict=True)) | of_rows).items():
+      if i in active:
+        _add(inputs, variables[i], of_operand(i, x))
+    return inputs, seen._replace(weights=changed[0], states=changed[1])
+
+  return [made[x] for x in piece.outputs], backward
+
+
+def _add(cotangents: _Values, variable: Any, x: Any) -> None:
+  cotangents[variable] = cotangents[variable] + x if variable in cotangents else x
+
+
+class _Tape(NamedTuple):
+  """A loss that has been computed, to be gone through backwards."""
+
+  loss: _Loss
+  outputs: list[Any]
+  backwards: list[_Backward]
+  shapes: _Values  # Of cotangents.
+
+
+def _compute(loss: _Loss, again: bool) -> _Tape:
+  """The forward pass; `again` as in `_forward`."""
+  values, backwards = dict(loss.values), []
+  for piece in loss.pieces:
+    if piece.released:
+      outputs, backward = _forward_of_scan(loss, piece, values)
+    else:
+      outputs, backward = _forward(loss, piece, values, again)
+    values |= zip(piece.outputs, outputs, strict=True)
+    backwards.append(backward)
+  read = lambda x: x.val if isinstance(x, core.Literal) else values[x]
+  outputs = [x.dequantize() if is_quantized(x) else x for x in map(read, loss.jaxpr.outvars)]
+  return _Tape(loss, outputs, backwards, values)
+
+
+def _backward(
+  tape: _Tape, cotangent: jax.Array, visit: _Visit, weights: Leaves, states: dict[str, Leaves]
+) -> _Seen:
+  """A backward pass.
+
+  Args:
+    tape: of the forward pass.
+    cotangent: of the loss.
+    visit: of gradients that are complete.
+    weights: by path.
+    states: by path of a parameter, its leaves of the optimizer's state.
+
+  Returns:
+    What the visits made, and how many of them skipped their parameters, int32.
+  """
+  loss, variable = tape.loss, tape.loss.jaxpr.outvars[0]
+  cotangents: _Values = {variable: cotangent} if variable in loss.active else {}
+  all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {})
+  zeros = lambda x: jnp.zeros_like(loss.primal(tape.shapes[x]))
+  own = lambda paths: {k: x for path in paths for k, x in states[path].items()}
+
+  def joined(seen: _Seen) -> _Seen:
+    return _Seen(
+      all_seen.squares | seen.squares,
+      all_seen.skipped + jnp.sum(seen.skipped, dtype=jnp.int32),
+      all_seen.weights | seen.weights,
+      all_seen.states | seen.states,
+    )
+
+  pieces = list(zip(loss.pieces, tape.backwards, loss.complete, strict=True))
+  for piece, backward, paths in reversed(pieces):
+    given = {x: cotangents.pop(x) for x in piece.outputs if x in cotangents}
+    if given or piece.released:
+      felt = [x for x in piece.outputs if x in loss.active]
+      given = {x: given[x].astype(x.aval.dtype) if x in given else zeros(x) for x in felt}
+      inputs, seen = backward(given, weights, own(piece.released), visit)
+      for x, cotangent in inputs.items():
+        _add(cotangents, x, cotangent)
+      all_seen = joined(seen) if seen else all_seen
+    if paths:
+      variables = {path: loss.parameters[path].variables[-1] for path in paths}
+      grads = {path: cotangents.pop(x, None) for path, x in variables.items()}
+      grads |= {path: zeros(variables[path]) for path, g in grads.items() if g is None}
+      seen = visit(grads, pick(weights, paths), own(paths), None)
+      # The gradients are of no more use before anything goes on.
+      rest, seen = jax.lax.optimization_barrier((list(cotangents.values()), seen))
+      cotangents, all_seen = dict(zip(cotangents, rest, strict=True)), joined(seen)
+  return all_seen
+
+
+class _Change(NamedTuple):
+  """Other gradients, and what of a step they must not change."""
+
+  factor: np.float32  # Of the gradients that change.
+  same: frozenset[str]  # Leaves whose gradients stay.
+  same_layer: frozenset[str]  # Stacks of which the first layer's gradient stays.
+
+  def gradient(self, path: str, grad: Any) -> Any:
+    """The other gradient of a leaf."""
+    if path in self.same:
+      return grad
+    if path in self.same_layer:
+      return np.concatenate([grad[:1], self.factor * grad[1:]])
+    return self.factor * grad
+
+
+def _require_apart(tx: optax.GradientTransformation, params: Any) -> None:
+  """Raises `ValueError` if, on a miniature, the step of a leaf or layer feels others' gradients."""
+  weights = flatten(params)[0]
+  stacked = frozenset(p for p, leaf in weights.items() if is_quantized(leaf) and leaf.ndim >= 3)
+  changes = []
+  # So large that a norm which is clipped only beyond some limit shows too, or not finite.
+  for factor in (np.float32(1e4), np.float32(np.nan)):
+    for bit in range(max(1, (len(weights) - 1).bit_length())):
+      for side in (0, 1):  # Any two leaves differ in some bit of their numbers.
+        same = frozenset(path for i, path in enumerate(weights) if i >> bit & 1 == side)
+        changes.append(_Change(factor, same, frozenset()))
+    changes.append(_Change(factor, frozenset(weights) - stacked, stacked))
+  before, *after = leafwise.responses(tx, params, [change.gradient for change in changes])
+  owners = trees.owners(before, weights)
+  for change, response in zip(changes, after, strict=True):
+    for path, new in response.items():
+      owner, old = owners[path], before[path]
+      if owner in change.same_layer and new.ndim:
+        new, old = new[0], old[0]
+      elif owner is not None and owner not in change.same:
+        continue
+      if not np.array_equal(new, old, equal_nan=True):
+        what = trees.leaf_name(owner) if owner else f"the optimizer's state {path!r}"
+        raise ValueError(
+          f"the step of {what} depends on gradients of other leaves or layers, as with"
+          " optax.clip_by_global_norm, eco.adamw(max_norm=…) or optax.apply_if_finite, but gradient"
+          " release never has these at one time: leave it out of the optimizer, and pass clip= and"
+          " max_norm= to eco.value_and_step, which also skips gradients that are not finite"
+        )
+
+
+def _scale(scale: Any, *numbers: jax.Array) -> jax.Array:
+  """A factor of gradients, float32; NaN, which skips a step, where a number is not finite."""
+  is_finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in numbers]))
+  return jnp.where(is_finite, jnp.asarray(scale, jnp.float32), np.float32(np.nan))
+
+
+def _clipped(scale: jax.Array, norm: jax.Array, max_norm: float | None) -> jax.Array:
+  """The factor that also brings gradients of a norm, times their scale, down to `max_norm`."""
+  if max_norm is None:
+    return scale
+  scaled = norm * jnp.abs(scale)
+  clip = jnp.where(scaled < max_norm, np.float32(1), np.float32(max_norm) / scaled)
+  return scale * clip
+
+
+def _trace(
+  fn: Callable[..., Any], params: Any, args: Any, dense: bool, sink_dtype: Any
+) -> tuple[core.ClosedJaxpr, Any]:
+  """The program of a loss, and the tree of its outputs.
+
+  Args:
+    fn: of parameters and of further arguments by number.
+    params: packed and float.
+    args: arrays by number, or their shapes.
+    dense: whether the loss takes dense views.
+    sink_dtype: of packed parameters' gradients.
+  """
+
+  def view(x: Any) -> Any:
+    if not is_quantized(x):
+      return x
+    sink = jax.eval_shape(lambda: new_sink(x, sink_dtype))
+    return sink if dense else dataclasses.replace(x, sink=sink)
+
+  views = jax.tree.map(view, params, is_leaf=is_quantized)
+  try:
+    closed, out_tree = dense_view.trace(
+      lambda operands: fn(*operands), jax.eval_shape(lambda x: x, (views, args))
+    )
+  except dense_view.NEEDS_VALUES as error:
+    raise ValueError(
+      "the loss needs the values of its arguments, as a Python `if` on one does, but gradient"
+      f" release has to trace it: use eco.value_and_grad and the optimizer's update ({error})"
+    ) from error
+  return dense_view.inline(closed), out_tree
+
+
+def _arrays(args: Any, parts: int | None) -> dict[int, Any]:
+  """Arrays among the leaves of arguments, by number, where these have a first axis of parts."""
+  if parts is None:
+    return {}
+  is_array = lambda x: isinstance(x, (jax.Array, np.ndarray))
+  arrays = {i: x for i, x in enumerate(jax.tree.leaves(args)) if is_array(x)}
+  if not arrays or any(x.ndim == 0 or x.shape[0] != parts for x in arrays.values()):
+    shapes = [x.shape for x in arrays.values()]
+    raise ValueError(
+      f"accumulation={parts} takes arguments whose arrays all have a first axis of {parts}"
+      f" micro-batches, got shapes {shapes}: reshape them, and close the loss over what all"
+      " micro-batches share"
+    )
+  return arrays
+
+
+def value_and_step(
+  fn: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  dense: bool = True,
+  has_aux: bool = False,
+  gradient_dtype: Any = jnp.float32,
+  *,
+  clip: Literal["exact", "layer"] = "exact",
+  max_norm: float | None = None,
+  accumulation: int | None = None,
+  shardings: Any = None,
+) -> Callable[..., Any]:
+  """A training step that never holds more than one layer's gradient.
+
+  `eco.value_and_grad`, the optimizer's update and `eco.apply_updates` in one: a parameter is
+  stepped as soon as its gradient is complete, in the middle of the backward pass. Of packed
+  parameters that a `jax.lax.scan` takes as a stack, each layer is stepped in place before the next
+  one's gradient is made; such a scan keeps what one layer hands to the next, and makes all else
+  again. Parameters of an unrolled model are stepped one layer after another; `jax.checkpoint` each
+  layer. What the loss uses in several places, such as a tied embedding, is stepped at the end.
+
+  The numbers are those of the ordinary step, but for the order of sums. Gradients that are not
+  finite skip the step of their own layer, or of the leaves that are stepped with them, bit for
+  bit, where the ordinary step would skip all or nothing; the optimizer's count of steps goes on. A
+  loss that is not finite changes nothing.
+
+  Args:
+    fn: a scalar function of parameters and further arguments, as in `value_and_grad`. It is traced.
+    tx: an optimizer that steps each leaf, and each layer of a stack, by itself: `eco.adamw(…)`,
+      `eco.layer_by_layer(…)`, `eco.low_bit_moments(…)` and others, without a clip by global norm.
+    dense: as in `value_and_grad`.
+    has_aux: as in `value_and_grad`.
+    gradient_dtype: as in `value_and_grad`.
+    clip: how gradients are clipped to `max_norm`. `"exact"`: by the norm of the whole gradient, for
+      which a first backward pass is made. `"layer"`: those of each layer, or of the leaves that are
+      stepped together, by their own norm. To clip by the norm of the step before, which costs
+      nothing, pass `gradient_scale=jnp.minimum(1, max_norm / report.norm)`.
+    max_norm: None does not clip.
+    accumulation: a number of micro-batches, along a first axis of all arrays among the further
+      arguments of the step. The value is the mean over them, `aux` has their axis. They are the
+      inner loop: what layers hand on is kept for all, and the gradient of one layer is summed over
+      them in float32 and stepped. None is for one batch without such an axis.
+    shardings: a tree of the parameters' NamedShardings on a mesh. Gradients are summed into the
+      parts that devices own, and each device does the step of its own part.
+
+  Returns:
+    A function `step(params, state, *args, gradient_scale=None, **kwargs)` that returns `(value,
+    params, state, report)`; value is `(value, aux)` with `has_aux`. Donate `params` and `state` to
+    the `jax.jit` around it. Gradients are multiplied by `gradient_scale` before all else; one that
+    is not finite skips the step. The `Report` has `norm`, of the whole gradient as it was before,
+    `skipped`, the number of layers or leaves that were skipped, and `norms` by path of a parameter.
+
+  Raises:
+    ValueError: when traced, naming the leaf, if its step depends on other leaves or layers; if the
+      loss needs the values of parameters, or is not one real number; and as `value_and_grad`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, eco_optax as eco
+    >>> params = eco.quantize({"blocks": jnp.ones((12, 4, 4))}, eco.FP8)
+    >>> def loss_fn(params, x):
+    ...   x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params["blocks"])
+    ...   return jnp.mean(x**2)
+    >>> tx = eco.adamw(1e-3)
+    >>> step = jax.jit(eco.value_and_step(loss_fn, tx, max_norm=1.0), donate_argnums=(0, 1))
+    >>> value, params, state, report = step(params, tx.init(params), jnp.ones((2, 4)))
+    >>> report.norms["blocks"].shape, int(report.skipped)
+    ((12,), 0)
+
+  References:
+    Lv et al, `Full Parameter Fine-tuning for Large Language Models with Limited Resources
+    <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO).
+  """
+  if clip not in ("exact", "layer"):
+    raise ValueError(f"clip must be 'exact' or 'layer', got {clip!r}")
+  if max_norm is not None:
+    require_scalar("max_norm", max_norm)
+  checked: set[Any] = set()
+  sink_dtype = jnp.float32 if dense else gradient_dtype
+
+  def step(
+    params: Any, state: Any, *args: Any, gradient_scale: Any = None, **kwargs: Any
+  ) -> tuple[Any, Any, Any, Report]:
+    trees.map_with_path(require_floats, params, is_leaf=is_quantized)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    key = jax.tree.structure(params), tuple(jax.tree.leaves(shapes))
+    if key not in checked:
+      _require_apart(tx, params)
+      checked.add(key)
+    (weights, treedef), (states, state_treedef) = flatten(params), flatten(state)
+    optimizer = leafwise.Optimizer(tx, params, params, state, {})
+    owned = optimizer.owned()
+    shared = pick(states, owned[None])
+    own_states = {path: pick(states, owned[path]) for path in weights}
+    places = flatten(shardings)[0]
+
+    def is_stack(path: str, layers: int) -> bool:
+      arrays = jax.tree.leaves(own_states[path])
+      return all(x.ndim and x.shape[0] == layers for x in arrays)
+
+    def placed(path: str, grad: jax.Array, layer: Any) -> jax.Array:
+      """A gradient as its parameter is split over devices."""
+      if path not in places:
+        return grad
+      place = places[path].qvalue if is_quantized(places[path]) else places[path]
+      spec = place.spec if layer is None else place.spec[1:]
+      own = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
+      return jax.lax.with_sharding_constraint(grad, own)
+
+    arrays = _arrays((args, kwargs), accumulation)
+    arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
+
+    def call(params: Any, arrays: dict[int, Any]) -> Any:
+      filled = [arrays.get(i, x) for i, x in enumerate(arg_leaves)]
+      own_args, own_kwargs = jax.tree.unflatten(args_treedef, filled)
+      return fn(params, *own_args, **own_kwargs)
+
+    one = {i: jax.eval_shape(lambda x: x[0], x) for i, x in arrays.items()}
+    closed, out_tree = _trace(call, params, one, dense, sink_dtype)
+    out = closed.out_avals[0]
+    if out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
+      raise ValueError(f"the loss must be one real number, got {out}: sum it, or set has_aux")
+    is_exact = max_norm is not None and clip == "exact"
+    loss = _cut(closed, weights, dense, sink_dtype, is_stack, list(arrays.values()))
+    tape = _compute(loss, again=is_exact or accumulation is not None)
+    outputs = list(tape.outputs)
+    cotangent = jnp.ones_like(outputs[0])
+    if loss.jaxpr.outvars[0] in loss.split:
+      cotangent = cotangent / np.asarray(accumulation, cotangent.dtype)
+      outputs[0] = jnp.mean(outputs[0])
+    scale = _scale(1.0 if gradient_scale is None else gradient_scale, outputs[0])
+
+    def seen(grads: Leaves, layer: Any) -> tuple[Leaves, dict[str, jax.Array]]:
+      """Gradients as the optimizer gets them, and their squared norms."""
+      # Sums over micro-batches stay in float32.
+      is_cast = lambda path: is_quantized(weights[path]) and accumulation is None
+      cast = lambda path, g: g.astype(gradient_dtype) if is_cast(path) else g
+      grads = {path: placed(path, cast(path, g), layer) for path, g in grads.items()}
+      return grads, {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in grads.items()}
+
+    def visit(
+      scale: jax.Array, grads: Leaves, weights: Leaves, states: Leaves, layer: Any
+    ) -> _Seen:
+      grads, squares = seen(grads, layer)
+      total = jnp.sum(jnp.stack(list(squares.values())))
+      own = _clipped(scale, jnp.sqrt(total), max_norm if clip == "layer" else None)
+      own = _scale(own, total)
+      context = Context(layer, shardings, own)
+      updates, new_states = optimizer.step(grads, weights, shared | states, context)
+      new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in weights.items()}
+      return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states))
+
+    norm = lambda squares: jnp.sqrt(sum(map(jnp.sum, squares.values())))
+    released = {path for piece in loss.pieces for path in piece.released}
+    used = pick(weights, released.union(*loss.complete))
+
+    def one_pass(scale: jax.Array, weights: Leaves, states: dict[str, Leaves]) -> _Seen:
+      return _backward(tape, cotangent, functools.partial(visit, scale), weights, states)
+
+    if not is_exact:
+      done = one_pass(scale, used, pick(own_states, used))
+    else:
+      # Two turns of one loop, so that no array of one pass is found in the other and kept. The
+      # first finds the norm: a scale of NaN steps nothing, bit for bit.
+      def turn(i: jax.Array, before: tuple[_Seen, jax.Array]) -> tuple[_Seen, jax.Array]:
+        seen, own_scale = before
+        states = {path: pick(seen.states, owned[path]) for path in used}
+        seen = one_pass(own_scale, seen.weights, states)
+        whole = norm(seen.squares)
+        return seen, _scale(_clipped(scale, whole, max_norm), whole)
+
+      squares = {
+        path: jnp.zeros((weights[path].shape[0],) if path in released else ()) for path in used
+      }
+      old_states = {k: x for path in used for k, x in own_states[path].items()}
+      first = _Seen(squares, jnp.zeros([], jnp.int32), used, old_states)
+      nan = jnp.full([], np.nan, jnp.float32)
+      done, scale = jax.lax.fori_loop(0, 2, turn, (first, nan))
+
+    # What the loss does not use, and what all parameters share, such as the count of steps.
+    unused = pick(weights, [path for path in weights if path not in done.squares])
+    zeros = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in unused.items()}
+    states_left = shared | {k: x for path in unused for k, x in own_states[path].items()}
+    updates, new_states = optimizer.step(
+      zeros, unused, states_left, Context(None, shardings, scale)
+    )
+    new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in unused.items()}
+    new_weights, new_states = done.weights | new_weights, done.states | new_states
+    squares = {path: done.squares.get(path, jnp.zeros([], jnp.float32)) for path in weights}
+    return (
+      jax.tree.unflatten(out_tree, outputs),
+      jax.tree.unflatten(treedef, [new_weights[path] for path in weights]),
+      jax.tree.unflatten(state_treedef, [new_states[path] for path in states]),
+      Report(norm(squares), done.skipped, {path: jnp.sqrt(x) for path, x in squares.items()}),
+    )
+
+  return step

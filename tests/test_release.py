@@ -1,0 +1,353 @@
+"""Gradient release makes the ordinary step's numbers, and refuses what it cannot do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eco_optax as eco
+
+LAYERS, WIDTH, VOCABULARY = 4, 32, 16
+
+
+def layer(x, params, matmul=jnp.matmul):
+  return x + jnp.tanh(matmul(x * params["scale"], params["kernel"]))
+
+
+def scanned(params, tokens, matmul=jnp.matmul):
+  """A stack of layers between the two uses of a tied embedding."""
+  body = lambda x, own: (layer(x, own, matmul), jnp.max(x))
+  x, largest = jax.lax.scan(jax.checkpoint(body), params["embedding"][tokens], params["stack"])
+  logits = x @ params["embedding"].T
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens)), largest
+
+
+def unrolled(params, tokens, matmul=jnp.matmul):
+  x = params["embedding"][tokens]
+  for i in range(LAYERS):
+    own = functools.partial(layer, matmul=matmul)
+    own = jax.checkpoint(own) if i % 2 else own
+    x = own(x, {name: params[name][str(i)] for name in ("kernel", "scale")})
+  logits = x @ params["embedding"].T
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens)), jnp.max(x)
+
+
+def make(is_stacked, format=eco.FP8):
+  draw = lambda i, shape: 0.3 * jax.random.normal(jax.random.key(i), shape)
+  kernels, scales = draw(0, (LAYERS, WIDTH, WIDTH)), 1 + draw(1, (LAYERS, WIDTH))
+  params = {"embedding": draw(2, (VOCABULARY, WIDTH)), "unused": draw(3, (WIDTH, WIDTH))}
+  if is_stacked:
+    params["stack"] = {"kernel": kernels, "scale": scales}
+  else:
+    split = lambda stack: {str(i): x for i, x in enumerate(stack)}
+    params |= {"kernel": split(kernels), "scale": split(scales)}
+  where = lambda path, leaf: "kernel" in path or path == "unused"
+  tokens = jax.random.randint(jax.random.key(4), (2, 4, 8), 0, VOCABULARY)
+  return eco.quantize(params, format, where), tokens
+
+
+def ordinary(fn, tx, dense=True, **options):
+  @jax.jit
+  def step(params, state, tokens):
+    loss_and_grad = eco.value_and_grad(fn, dense=dense, has_aux=True, **options)
+    value, grads = loss_and_grad(params, tokens)
+    updates, state = tx.update(grads, state, params)
+    return value, eco.apply_updates(params, updates), state
+
+  return step
+
+
+def assert_same(ours, theirs):
+  """Codes, scales of blocks and counts are equal; floats but for the order of sums."""
+
+  def check(path, a, b):
+    name = jax.tree_util.keystr(path)
+    a, b = (np.asarray(x) for x in (a, b))
+    if a.dtype in (np.float32, np.float64):
+      np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-7, err_msg=name)
+    else:
+      np.testing.assert_array_equal(a, b, err_msg=name)
+
+  jax.tree_util.tree_map_with_path(check, ours, theirs)
+
+
+OPTIMIZERS = {
+  "fused": lambda: eco.layer_by_layer(eco.adamw(1e-2, seed=3)),
+  "FP8 moments": lambda: eco.low_bit_moments(eco.adamw(1e-2)),
+  "any optimizer": lambda: eco.layer_by_layer(
+    eco.error_feedback_to_momentum(optax.nadam(1e-2), eco.quantize_params())
+  ),
+  "master weights": lambda: eco.master_weights(optax.adam(1e-2), eco.quantize_params()),
+  "in a chain": lambda: optax.chain(optax.scale(0.5), eco.adamw(1e-2)),
+}
+MODELS = {"scanned": (scanned, True), "unrolled": (unrolled, False)}
+
+
+@pytest.mark.parametrize("format", [eco.FP8, eco.INT4], ids=lambda f: str(f.dtype))
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "codes"])
+@pytest.mark.parametrize("optimizer", ["fused", "FP8 moments"])
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_are_the_ordinary_ones(model, optimizer, dense, format):
+  fn, is_stacked = MODELS[model]
+  fn = functools.partial(fn, matmul=jnp.matmul if dense else eco.matmul)
+  params, tokens = make(is_stacked, format)
+  tx = OPTIMIZERS[optimizer]()
+  ours = theirs = (params, tx.init(params))
+  step = jax.jit(eco.value_and_step(fn, tx, dense, has_aux=True))
+  plain = ordinary(fn, tx, dense)
+  for i in range(3):
+    value, *ours, report = step(*ours, tokens[i % 2])
+    want, *theirs = plain(*theirs, tokens[i % 2])
+    np.testing.assert_allclose(value[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(value[1], want[1], rtol=1e-5)
+    assert report.skipped == 0
+  assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["any optimizer", "master weights", "in a chain"])
+def test_optimizers_of_any_kind(optimizer):
+  params, tokens = make(is_stacked=True)
+  tx = OPTIMIZERS[optimizer]()
+  ours = theirs = (params, tx.init(params))
+  step = jax.jit(eco.value_and_step(scanned, tx, has_aux=True))
+  plain = ordinary(scanned, tx)
+  for i in range(2):
+    _, *ours, _ = step(*ours, tokens[i])
+    _, *theirs = plain(*theirs, tokens[i])
+  assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_exact_clip_is_the_ordinary_one(model):
+  fn, is_stacked = MODELS[model]
+  params, tokens = make(is_stacked)
+  tx, clipping = eco.adamw(1e-2, weight_decay=0.1), eco.adamw(1e-2, weight_decay=0.1, max_norm=0.25)
+  ours, theirs = (params, tx.init(params)), (params, clipping.init(params))
+  step = jax.jit(eco.value_and_step(fn, tx, has_aux=True, max_norm=0.25))
+  plain = ordinary(fn, clipping)
+  for i in range(3):
+    _, *ours, report = step(*ours, tokens[i % 2])
+    _, *theirs = plain(*theirs, tokens[i % 2])
+    assert report.norm > 0.25  # Or nothing was clipped.
+  state = optax.tree.get(theirs[1], "mu"), optax.tree.get(theirs[1], "nu")
+  own_state = optax.tree.get(ours[1], "mu"), optax.tree.get(ours[1], "nu")
+  assert_same((ours[0], own_state), (theirs[0], state))
+
+
+def test_norms_are_those_of_the_gradient_and_a_layer_clips_by_its_own():
+  params, tokens = make(is_stacked=True)
+  (_, _), grads = eco.value_and_grad(scanned, has_aux=True)(params, tokens[0])
+  tx = eco.sgd(1.0, momentum=0.9)
+  step = eco.value_and_step(scanned, tx, has_aux=True, clip="layer", max_norm=1e-3)
+  _, _, state, report = jax.jit(step)(params, tx.init(params), tokens[0])
+  kernel, scale = (np.asarray(grads["stack"][name], np.float64) for name in ("kernel", "scale"))
+  norms = np.linalg.norm(kernel.reshape(LAYERS, -1), axis=1)
+  np.testing.assert_allclose(report.norms["stack/kernel"], norms, rtol=1e-5)
+  np.testing.assert_allclose(report.norms["stack/scale"], np.linalg.norm(scale), rtol=1e-5)
+  squares = sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads))
+  np.testing.assert_allclose(report.norm, np.sqrt(squares), rtol=1e-5)
+
+  # Momentum of a first step: the clipped gradient, and what the rule adds for the error.
+  trace = optax.tree.get(state, "trace")["embedding"]
+  np.testing.assert_allclose(
+    np.linalg.norm(np.asarray(trace, np.float64)), min(1e-3, report.norms["embedding"]), rtol=1e-4
+  )
+  clipped = grads["stack"]["kernel"] * (1e-3 / norms)[:, None, None].astype(np.float32)
+  grads["stack"]["kernel"] = clipped
+  plain = tx.update(grads, tx.init(params), params)[1]
+  ours, theirs = (optax.tree.get(x, "trace")["stack"]["kernel"] for x in (state, plain))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_gradient_scale_multiplies_and_skips():
+  params, tokens = make(is_stacked=True)
+  tx = eco.adamw(1e-2)
+  step = jax.jit(eco.value_and_step(scanned, tx, has_aux=True))
+  doubled = lambda params, tokens: jax.tree.map(lambda x: 2 * x, scanned(params, tokens))
+  twice = jax.jit(eco.value_and_step(doubled, tx, has_aux=True))
+  start = params, tx.init(params)
+  _, *ours, _ = step(*start, tokens[0], gradient_scale=2.0)
+  _, *theirs, _ = twice(*start, tokens[0])
+  assert_same(ours, theirs)
+  _, *ours, report = step(*start, tokens[0], gradient_scale=jnp.nan)
+  jax.tree.map(np.testing.assert_array_equal, tuple(ours), start)
+  assert report.skipped == LAYERS + 2  # With the stack of scales, and the embedding.
+
+
+@jax.custom_vjp
+def poisoned(x, factor):
+  """x, whose gradient is multiplied by a factor."""
+  del factor
+  return x
+
+
+poisoned.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None))
+
+
+def test_a_gradient_that_is_not_finite_skips_its_own_layer():
+  params, tokens = make(is_stacked=True)
+
+  def fn(params, tokens, factors):
+    def body(x, own):
+      params, factor = own
+      return layer(x, params | {"kernel": poisoned(params["kernel"], factor)}), None
+
+    x, _ = jax.lax.scan(body, params["embedding"][tokens], (params["stack"], factors))
+    return jnp.mean(x**2)
+
+  tx = eco.adamw(1e-2, weight_decay=0.1)
+  start = params, tx.init(params)
+  step = jax.jit(eco.value_and_step(fn, tx))
+  good = jnp.ones(LAYERS)
+  _, params1, state1, _ = step(*start, tokens[0], good)
+  value, params2, state2, report = step(*start, tokens[0], good.at[2].set(jnp.nan))
+  assert np.isfinite(value)
+  assert report.skipped == 1
+  np.testing.assert_array_equal(np.isfinite(report.norms["stack/kernel"]), [1, 1, 0, 1])
+
+  def check(path, old, new, with_good):
+    if "kernel" in jax.tree_util.keystr(path):
+      old, new, with_good = (np.asarray(x) for x in (old, new, with_good))
+      np.testing.assert_array_equal(new[2], old[2])
+      new, with_good = new.copy(), with_good.copy()
+      new[2] = with_good[2]
+    np.testing.assert_array_equal(new, with_good)
+
+  jax.tree_util.tree_map_with_path(check, start, (params2, state2), (params1, state1))
+  # With an exact clip the whole norm is not finite, and all is as it was.
+  step = jax.jit(eco.value_and_step(fn, tx, max_norm=1.0))
+  _, *new, report = step(*start, tokens[0], good.at[2].set(jnp.nan))
+  jax.tree.map(np.testing.assert_array_equal, tuple(new), start)
+  assert report.skipped == LAYERS + 2
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+  params, tokens = make(is_stacked=False)
+  tx = eco.adamw(1e-2)
+  start = params, tx.init(params)
+  fn = lambda params, tokens: unrolled(params, tokens)[0] * jnp.inf
+  _, *new, _ = jax.jit(eco.value_and_step(fn, tx))(*start, tokens[0])
+  jax.tree.map(np.testing.assert_array_equal, tuple(new), start)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.25])
+@pytest.mark.parametrize("model", MODELS)
+def test_micro_batches_are_one_batch(model, max_norm):
+  fn, is_stacked = MODELS[model]
+  params, tokens = make(is_stacked)
+  tx = eco.adamw(1e-2)
+  ours = theirs = (params, tx.init(params))
+  how = {"has_aux": True, "max_norm": max_norm}
+  step = jax.jit(eco.value_and_step(fn, tx, accumulation=2, **how))
+  whole = jax.jit(eco.value_and_step(fn, tx, **how))
+  for _ in range(2):
+    value, *ours, report = step(*ours, tokens)
+    want, *theirs, want_report = whole(*theirs, tokens.reshape(-1, tokens.shape[-1]))
+    np.testing.assert_allclose(value[0], want[0], rtol=1e-5)
+    assert value[1].shape[0] == 2
+    np.testing.assert_allclose(np.max(value[1], axis=0), want[1], rtol=1e-5)
+    np.testing.assert_allclose(report.norm, want_report.norm, rtol=1e-5)
+  assert_same(ours, theirs)
+
+
+def test_losses_with_carries_constants_and_two_stacks():
+  """Integers and constants in the carry, weights that all layers share, a scan from the end."""
+  params, tokens = make(is_stacked=True)
+  params |= {"second": params["stack"]["kernel"], "shared": params["unused"]}
+
+  def fn(params, tokens):
+    def first(carry, own):
+      x, total, count = carry
+      x = jnp.tanh(layer(x, own) @ params["shared"])
+      return (x, total + jnp.mean(x**2), count + 1), jnp.sum(x, axis=(0, 1))
+
+    start = params["embedding"][tokens], jnp.zeros([]), 0
+    (x, total, count), sums = jax.jit(lambda: jax.lax.scan(first, start, params["stack"]))()
+    second = lambda x, w: (x + jnp.sin(x @ w), None)
+    x, _ = jax.lax.scan(second, x, params["second"], reverse=True)
+    return jnp.mean(x**2) + total / count + jnp.mean(sums * sums), {
+      "count": count,
+      "tokens": tokens,
+    }
+
+  tx = eco.layer_by_layer(eco.adamw(1e-2))
+  ours = theirs = (params, tx.init(params))
+  step, plain = jax.jit(eco.value_and_step(fn, tx, has_aux=True)), ordinary(fn, tx)
+  for i in range(2):
+    value, *ours, report = step(*ours, tokens[i])
+    want, *theirs = plain(*theirs, tokens[i])
+    np.testing.assert_allclose(value[0], want[0], rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, value[1], want[1])
+  assert_same(ours, theirs)
+  assert report.norms["stack/kernel"].shape == report.norms["second"].shape == (LAYERS,)
+  assert report.norms["shared"].shape == ()
+
+
+def test_no_stack_of_gradients_is_made():
+  stack = (16, 256, 256)
+  params = eco.quantize({"stack": jnp.ones(stack)}, eco.INT8)
+  tx = eco.adamw(1e-3)
+
+  def fn(params, x):
+    body = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ w), None))
+    return jnp.mean(jax.lax.scan(body, x, params["stack"])[0] ** 2)
+
+  def temporaries(step):
+    args = params, tx.init(params), jnp.ones((4, 256))
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  def plain(params, state, x):
+    value, grads = eco.value_and_grad(fn)(params, x)
+    updates, state = tx.update(grads, state, params)
+    return eco.apply_updates(params, updates), state, value
+
+  gradient = 4 * np.prod(stack)
+  assert temporaries(plain) > gradient  # Or it would show nothing.
+  for how in ({}, {"max_norm": 1.0}, {"max_norm": 1.0, "clip": "layer"}):
+    assert temporaries(eco.value_and_step(fn, tx, **how)) < gradient / 2, how
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [
+    eco.adamw(1e-3, max_norm=1.0),
+    optax.chain(optax.clip_by_global_norm(1.0), eco.adamw(1e-3)),
+    eco.error_feedback_to_momentum(
+      optax.apply_if_finite(optax.adam(1e-3), 3), eco.quantize_params()
+    ),
+  ],
+  ids=["max_norm", "chain", "apply_if_finite"],
+)
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_what_couples_gradients_is_refused(tx, is_stacked):
+  params, tokens = make(is_stacked)
+  step = eco.value_and_step(scanned if is_stacked else unrolled, tx, has_aux=True)
+  with pytest.raises(ValueError, match=r"depends on gradients of other leaves.*pass clip= and"):
+    step(params, tx.init(params), tokens[0])
+
+
+def test_errors_name_the_remedy():
+  params, tokens = make(is_stacked=True)
+  tx = eco.adamw(1e-3)
+  state = tx.init(params)
+
+  def branches(params, tokens):
+    return jnp.sum(params["unused"]) if params["unused"][0, 0] > 0 else 0.0
+
+  def run(fn, *args, **how):
+    eco.value_and_step(fn, tx, **how)(params, state, *args)
+
+  with pytest.raises(ValueError, match=r"needs the values.*use eco\.value_and_grad"):
+    run(branches, tokens)
+  with pytest.raises(ValueError, match="must be one real number"):
+    run(lambda params, tokens: params["unused"], tokens)
+  with pytest.raises(ValueError, match=r"accumulation=3 .* first axis of 3.*\(2, 4, 8\)"):
+    run(scanned, tokens, has_aux=True, accumulation=3)
+  with pytest.raises(ValueError, match="clip must be 'exact' or 'layer', got 'global'"):
+    eco.value_and_step(scanned, tx, clip="global")
+  with pytest.raises(ValueError, match="leaf 'count' holds int32, which has no gradient"):
+    eco.value_and_step(scanned, tx)(params | {"count": jnp.zeros([], jnp.int32)}, state, tokens)

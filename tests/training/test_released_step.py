@@ -1,0 +1,76 @@
+"""With `config.release` a run's steps are those without."""
+
+import jax
+import numpy as np
+import pytest
+
+from eco_optax.training import config as config_lib
+from eco_optax.training import methods, sharding
+from eco_optax.training import step as step_lib
+from eco_optax.training.data.pipeline import Batch
+
+
+pytestmark = pytest.mark.standard_promotion  # Of Optax's schedules.
+
+
+def small(**changes):
+  config = config_lib.small()
+  config.model.update(layers=3, width=32, heads=2, mlp_width=64, loss_chunks=2)
+  config.batch_size, config.length, config.steps = 4, 16, 10
+  config.optimizer.max_norm = 0.5
+  config.update_from_flattened_dict(changes)
+  config_lib.validate(config)
+  return config
+
+
+def train(config, steps=3):
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  tx = methods.optimizer(config)
+  with jax.set_mesh(mesh):
+    state = step_lib.init_state(config, tx, mesh)
+    step = step_lib.make_train_step(config, tx, mesh)
+    rows = []
+    for i in range(steps):
+      shape = (config.batch_size, config.length + 1)
+      tokens = jax.random.randint(jax.random.key(i), shape, 0, config.model.vocabulary)
+      state, metrics = step(state, Batch(tokens))
+      rows.append(jax.device_get(metrics))
+  return jax.device_get(state), rows
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"model.remat": "full", "model.tied_embedding": True},
+    {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
+    {"accumulation": 2, "method": "eco_rtn", "schedule_aware": False},
+    {"method": "mw_sr"},
+  ],
+  ids=lambda changes: ", ".join(changes),
+)
+def test_a_released_step_is_the_ordinary_one(changes):
+  (ours, rows), (theirs, want) = (train(small(release=on, **changes)) for on in (True, False))
+  for row, other in zip(rows, want, strict=True):
+    assert row.keys() == other.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), row, other)
+    assert row["grad_norm"] > 0.5  # So that the clip is seen.
+
+  def check(path, a, b):
+    name = jax.tree_util.keystr(path)
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype == np.float32:
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6, err_msg=name)
+    else:
+      np.testing.assert_array_equal(a, b, err_msg=name)
+
+  jax.tree_util.tree_map_with_path(check, ours, theirs)
+
+
+def test_what_does_not_go_together_is_refused():
+  for changes, message in (
+    ({"optimizer.clip": "layer"}, "optimizer.clip 'layer' needs release"),
+    ({"release": True, "method": "bf16_mw"}, "release steps packed weights"),
+    ({"release": True, "reduction_groups": 2}, "release and reduction_groups 2 exclude each other"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      small(**changes)
