@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from eco_optax import quantized_array, trees
 from eco_optax.formats import Format
@@ -481,9 +480,8 @@ def _on_host(leaf: Any, layer: int | None) -> Any:
   """A parameter, or one layer of a stack, whatever mesh is set where it is saved."""
 
   def get(x: Any) -> Any:
-    own = getattr(x, "sharding", None)
-    mesh = jax.set_mesh(own.mesh) if isinstance(own, NamedSharding) else contextlib.nullcontext()
-    with mesh:
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
       return jax.device_get(x if layer is None else x[layer])
 
   return jax.tree.map(get, leaf)
