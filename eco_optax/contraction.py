@@ -12,16 +12,17 @@ from typing import Any
 def _names(path: str) -> list[str]:
   """The parts of a path; Flax NNX ends it with the `value` of a `Param`."""
   parts = path.split("/")
-  return parts[:-1] if len(parts) > 2 and parts[-1] == "value" else parts
+  return parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts
 
 
 def flax(path: str, leaf: Any) -> int | tuple[int, ...]:
-  """Contraction axes of the attention layers of Flax, Linen and NNX; −2 for all other kernels.
+  """Contraction axes of the attention and embeddings of Flax, Linen and NNX; −2 for all others.
 
   `query`, `key` and `value` of `MultiHeadDotProductAttention` and `MultiHeadAttention` have kernels
   of shape `(…, width, heads, head width)`, summed over the first of these, and `out` has `(…,
-  heads, head width, width)`, summed over two. For an `Einsum` or `DenseGeneral` of your own write
-  such a function of its names.
+  heads, head width, width)`, summed over two. The `embedding` of an `Embed`, `(tokens, width)`, is
+  summed over its width where `attend` makes logits of it. For an `Einsum`, `DenseGeneral` or `Conv`
+  of your own write such a function of its names.
 
   Args:
     path: `/`-joined, of the leaf.
@@ -37,8 +38,11 @@ def flax(path: str, leaf: Any) -> int | tuple[int, ...]:
     >>> eco.quantize(params, format)["attention"]["query"]["kernel"].scale.shape
     (1, 4, 16)
   """
-  parent = (["", *_names(path)])[-2]
-  if leaf.ndim < 3 or parent not in ("query", "key", "value", "out"):
+  parent, name = (["", *_names(path)])[-2:]
+  if name == "embedding":
+    return -1
+  # A bias of heads has their axes too, and a stack of them three.
+  if name != "kernel" or leaf.ndim < 3 or parent not in ("query", "key", "value", "out"):
     return -2
   return (-3, -2) if parent == "out" else -3
 
@@ -49,7 +53,7 @@ def gemma(path: str, leaf: Any) -> int | tuple[int, ...]:
   `attn_vec_einsum` is `(heads, head width, width)` and summed over two axes. `q_einsum`,
   `kv_einsum` and `qkv_einsum` are `(…, width, head width)`, as usual. `gating_einsum` is `(2,
   width, hidden width)` or, in later models, `(2, hidden width, width)`, of which the smaller is
-  summed over.
+  summed over. `input_embedding`, `(tokens, width)`, is summed over its width where it makes logits.
 
   Args:
     path: `/`-joined, of the leaf.
@@ -64,6 +68,8 @@ def gemma(path: str, leaf: Any) -> int | tuple[int, ...]:
     (-3, -2)
   """
   names = _names(path)
+  if names[-1] == "input_embedding":
+    return -1
   if "attn_vec_einsum" in names and leaf.ndim >= 3:
     return -3, -2
   if "gating_einsum" in names and leaf.ndim >= 2 and leaf.shape[-1] < leaf.shape[-2]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from eco_optax import explicit_axes, trees
+from eco_optax import explicit_axes, flax_state, trees
 from eco_optax import rounding as rounding_lib
 from eco_optax.formats import LARGE, Format, grid_max, grid_top_step
 
@@ -559,6 +559,7 @@ def quantize(
   if rounding == "stochastic" and key is None:
     raise ValueError("stochastic rounding draws random bits: pass key=, a PRNG key or an integer")
   seed = _seed(key) if key is not None else 0
+  flax_state.register(QuantizedArray)
 
   def pack(path: str, leaf: Any) -> Any:
     if not hasattr(leaf, "ndim"):

@@ -152,7 +152,8 @@ class Bench:
     """
     own = {key.replace("__", "."): value for key, value in changes.items()}
     config = SMALL | {"data.path": str(self.text), "mesh.data": devices, "mesh.fsdp": 1} | own
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
+    own_flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {own_flags}"  # Of one set twice the last counts.
     return subprocess.Popen(
       [
         sys.executable,

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = (
   (
     "explicit_axes",
+    "flax_state",
     "contraction",
     "formats",
     "rounding",

@@ -1,5 +1,6 @@
 """Compositions with stock transformations: right, or an error names the leaf and the remedy."""
 
+import collections
 import functools
 
 import jax
@@ -518,3 +519,63 @@ def test_every_transformation_on_every_kind_of_mesh(kind, count):
     found = every_step(place)
   for name, (params, _) in without_a_mesh().items():
     assert np.array_equal(found[name][0]["s"].qvalue, params["s"].qvalue), name
+
+
+Fields = collections.namedtuple("Fields", "count mu nu trace")
+# Trees whose parameters are called as fields of states are, in the order of "plain names".
+NAMES = {
+  "dict": lambda *x: dict(zip(Fields._fields, x, strict=True)),
+  "nested": lambda a, b, c, d: {"mu": {"count": a, "mu": b}, "nu": {"mu": c, "nu": d}},
+  "named tuple": Fields,
+  "of wrappers": lambda a, b, c, d: {"inner": {"0": a, "mu": b}, "residual": c, "step": d},
+}
+MOVED = {
+  "adamw": lambda: eco.adamw(1e-2, rounding="nearest"),
+  "sgd": lambda: eco.sgd(1e-2, rounding="nearest"),
+  "rule": lambda: eco.error_feedback_to_momentum(
+    optax.contrib.ademamix(1e-2), nearest(), keep_error=True
+  ),
+  "master_weights": lambda: eco.master_weights(optax.adam(1e-2), nearest()),
+  "low_bit_moments": lambda: eco.low_bit_moments(
+    eco.error_feedback_to_momentum(optax.nadam(1e-2), nearest()), "bfloat16", "bfloat16"
+  ),
+  "layer_by_layer": lambda: eco.layer_by_layer(
+    eco.error_feedback_to_momentum(optax.sgd(1e-2, 0.9, accumulator_dtype=jnp.float32), nearest())
+  ),
+}
+
+
+@functools.cache
+def moved_with_names(tree):
+  """Parameters and states after two steps of each optimizer, as lists of arrays."""
+  make = NAMES.get(tree, lambda a, b, c, d: {"a": a, "b": b, "c": c, "d": d})
+  start = make(jnp.float32(1), jnp.stack([START["k"]] * 2), START["k"], START["k"][0])
+  start = eco.quantize(start, eco.FP8)
+
+  found = {}
+  for name, make in MOVED.items():
+    tx = make()
+
+    @jax.jit
+    def step(params, state, tx=tx):
+      grads = jax.tree.map(jnp.sin, eco.dequantize(params))
+      updates, state = tx.update(grads, state, params)
+      return eco.apply_updates(params, updates), state
+
+    after = step(*step(start, tx.init(start)))
+    found[name] = jax.tree.leaves(jax.device_get(after))
+  return found
+
+
+@pytest.mark.parametrize("tree", NAMES)
+def test_parameters_may_be_called_as_fields_of_states_are(tree):
+  for name, wanted in moved_with_names("plain names").items():
+    found = moved_with_names(tree)[name]
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+      assert (a.dtype, a.shape) == (b.dtype, b.shape)
+      a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+      if name == "low_bit_moments":  # Their random bits follow the leaf's name: some codes differ.
+        assert np.mean(~np.isclose(a, b, 2**-3, 1e-4)) < 0.01
+      else:
+        np.testing.assert_array_equal(a, b, err_msg=name)

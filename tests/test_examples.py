@@ -1,5 +1,6 @@
 """The examples: each trains, and what it calls packed is packed."""
 
+import contextlib
 import pathlib
 import runpy
 
@@ -26,9 +27,13 @@ def example(name):
   return runpy.run_path(str(FOLDER / f"{name}.py"))
 
 
+@pytest.mark.parametrize("mesh", ["no mesh", "explicit axes"])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_train(name):
-  losses, params = example(name)["train"]()
+def test_examples_train(name, mesh):
+  with contextlib.ExitStack() as held:
+    if mesh == "explicit axes":  # As JAX's own `make_mesh` has them.
+      held.enter_context(jax.set_mesh(jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])))
+    losses, params = example(name)["train"]()
   assert losses[-1] < 0.15 * losses[0]
   is_packed = lambda leaf: isinstance(leaf, eco.QuantizedArray)
   leaves = jax.tree.leaves(params, is_leaf=is_packed)

@@ -6,6 +6,7 @@ checkpoints have `(out, in)`, and layers and experts are stacked along leading a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -453,7 +454,8 @@ def save(
     }
   for path, leaf in leaves.items():  # What cannot be saved should be told before hours are spent.
     if is_quantized(leaf) and places[path].rotary:
-      jax.eval_shape(functools.partial(_turned, width=places[path].rotary), leaf)
+      shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)  # On no mesh.
+      jax.eval_shape(functools.partial(_turned, width=places[path].rotary), shapes)
 
   def tensors() -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in leaves.items():
@@ -474,12 +476,23 @@ def save(
     raise
 
 
+def _on_host(leaf: Any, layer: int | None) -> Any:
+  """A parameter, or one layer of a stack, whatever mesh is set where it is saved."""
+
+  def get(x: Any) -> Any:
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+      return jax.device_get(x if layer is None else x[layer])
+
+  return jax.tree.map(get, leaf)
+
+
 def _saved(
   leaf: Any, place: _Place, dtype: np.dtype, packed: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The tensors of one parameter, of which one layer at a time is on the host."""
   for i in range(len(place.layers)) if place.layers else (None,):
-    own = jax.device_get(leaf if i is None else jax.tree.map(lambda x, i=i: x[i], leaf))
+    own = _on_host(leaf, i)
     for index, name in place.names():
       if i is not None and index[0] != i:
         continue

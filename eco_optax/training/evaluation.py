@@ -65,15 +65,15 @@ class Trained:
     size, length = self.config.batch_size, self.config.length + 1
     rows = size + -size % (self.mesh.size // self.mesh.shape["tensor"])
     split = sharding.batch_sharding(self.mesh)
-    with jax.set_mesh(self.mesh):
-      for start in range(0, len(windows), size):
-        part = windows[start : start + size]
-        tokens = np.zeros((rows, length), np.int32)
-        for row, window in zip(tokens, part, strict=False):
-          row[: len(window)] = window
+    for start in range(0, len(windows), size):
+      part = windows[start : start + size]
+      tokens = np.zeros((rows, length), np.int32)
+      for row, window in zip(tokens, part, strict=False):
+        row[: len(window)] = window
+      with jax.set_mesh(self.mesh):  # Not while the caller looks at what is yielded.
         nats, greedy = jax.device_get(self._scores(self.params, jax.device_put(tokens, split)))
-        for i, window in enumerate(part):
-          yield nats[i, : len(window) - 1], greedy[i, : len(window) - 1]
+      for i, window in enumerate(part):
+        yield nats[i, : len(window) - 1], greedy[i, : len(window) - 1]
 
   @functools.cached_property
   def _next_token(self) -> Any:
@@ -106,11 +106,11 @@ class Trained:
     """
     length, tokens = self.config.length, list(prompt)
     whole = jax.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-    with jax.set_mesh(self.mesh):
-      for i in range(count):
-        window = tokens[-length:]
-        padded = np.zeros((1, length), np.int32)
-        padded[0, : len(window)] = window
+    for i in range(count):
+      window = tokens[-length:]
+      padded = np.zeros((1, length), np.int32)
+      padded[0, : len(window)] = window
+      with jax.set_mesh(self.mesh):  # Not while the caller looks at what is yielded.
         key = jax.random.fold_in(jax.random.key(seed), i)
         token = self._next_token(
           self.params,
@@ -119,10 +119,10 @@ class Trained:
           np.float32(temperature),
           jax.device_put(key, whole),
         )
-        tokens.append(int(token))
-        if tokens[-1] == self.tokenizer.separator:
-          return
-        yield tokens[-1]
+      tokens.append(int(token))
+      if tokens[-1] == self.tokenizer.separator:
+        return
+      yield tokens[-1]
 
 
 def load(workdir: str | pathlib.Path) -> Trained:

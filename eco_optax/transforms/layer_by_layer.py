@@ -82,9 +82,15 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
   """
   takes_whole = inner.takes_whole if isinstance(inner, PackedTransformation) else lambda *_: ()
 
+  tried: set[Any] = set()  # Trees of shapes; a run asks for its state's shapes, then for the state.
+
   def init(params: Any) -> optax.OptState:
     if _stacks(flatten(params)[0]):
-      _check_separable(inner, params)
+      leaves, treedef = jax.tree.flatten(params)
+      shapes = treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+      if shapes not in tried:
+        _check_separable(inner, params)
+        tried.add(shapes)
     return inner.init(params)
 
   def update(

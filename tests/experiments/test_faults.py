@@ -46,5 +46,6 @@ def test_bad_data_are_refused_before_a_step(bench):
 
 
 def test_what_should_not_happen_fails(bench, monkeypatch):
+  bench.copy("fine", "undisturbed")  # It says its end again.
   monkeypatch.setitem(faults.FAULTS, "none", lambda bench: faults._refused(bench, "fine", "no"))
   assert faults.inject(bench, ["none"])["none"].startswith("FAILED")

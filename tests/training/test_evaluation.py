@@ -112,6 +112,25 @@ def test_greedy_text_is_the_likeliest_and_a_window_moves_along(trained):
   assert one == same != other
 
 
+def test_a_mesh_that_the_caller_has_set_stays(workdir, trained):
+  """One with explicit axes, which the run knows nothing of."""
+  prompt = trained.tokenizer.encode("import ").tolist()
+  windows = [np.arange(i, i + 9) for i in range(20)]
+  wanted = list(trained.generate(prompt, 3)), [nats for nats, _ in trained.scores(windows)]
+  own = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+  with jax.set_mesh(own):
+    again = evaluation.load(workdir[0])
+    written, nats = [], []
+    for token in again.generate(prompt, 3):
+      written.append(token)
+      assert jax.sharding.get_abstract_mesh() == own.abstract_mesh
+    for scored, _ in again.scores(windows):
+      nats.append(scored)
+      assert jax.sharding.get_abstract_mesh() == own.abstract_mesh
+  assert written == wanted[0]
+  np.testing.assert_array_equal(nats, wanted[1])
+
+
 def test_a_run_is_read_and_not_changed(workdir, tmp_path):
   folder, _ = workdir
   before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

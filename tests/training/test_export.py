@@ -1,5 +1,6 @@
 """From a run to a folder that transformers serves."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -126,7 +127,10 @@ def run(request, tmp_path_factory):
     loop.train(config, folder / "run")
     trained = evaluation.load(folder / "run")
     kind = "qwen2_moe" if config.model.experts else None
-    export.export(trained, folder / "out", kind)
+    # A mesh that is set around it, with explicit axes, makes no difference.
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh) if tokenizer != "bytes" else contextlib.nullcontext():
+      export.export(trained, folder / "out", kind)
   return trained, folder / "out"
 
 
@@ -205,6 +209,8 @@ def test_the_command_says_what_it_made(run, tmp_path):
   assert hint in done.stdout
   told = json.loads((tmp_path / "out" / "config.json").read_text())
   assert told["torch_dtype"] == "bfloat16"
+  if trained.corpus["tokenizer"]["kind"] != "bpe":  # Once is enough.
+    return
   again = subprocess.run(
     [*command, f"--output={tmp_path / 'out'}"],
     capture_output=True,

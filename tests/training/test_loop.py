@@ -40,11 +40,15 @@ def get_config(name="tiny", **changes):
   return config
 
 
+# Enough for runs that are not asked to have learned anything.
+FEW_TOKENS = {"batch_size": 8, "length": 32}
+
+
 @pytest.fixture(autouse=True)
 def short_validation(monkeypatch):
   # The whole split takes most of a tiny run's time; tests/training/test_data.py holds it whole.
   data = corpus.standard_library_dataset()
-  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 60_000)]))
+  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 10_000)]))
   monkeypatch.setattr(corpus, "standard_library_dataset", lambda: data)
 
 
@@ -165,7 +169,9 @@ def test_eco_bytes_at_the_default_size():
 def test_runs_are_written_and_equal_each_other(tmp_path):
   config = get_config(evaluate_every=25)
   first = loop.train(config, tmp_path / "a")
-  second = loop.train(config, tmp_path / "b")
+  # A mesh that is set around a run, with explicit axes, makes no difference.
+  with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+    second = loop.train(config, tmp_path / "b")
   # Guessing among the bytes that code is made of costs about 3.3 nats; uniform, 5.5.
   assert first["validation_loss"] < 3.2
   drop = lambda rows: [{k: v for k, v in r.items() if k not in metrics.TIMING} for r in rows]
@@ -224,7 +230,7 @@ def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
 
 def test_a_run_that_diverges_says_where(tmp_path):
   # One step at this rate leaves weights whose square is no number; steps 20 and 40 are logged.
-  config = get_config(steps=40, **{"optimizer.learning_rate": 1e38})
+  config = get_config(steps=40, **FEW_TOKENS, **{"optimizer.learning_rate": 1e38})
   with pytest.raises(FloatingPointError, match=r"at step 1 with method 'eco_sr'"):
     loop.train(config, tmp_path)
   config.nonfinite = "record"
@@ -266,7 +272,9 @@ def end_of(workdir):
 
 
 def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys):
-  config = get_config(steps=40, log_every=5, evaluate_every=20, **{"checkpoint.every": 10})
+  config = get_config(
+    steps=40, log_every=5, evaluate_every=20, **FEW_TOKENS, **{"checkpoint.every": 10}
+  )
   whole = loop.train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
     stop_before(patch, 17)
@@ -300,7 +308,7 @@ def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
-  config = get_config(steps=30, log_every=10, **{"checkpoint.every": 10})
+  config = get_config(steps=30, log_every=10, **FEW_TOKENS, **{"checkpoint.every": 10})
   monkeypatch.setattr(pipeline, "batches", pipeline.batches)  # Restored after the test.
   faults.poison("17")
   with pytest.raises(
@@ -321,7 +329,9 @@ def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 def test_an_update_beyond_float32_is_never_saved(nonfinite, tmp_path):
-  config = get_config(steps=5, nonfinite=nonfinite, **{"checkpoint.every": 1, "log_every": 1})
+  config = get_config(
+    steps=5, nonfinite=nonfinite, log_every=1, **FEW_TOKENS, **{"checkpoint.every": 1}
+  )
   config.optimizer.update(learning_rate=3e38, start_fraction=1.0, weight_decay=1e6)
   with pytest.raises(
     FloatingPointError, match=r"too large for the weights, first of .* at step 1 "
@@ -342,7 +352,7 @@ def test_prepared_data_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 
 
 def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
-  config = get_config(steps=20)
+  config = get_config(steps=20, **FEW_TOKENS)
   runs = {"a": {"method": "mw_rtn"}, "b": {"method": "eco_sr"}}
   rows = comparison.compare(config, tmp_path / "runs", tmp_path / "results", runs)
   monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a complete run was run again"))
