@@ -86,7 +86,7 @@ def _dot(values: jax.Array, kernel: jax.Array, dtype: Any, kernel_axis: int = 0)
     bfloat16 where that is `dtype`, else float32, still to be multiplied by the scales. Units for
     matrices store their sums in the dtype that is asked for, and scales per token and channel are
     applied by the operation that reads them: float32 would be written and read back for it. The
-    rounding is to 2⁻⁹ of the product, a thirtieth of what E4M3 may round a factor by.
+    rounding is by at most 2⁻⁸ of the product, a sixteenth of E4M3's of one factor.
   """
   dims = (((values.ndim - 1,), (kernel_axis,)), ((), ()))
   kinds = {values.dtype, kernel.dtype}
