@@ -6,6 +6,7 @@ from eco_optax import theory as theory
 from eco_optax.formats import FP8 as FP8
 from eco_optax.formats import FP8_BLOCK128 as FP8_BLOCK128
 from eco_optax.formats import FP8_E5M2 as FP8_E5M2
+from eco_optax.formats import FP8_E5M2_TOKEN as FP8_E5M2_TOKEN
 from eco_optax.formats import FP8_TOKEN as FP8_TOKEN
 from eco_optax.formats import INT4 as INT4
 from eco_optax.formats import INT8 as INT8

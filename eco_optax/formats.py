@@ -247,6 +247,9 @@ FP8_E5M2 = Format("float8_e5m2", "channel")
 FP8_TOKEN = Format("float8_e4m3fn", "channel", contraction_axis=-1)
 """E4M3 with one float32 scale per token: the paper's activations."""
 
+FP8_E5M2_TOKEN = Format("float8_e5m2", "channel", contraction_axis=-1)
+"""E5M2 with one float32 scale per token: cotangents, whose range within a token is wide."""
+
 FP8_BLOCK128 = Format("float8_e4m3fn", (128, 128))
 """E4M3 with one float32 scale per 128 × 128 block."""
 

@@ -4,16 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from eco_optax import explicit_axes
-from eco_optax.formats import Format
-from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array
+from eco_optax import explicit_axes, rounding
+from eco_optax.formats import FP8_E5M2_TOKEN, Format, grid_bits
+from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array, seed_of
 
 _FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)}
+
+
+class _Formats(NamedTuple):
+  """What the factors of a product and of its gradient are rounded to; None leaves them float."""
+
+  activation: Format | None
+  gradient: Format | None
+
+
+def check_gradient_format(format: Format, weights: Format) -> None:
+  """Raises `ValueError` if cotangents in a format cannot be multiplied by the codes of weights.
+
+  Args:
+    format: of the cotangents.
+    weights: of the kernel.
+  """
+  if format.dtype not in _FLOAT8 or (format.granularity, format.contraction_axis) != (
+    "channel",
+    -1,
+  ):
+    raise ValueError(
+      f"gradient_format must be of float8 codes with one scale per token, got {format}: use"
+      f" {FP8_E5M2_TOKEN} (eco_optax.FP8_E5M2_TOKEN) or eco_optax.FP8_TOKEN"
+    )
+  if weights.granularity not in ("tensor", "channel"):
+    raise ValueError(
+      f"gradient_format {format} has no way through weights in {weights}: scales of blocks are"
+      " inside the sum of the input's gradient. Use weights with one scale per channel or matrix,"
+      " such as eco_optax.FP8, or no gradient_format"
+    )
+  if weights.dtype not in _FLOAT8 and grid_bits(weights.dtype) == 8:
+    raise ValueError(
+      f"gradient_format {format} multiplies float8 by the codes of weights, and float8 does not"
+      f" have all the codes of {weights}: use eco_optax.FP8 or 4-bit weights, or no gradient_format"
+    )
+
+
+def _float8(codes: jax.Array) -> jax.Array:
+  """Codes as float8, which has all 4-bit codes."""
+  return codes if codes.dtype in _FLOAT8 else codes.astype(jnp.float8_e4m3fn)
 
 
 def _outer_scale(w: QuantizedArray) -> jax.Array | None:
@@ -35,32 +75,48 @@ def _factor(x: jax.Array, format: Format | None) -> tuple[jax.Array, jax.Array |
   return packed.dequantize(x.dtype), None
 
 
-def _dot(values: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-  """The product of activations and a kernel, codes or floats, in float32.
+def _dot(values: jax.Array, kernel: jax.Array, dtype: Any, kernel_axis: int = 0) -> jax.Array:
+  """The product of activations and a kernel, codes or floats, over one axis of the kernel.
 
   Two factors of float8 codes go to the compiler as they are, which takes float8 units where the
   machine has them and widens the codes, exactly, where not; int8 codes have integer sums. All other
-  pairs are multiplied in `dtype`, that of the activations.
+  pairs are multiplied in `dtype`, that of the activations. Sums are float32.
+
+  Returns:
+    bfloat16 where that is `dtype`, else float32, still to be multiplied by the scales. Units for
+    matrices store their sums in the dtype that is asked for, and scales per token and channel are
+    applied by the operation that reads them: float32 would be written and read back for it. The
+    rounding is by at most 2⁻⁸ of the product, a sixteenth of E4M3's of one factor.
   """
-  dims = (((values.ndim - 1,), (0,)), ((), ()))
+  dims = (((values.ndim - 1,), (kernel_axis,)), ((), ()))
   kinds = {values.dtype, kernel.dtype}
   if kinds == {jnp.dtype(jnp.int8)}:
     product = jax.lax.dot_general(values, kernel, dims, preferred_element_type=jnp.int32)
     return product.astype(jnp.float32)
   if not kinds <= _FLOAT8:
     values, kernel = values.astype(dtype), kernel.astype(dtype)
-  return jax.lax.dot_general(values, kernel, dims, preferred_element_type=jnp.float32)
+  # The range of float16 is too small for sums of codes.
+  sums = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+  return jax.lax.dot_general(values, kernel, dims, preferred_element_type=sums)
+
+
+def _times(y: jax.Array, scale: jax.Array | None) -> jax.Array:
+  """`y × scale` in float32, the scale spread over y's leading axes."""
+  if scale is None:
+    return y
+  return y.astype(jnp.float32) * jax.lax.broadcast_to_rank(scale, y.ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(
-  activation_format: Format | None,
+  formats: _Formats,
   x: jax.Array,
   w: jax.Array | QuantizedArray,
   sink: jax.Array | None,
+  stream: jax.Array | None,
 ) -> jax.Array:
-  del sink  # Only its gradient is of use.
-  return _product(activation_format, x, w)
+  del sink, stream  # Of use in the backward pass only.
+  return _product(formats.activation, x, w)
 
 
 def _product(
@@ -73,52 +129,73 @@ def _product(
   else:
     kernel = _dense(w, x.dtype)
   y = _dot(values, kernel, x.dtype)
-  if x_scale is not None:
-    y = y * x_scale
-  if w_scale is not None:
-    y = y * jax.lax.broadcast_to_rank(w_scale, y.ndim)
-  return y.astype(x.dtype)
+  return _times(_times(y, x_scale), w_scale).astype(x.dtype)
 
 
 def _dense(w: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
   return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
 
+def _input_gradient(
+  format: Format, dy: jax.Array, w: QuantizedArray, stream: jax.Array | None
+) -> jax.Array:
+  """`dy @ wᵀ` of cotangents rounded per token and the codes of w.
+
+  Scales per output channel vary along the sum, so they are part of what is rounded; scales per
+  input channel are outside of it.
+  """
+  scale, y = w.float_scale(), dy
+  is_by_output = scale.shape[0] == 1
+  if is_by_output:
+    y = _times(y, scale[0])
+  bits = None if stream is None else rounding.counter_bits(stream, y.shape)
+  packed = quantize_array(y, format, "nearest" if bits is None else "stochastic", bits)
+  dx = _times(_dot(packed.codes, _float8(w.codes), dy.dtype, 1), packed.float_scale())
+  return (dx if is_by_output else _times(dx, scale[:, 0])).astype(dy.dtype)
+
+
 def _forward(
-  activation_format: Format | None, x: jax.Array, w: Any, sink: jax.Array | None
+  formats: _Formats, x: jax.Array, w: Any, sink: jax.Array | None, stream: jax.Array | None
 ) -> tuple[jax.Array, Any]:
   # Without the sink, which a checkpoint would keep as an array of zeros.
-  return _product(activation_format, x, w), (x, w, sink)
+  return _product(formats.activation, x, w), (x, w, sink, stream)
 
 
-def _backward(activation_format: Format | None, residuals: Any, dy: jax.Array) -> tuple:
-  x, w, sink = residuals
+def _backward(formats: _Formats, residuals: Any, dy: jax.Array) -> tuple:
+  x, w, sink, stream = residuals
 
-  def products(x: jax.Array, w: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values, x_scale = _factor(x, activation_format)  # Made again: cheaper than keeping them.
-    if x_scale is not None:
-      values = values.astype(jnp.float32) * x_scale
-    values = values.astype(x.dtype)
-    kernel = _dense(w, x.dtype)
-    dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+  def products(
+    x: jax.Array, w: Any, dy: jax.Array, stream: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    values, x_scale = _factor(x, formats.activation)  # Made again: cheaper than keeping them.
+    values = _times(values, x_scale).astype(x.dtype)
+    if formats.gradient is None:
+      kernel = _dense(w, x.dtype)
+      dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    else:
+      dx = _input_gradient(formats.gradient, dy, w, stream)
     dims = (tuple(range(x.ndim - 1)),) * 2
     dw = jax.lax.dot_general(values, dy, (dims, ((), ())), preferred_element_type=jnp.float32)
     return dx, dw
 
   like = x, w.qvalue if is_quantized(w) else w
   specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, like)
-  dx, dw = explicit_axes.call(products, specs, x, w, dy)
+  dx, dw = explicit_axes.call(products, specs, x, w, dy, stream)
   if not is_quantized(w):
-    return dx, dw.astype(w.dtype), None
+    return dx, dw.astype(w.dtype), None, None
   # Codes and scales have no gradient of their own: it leaves through the sink.
-  return dx, None, None if sink is None else dw.astype(sink.dtype)
+  return dx, None, None if sink is None else dw.astype(sink.dtype), None
 
 
 _matmul.defvjp(_forward, _backward)
 
 
 def matmul(
-  x: jax.Array, w: jax.Array | QuantizedArray, activation_format: Format | None = None
+  x: jax.Array,
+  w: jax.Array | QuantizedArray,
+  activation_format: Format | None = None,
+  gradient_format: Format | None = None,
+  gradient_key: Any = None,
 ) -> jax.Array:
   """`x @ w` for a packed or float kernel, with activations quantized on the way in.
 
@@ -127,7 +204,11 @@ def matmul(
   Scales per token and per output channel are applied to the product, so that the codes themselves
   are multiplied: float8 by float8 where both factors are, with float32 sums. The backward pass is
   straight-through: it multiplies the stored values of both factors in x's dtype, as if rounding
-  were the identity.
+  were the identity. With a `gradient_format` the input's gradient is a product of codes too,
+
+  .. math:: dx = (codes(dy · scale_w) · codes(w)^T) · scale_{dy}
+
+  with one scale for each token's cotangent; the kernel's gradient is not touched by it.
 
   Args:
     x: float activations of shape `(…, in)`.
@@ -135,26 +216,54 @@ def matmul(
       packed kernel collects its gradient.
     activation_format: of the activations, such as `eco.FP8_TOKEN` (one scale per token); always
       rounded to nearest. None leaves them as they are.
+    gradient_format: of the cotangents that the input's gradient is made of, `eco.FP8_E5M2_TOKEN` or
+      `eco.FP8_TOKEN`; w is then packed, with one scale per channel (of outputs or inputs) or per
+      matrix, in float8 or 4 bits. None leaves them as they are. NVIDIA's GPUs have no product of
+      E5M2 by E5M2: for `eco.FP8_E5M2` weights take `eco.FP8_TOKEN`.
+    gradient_key: a PRNG key or an integer, a new one for every step and layer: cotangents are then
+      rounded stochastically, and dx is its own mean without rounding. None rounds to nearest.
 
   Returns:
-    Activations of shape `(…, out)` in x's dtype.
+    Activations of shape `(…, out)` in x's dtype. A token whose cotangent has a NaN or an infinity
+    gets NaN throughout dx.
 
   Raises:
-    ValueError: if the shapes do not match, or the format does not fit x.
+    ValueError: if the shapes do not match, the activation format does not fit x, or the gradient
+      format is not one or not for this kernel.
 
   Example:
-    >>> import jax.numpy as jnp, eco_optax as eco
+    >>> import jax, jax.numpy as jnp, eco_optax as eco
     >>> w = eco.quantize(jnp.eye(4), eco.FP8)
     >>> eco.matmul(jnp.ones((2, 4)), w, eco.FP8_TOKEN).shape
     (2, 4)
+    >>> loss = lambda x: eco.matmul(x, w, eco.FP8_TOKEN, eco.FP8_E5M2_TOKEN).sum()
+    >>> jax.grad(loss)(jnp.ones((2, 4))).dtype
+    dtype('float32')
 
   References:
-    Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, section 4 (FP8 forward pass).
+    Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, section 4 (FP8 forward pass);
+    Micikevicius et al, `FP8 formats for deep learning <https://arxiv.org/abs/2209.05433>`_, 2022
+    (E5M2 for gradients).
   """
   if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
     raise ValueError(f"matmul takes (…, in) and (in, out), got {x.shape} and {w.shape}")
   if activation_format is not None:
     activation_format.check(x.shape, "activations")
+  if gradient_format is None and gradient_key is not None:
+    raise ValueError(
+      "gradient_key is for the rounding of cotangents: pass gradient_format= too, or no key"
+    )
+  if gradient_format is not None:
+    if not isinstance(w, QuantizedArray):
+      raise ValueError(
+        f"gradient_format {gradient_format} multiplies by the codes of a packed kernel, got floats"
+        f" of shape {w.shape}: pack it by eco_optax.quantize and differentiate by"
+        " eco_optax.value_and_grad(…, dense=False), or pass no gradient_format"
+      )
+    check_gradient_format(gradient_format, w.format)
+  formats, stream = _Formats(activation_format, gradient_format), None
+  if gradient_key is not None:
+    stream = rounding.stream_key(seed_of(gradient_key), 0, "cotangent")
   if isinstance(w, QuantizedArray):
-    return _matmul(activation_format, x, dataclasses.replace(w, sink=None), w.sink)
-  return _matmul(activation_format, x, w, None)
+    return _matmul(formats, x, dataclasses.replace(w, sink=None), w.sink, stream)
+  return _matmul(formats, x, w, None, stream)

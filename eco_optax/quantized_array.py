@@ -307,9 +307,10 @@ def divide(x: jax.Array, divisor: jax.Array | np.float32) -> jax.Array:
 
   Compilers turn a division by a constant or by a broadcast value into a product with its
   reciprocal, which is off by an ulp: then a stored tensor would not give its own scale again. A
-  divisor that depends on the element cannot be treated so.
+  divisor that depends on the element cannot be treated so. It is x itself where x is NaN: of a
+  constant there, JAX would make an array outside of a scan over layers and keep it for them all.
   """
-  return x / jnp.where(jnp.isnan(x), np.float32(1), divisor)
+  return x / jnp.where(jnp.isnan(x), x, divisor)
 
 
 class Division(NamedTuple):
@@ -481,7 +482,7 @@ def quantize_array(
   return QuantizedArray(qvalue, scale.astype(format.scale_dtype), format, unit, odd=odd)
 
 
-def _seed(key: Any) -> int | jax.Array:
+def seed_of(key: Any) -> int | jax.Array:
   """A PRNG key, an old-style key or an integer as a seed of `rounding.stream_key`."""
   if isinstance(key, (int, np.integer)):
     return int(key)
@@ -558,7 +559,7 @@ def quantize(
     raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
   if rounding == "stochastic" and key is None:
     raise ValueError("stochastic rounding draws random bits: pass key=, a PRNG key or an integer")
-  seed = _seed(key) if key is not None else 0
+  seed = seed_of(key) if key is not None else 0
   flax_state.register(QuantizedArray)
 
   def pack(path: str, leaf: Any) -> Any:

@@ -788,6 +788,11 @@ def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Ca
 _METHODS: dict[str, dict[str, Any]] = {
   "BF16": {"method": "bf16_mw", "model.remat": "none"},
   "ECO + SR": {"method": "eco_sr", "model.remat": "none"},
+  "ECO + SR, FP8 backward": {
+    "method": "eco_sr",
+    "model.remat": "none",
+    "gradient_format": "FP8_E5M2_TOKEN",
+  },
   "BF16, only products kept": {"method": "bf16_mw", "model.remat": "dots"},
   "ECO + SR, FP8 moments": {
     "method": "eco_sr",

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import config_dict
 
 import eco_optax as eco
+from eco_optax.matmul import check_gradient_format
 from eco_optax.training import methods, sharding
 from eco_optax.training.models.config import TransformerConfig
 from eco_optax.transforms.stored_moments import DTYPES as MOMENT_DTYPES
@@ -32,11 +33,14 @@ def defaults() -> config_dict.ConfigDict:
   config.moments = {"mu": "float32", "nu": "float32"}
   config.format = "FP8"  # Of the quantized linear weights: a preset of eco_optax.
   config.activation_format = "FP8_TOKEN"  # Of their inputs; "none" leaves them float.
+  # Of the cotangents that the gradients of their inputs are made of, FP8_E5M2_TOKEN or FP8_TOKEN,
+  # see eco_optax.matmul; "none" multiplies in `dtype`, as the paper's runs do.
+  config.gradient_format = "none"
 
   model = {
     field.name: None if field.default is dataclasses.MISSING else field.default
     for field in dataclasses.fields(TransformerConfig)
-    if field.name not in ("activation_format", "dtype")
+    if field.name not in ("activation_format", "gradient_format", "dtype")
   }
   model |= {name: 0 for name in ("layers", "width", "heads", "vocabulary")}
   model["capacity_factor"] = config_dict.placeholder(float)
@@ -149,6 +153,7 @@ RANGES: dict[str, _Check] = {
   **{f"moments.{name}": _one_of(*MOMENT_DTYPES) for name in ("mu", "nu")},
   "format": _one_of(*sorted(FORMATS)),
   "activation_format": _one_of("none", *sorted(FORMATS)),
+  "gradient_format": _one_of("none", "FP8_E5M2_TOKEN", "FP8_TOKEN"),
   "model.layers": _positive,
   "model.width": _positive,
   "model.heads": _positive,
@@ -258,9 +263,15 @@ def validate(config: config_dict.ConfigDict) -> None:
       )
     problems += _release_problems(config)
     try:
-      model(config)
+      gradient_format = model(config).gradient_format
     except ValueError as error:
       problems.append(f"model: {error}")
+    else:
+      if gradient_format:
+        try:
+          check_gradient_format(gradient_format, FORMATS[config.format])
+        except ValueError as error:
+          problems.append(f"format {config.format}: {error}")
   if problems:
     raise ValueError("config: " + "; ".join(problems))
 
@@ -287,5 +298,11 @@ def formats(config: config_dict.ConfigDict) -> tuple[eco.Format | None, eco.Form
 
 def model(config: config_dict.ConfigDict) -> TransformerConfig:
   """The model of a run; the BF16 baseline computes in bfloat16 whatever the others do."""
-  dtype = "bfloat16" if methods.of(config).rounding is None else config.dtype
-  return TransformerConfig(**config.model, dtype=dtype, activation_format=formats(config)[1])
+  weights, activation_format = formats(config)
+  gradient_format = FORMATS.get(config.gradient_format) if weights else None
+  return TransformerConfig(
+    **config.model,
+    dtype=config.dtype if weights else "bfloat16",
+    activation_format=activation_format,
+    gradient_format=gradient_format,
+  )

@@ -218,6 +218,11 @@ def test_clip_comes_before_the_momentum():
     ({"method": "eco"}, "method must be one of bf16_mw, .*, got 'eco'"),
     ({"format": "FP9"}, "format must be one of FP8, .*, got 'FP9'"),
     ({"activation_format": "FP9"}, "activation_format must be one of none, FP8"),
+    ({"gradient_format": "FP8"}, "gradient_format must be one of none, FP8_E5M2_TOKEN, FP8_TOKEN"),
+    (
+      {"gradient_format": "FP8_TOKEN", "format": "MXFP8"},
+      "format MXFP8: gradient_format .* scales of blocks are inside the sum",
+    ),
     ({"residual": "float8"}, "residual must be one of float32"),
     ({"batch_size": 12}, "batch_size 12 / accumulation 1 is not a multiple of the 8 devices"),
     ({"mesh.tensor": 3}, "a mesh of data=8, fsdp=1, tensor=3, expert=1 does not take 8 devices"),

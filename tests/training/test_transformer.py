@@ -1,5 +1,6 @@
 """Whole models: sizes, and values and gradients against a float64 NumPy of the definition."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -484,6 +485,27 @@ def test_products_of_float8_codes(family, count):
   assert all(e.outvars[0].aval.dtype == jnp.float32 for e in products)
   assert not float8_products(dataclasses.replace(config, activation_format=None), params)
   assert not float8_products(config, eco.dequantize(params))
+
+
+@pytest.mark.parametrize(
+  ("family", "count"), [("llama", 7), ("gemma", 7), ("smoe", 2), ("deepseek", 7 + 4 + 3 + 3)]
+)
+def test_gradients_of_inputs_are_products_of_float8_codes(family, count):
+  """Those of packed kernels, in attention, MLPs and experts; not of embedding, head and router."""
+  formats = {"activation_format": eco.FP8_TOKEN, "gradient_format": eco.FP8_E5M2_TOKEN}
+  config, params = model(family, packed=True, **formats)
+
+  def products(config):
+    loss = lambda p: transformer.loss(config, p, TOKENS)[0]
+    jaxpr = jax.make_jaxpr(eco.value_and_grad(loss, dense=False))(params)
+    dots = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    return collections.Counter(tuple(v.aval.dtype.name for v in e.invars) for e in dots)
+
+  codes, cotangents = "float8_e4m3fn", "float8_e5m2"
+  found, plain = products(config), products(dataclasses.replace(config, gradient_format=None))
+  assert found[cotangents, codes] == found[codes, codes] == plain[codes, codes] == count
+  assert plain[cotangents, codes] == 0
+  assert found["float32", "float32"] == plain["float32", "float32"] - count
 
 
 def test_activations_in_float8_are_close_to_those_in_float32():

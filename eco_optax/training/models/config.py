@@ -68,6 +68,7 @@ class TransformerConfig:
 
   quantized: str = "blocks"  # Whose linear layers are: blocks, or experts alone.
   activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
+  gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
   remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
   separator: int = -1  # The token that ends documents, which attention stays in; -1: it does not.

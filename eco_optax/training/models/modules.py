@@ -57,13 +57,13 @@ class Linear(nnx.Module):
     scale = INIT_SCALE / math.sqrt(2 * config.layers) if writes_residual else INIT_SCALE
     self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs)))
     self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-    self.activation_format = config.activation_format
+    self.formats = config.activation_format, config.gradient_format
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Shape (…, inputs) to (…, outputs); with experts, (B, E, C, inputs) to (B, E, C, outputs)."""
     kernel = self.kernel.get_value()
-    format = self.activation_format if isinstance(kernel, eco.QuantizedArray) else None
-    matmul = lambda x, w: eco.matmul(x, w, format)
+    formats = self.formats if isinstance(kernel, eco.QuantizedArray) else ()
+    matmul = lambda x, w: eco.matmul(x, w, *formats)
     y = matmul(x, kernel) if kernel.ndim == 2 else jax.vmap(matmul, (1, 0), 1)(x, kernel)
     if self.bias is None:
       return y
