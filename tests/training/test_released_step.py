@@ -9,7 +9,6 @@ from eco_optax.training import methods, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.data.pipeline import Batch
 
-
 pytestmark = pytest.mark.standard_promotion  # Of Optax's schedules.
 
 
