@@ -23,7 +23,8 @@ def small(**changes):
 
 
 def train(config, steps=3):
-  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  sizes = config.mesh.to_dict() | {"fsdp": max(1, config.mesh.fsdp)}
+  mesh = sharding.make_mesh(sizes, jax.devices()[: sizes["fsdp"] * sizes["tensor"]])
   tx = methods.optimizer(config)
   with jax.set_mesh(mesh):
     state = step_lib.init_state(config, tx, mesh)
@@ -32,7 +33,8 @@ def train(config, steps=3):
     for i in range(steps):
       shape = (config.batch_size, config.length + 1)
       tokens = jax.random.randint(jax.random.key(i), shape, 0, config.model.vocabulary)
-      state, metrics = step(state, Batch(tokens))
+      batch = jax.device_put(Batch(tokens), sharding.batch_sharding(mesh))
+      state, metrics = step(state, batch)
       rows.append(jax.device_get(metrics))
   return jax.device_get(state), rows
 
@@ -43,6 +45,7 @@ def train(config, steps=3):
     {"model.remat": "full", "model.tied_embedding": True},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
     {"accumulation": 2, "method": "eco_rtn", "schedule_aware": False},
+    {"accumulation": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
     {"method": "mw_sr"},
   ],
   ids=lambda changes: ", ".join(changes),
