@@ -9,7 +9,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import pipeline
 from eco_optax.training.models import transformer
+from eco_optax.transforms import stored_moments
 from experiments import figures as figures_lib
 from experiments.studies import storage, sweep
 
@@ -391,25 +394,39 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
     shape: of the parameter; its gradient is bfloat16.
 
   Returns:
-    By preset, the bytes that the kernels load and store, and the program's temporaries.
+    By preset, the bytes that the kernels load and store, the program's temporaries, and on GPUs the
+    instructions of PTX that a weight takes where no value is subnormal.
   """
   scalars = AdamScalars(*[jnp.zeros([], jnp.float32)] * len(AdamScalars._fields))
   size, figures = shape[0] * shape[1], {}
   kernels: Any = {"tpu": tpu, "gpu": gpu}[device.platform]
 
-  def leaf(format: eco.Format) -> Leaf:
-    moment = jnp.zeros(shape)
+  def leaf(format: eco.Format, in_few_bits: bool) -> Leaf:
+    moment, key = jnp.zeros(shape), rounding.stream_key(0, 0, "kernel")
+    moments: Any = (moment, moment)
+    if in_few_bits:
+      bits, axis = rounding.counter_bits(key, shape), stored_moments.block_axis(format)
+      moments = tuple(
+        stored_moments.store(moment, kind, "float8_e4m3fn", bits, True, axis)
+        for kind in ("first", "second")
+      )
     return Leaf(
       scalars,
-      rounding.stream_key(0, 0, "kernel"),
+      key,
       None,
       eco.quantize(moment, format),
       moment.astype(jnp.bfloat16),
-      (moment, moment),
+      moments,
+      (key, key) if in_few_bits else (),
     )
 
-  for name in KERNELS:
-    operands = jax.eval_shape(functools.partial(leaf, getattr(eco, name)))
+  ways = {name: (getattr(eco, name), False) for name in KERNELS}
+  if device.platform == "gpu":
+    rows = eco.Format("float8_e4m3fn", contraction_axis=-1)
+    ways |= {"FP8, FP8 moments": (eco.FP8, True), "FP8 (out, in)": (rows, False)}
+    ways |= {"FP8 (out, in), FP8 moments": (rows, True)}
+  for name, (format, in_few_bits) in ways.items():
+    operands = jax.eval_shape(functools.partial(leaf, format, in_few_bits))
     here = compile_lib.on_device(device, operands)
     step = jax.jit(
       lambda weight, moments, rest: dispatch.take_step(
@@ -419,12 +436,31 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
     )
     with compile_lib.abstractly(device):
       lowered = step.lower(here.weight, here.moments, here._replace(weight=None, moments=None))
-    used: Any = lowered.compile().memory_analysis()
+    with tempfile.TemporaryDirectory() as folder:
+      # Options that write files would be taken for those of another program by a cache.
+      options: Any = {"xla_dump_to": folder} if device.platform == "gpu" else {}
+      used: Any = lowered.compile(options).memory_analysis()
+      texts = [path.read_text() for path in pathlib.Path(folder).glob("*.ptx")]
     figures[name] = {
       "moved": kernels.bytes_moved(ADAMW, "stochastic", operands) / size,
       "temporaries": used.temp_size_in_bytes / size,
     }
+    if texts:
+      plan: Any = gpu.plan(ADAMW, "stochastic", operands)
+      weights = plan.height * plan.width / (32 * plan.warps)
+      figures[name]["instructions"] = sum(map(_instructions, texts)) / weights
   return figures
+
+
+def _instructions(text: str) -> int:
+  """What a thread runs of the fused steps in a module of PTX, one after another."""
+  count = 0
+  for kernel in re.split(r"\.entry ", text)[1:]:
+    if kernel.startswith("fused_step"):
+      usual = re.sub(r"bra NORMAL;.*?NORMAL:", "bra NORMAL;", kernel, flags=re.DOTALL)
+      statements = re.split(r"[;\n{]\s*(?:@!?%?p\d*\s)?", re.sub(r"//.*", "", usual))
+      count += sum(bool(re.match(r"\s*[a-z][\w.]*\s+[%$\[{\w]", x)) for x in statements)
+  return count
 
 
 # Runs of `studies.storage` that train in one of the ways, at its first learning rate.
@@ -459,7 +495,8 @@ _ON_GPUS = {
 
 def _on_gpu(path: pathlib.Path) -> dict[str, Any]:
   """The steps in a file of `experiments.gpu`, as `scripts/benchmark.py` would have written them."""
-  entry = json.loads(path.read_text()).get("fused_steps", {})
+  found = json.loads(path.read_text())
+  entry = found.get("fused_steps", {})
   if "float32 optax.adamw" not in entry.get("rows", {}):  # Not measured yet.
     return {}
   first = entry["rows"]["float32 optax.adamw"]["milliseconds"]
@@ -474,12 +511,17 @@ def _on_gpu(path: pathlib.Path) -> dict[str, Any]:
     for name, row in entry["rows"].items()
     if name in _ON_GPUS and "ratio" in row
   }
-  return {
+  figures = {
     "elements": entry["size"],
     "gradient_bytes": 2,
     "optimizer_step": steps,
     "machine": entry["machine"],
   }
+  trained = {n: x for n, x in found.get("train_800m", {}).get("rows", {}).items() if "ratio" in x}
+  if trained:
+    tokens = next(iter(trained.values()))["tokens_per_step"]
+    figures |= {"trained": f"llama_800m, {tokens:,} tokens", "training_step": trained}
+  return figures
 
 
 def _figures(results: pathlib.Path) -> dict[str, Any]:
@@ -545,7 +587,7 @@ def table(results: pathlib.Path) -> str:
     lines += ["", f"| training step on {what} | milliseconds | ratio | quartiles |"]
     lines.append("|---" * 4 + "|")
     for name, row in figures["training_step"].items():
-      spread = f"{row['low']:.2f}–{row['high']:.2f}"
+      spread = f"{row['low']:.2f}–{row['high']:.2f}" if "low" in row else "–"
       lines.append(f"| {name} | {row['milliseconds']:.0f} | {row['ratio']:.2f}× | {spread} |")
   return "\n".join(lines) + "\n"
 

@@ -442,6 +442,33 @@ def _variants(
   return rows
 
 
+def _in_optimizer(format: str, moved: float, tunings: Sequence[dict[str, Any]]) -> Any:
+  """`eco.adamw` by kernels that are tuned, among all that the optimizer does beside them."""
+
+  def rows(size: int) -> Rows:
+    import jax
+
+    from eco_optax.fused import dispatch, gpu
+
+    def maker(tuning: dict[str, Any]) -> Callable[[], Way | None]:
+      def make() -> Way:
+        gpu.by_tiles = functools.partial(by_tiles, tuning=gpu.Tuning(**tuning))
+        dispatch._compiled.cache_clear()
+        jax.clear_caches()
+        return _eco(_formats()[format], moved, transposed=format == "rows")
+
+      return make
+
+    by_tiles = gpu.by_tiles
+    makers: dict[str, Callable[[], Way | None]] = {REFERENCE: lambda: _adamw("float32", 26)}
+    for tuning in tunings:
+      name = ", ".join(f"{key} {value}" for key, value in tuning.items()) or "default"
+      makers[name] = maker(tuning)
+    yield from _measured(makers, size)
+
+  return rows
+
+
 _ROWS: tuple[dict[str, Any], ...] = (
   {},
   {"chunk": 8192},
@@ -761,6 +788,7 @@ def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Ca
 _METHODS: dict[str, dict[str, Any]] = {
   "BF16": {"method": "bf16_mw", "model.remat": "none"},
   "ECO + SR": {"method": "eco_sr", "model.remat": "none"},
+  "BF16, only products kept": {"method": "bf16_mw", "model.remat": "dots"},
   "ECO + SR, FP8 moments": {
     "method": "eco_sr",
     "model.remat": "none",
@@ -780,6 +808,7 @@ ENTRIES: dict[str, Entry] = {
   "columns_fp8_moments": Entry(60, _variants("FP8", _COLUMNS_LOW, "float8_e4m3fn", _LOW_COLUMNS)),
   "matrices": Entry(60, _variants("INT4", _INT4, "float32", _MATRICES)),
   "blocks": Entry(60, _variants("MXFP8", _MXFP8, "float32", _BLOCKS)),
+  "rows_in_optimizer": Entry(60, _in_optimizer("rows", _MOVED, ({}, {"elements": 8}))),
   "ceilings": Entry(90, ceilings),
   "train_800m": Entry(120, _training("llama_800m", 32, _METHODS)),
   "train_30m": Entry(90, _training("packages_30m", 64, _METHODS)),

@@ -9,6 +9,7 @@ matter of lowering: a traced program serves every platform.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from eco_optax.fused import cpu, mesh, step, tpu
+from eco_optax.fused import cpu, mesh, tpu
+from eco_optax.fused import step as step_lib
 from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import Moments, Step
 from eco_optax.quantized_array import QuantizedArray, Rounding
@@ -32,10 +34,24 @@ except ImportError:  # A JAX without that backend.
   gpu = None  # type: ignore[assignment]
 
 
+def wants_kernels(fused: bool | None) -> bool:
+  """Whether steps run as kernels: as asked, or if None as ECO_OPTAX_FUSED says, where 0 is no.
+
+  Raises:
+    ValueError: where that is neither 0 nor 1.
+  """
+  if fused is not None:
+    return fused
+  said = os.environ.get("ECO_OPTAX_FUSED", "1")
+  if said not in ("0", "1"):
+    raise ValueError(f"ECO_OPTAX_FUSED is {said!r}: set 0 for no kernels, or 1")
+  return said == "1"
+
+
 def take_step(
-  step: Step, rounding: Rounding, leaf: Leaf, sharding: Any = None
+  step: Step, rounding: Rounding, leaf: Leaf, sharding: Any = None, fused: bool | None = None
 ) -> tuple[QuantizedArray, Moments]:
-  """One leaf's step, see `step.definition`.
+  """One leaf's step, see `step_lib.definition`.
 
   Args:
     step: of the optimizer.
@@ -44,15 +60,19 @@ def take_step(
     sharding: of the leaf's codes, or of the stack that it is one layer of. Without a
       `NamedSharding`, or where this would cut a block, a program of several devices keeps to the
       definition.
+    fused: whether by a kernel, see `wants_kernels`.
 
   Returns:
     The new weight and the new moments.
   """
+  implementation = on_one_device if wants_kernels(fused) else _without_kernels
   split = mesh.split_of(leaf, sharding)
   if split is not None:
-    return mesh.on_parts(on_one_device, step, rounding, leaf, sharding.mesh, split)
-  return on_one_device(step, rounding, leaf)
+    return mesh.on_parts(implementation, step, rounding, leaf, sharding.mesh, split)
+  return implementation(step, rounding, leaf)
 
+
+_without_kernels = jax.jit(step_lib.by_layers, static_argnums=(0, 1))
 
 _take_step_p = Primitive("eco_fused_step")
 _take_step_p.multiple_results = True
@@ -82,7 +102,7 @@ def _compiled(**params: Any) -> Any:
 @_take_step_p.def_impl
 def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
   if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-    return _flat(step.by_layers)(*flat, **params)
+    return _flat(step_lib.by_layers)(*flat, **params)
   return _compiled(**params)(*flat)
 
 
@@ -94,7 +114,7 @@ def _abstract_eval(*flat: Any, treedef: Any, **params: Any) -> list[Any]:
 
 
 def _batched(flat: Any, axes: Any, **params: Any) -> tuple[list[jax.Array], list[int]]:
-  results = jax.vmap(functools.partial(_flat(step.definition), **params), in_axes=axes)(*flat)
+  results = jax.vmap(functools.partial(_flat(step_lib.definition), **params), in_axes=axes)(*flat)
   return results, [0] * len(results)
 
 
@@ -102,7 +122,7 @@ batching.primitive_batchers[_take_step_p] = _batched
 
 
 def _lowering(implementation: Implementation) -> Any:
-  """Lowers to an implementation where a device is by itself, and to `step.by_layers` elsewhere.
+  """Lowers to an implementation where a device is by itself, and to `step_lib.by_layers` elsewhere.
 
   A kernel sees local indices and is not partitioned; the definition is, with the bits of global
   indices. Inside `jax.shard_map` over all axes of a mesh each device is by itself.
@@ -112,21 +132,43 @@ def _lowering(implementation: Implementation) -> Any:
     axes = ctx.module_context.axis_context
     devices, mesh = getattr(axes, "num_devices", None), getattr(axes, "mesh", None)
     alone = devices == 1 or (mesh and set(axes.manual_axes) == set(mesh.axis_names))
-    chosen = implementation if alone else step.by_layers
-    with warnings.catch_warnings():
-      warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-      return mlir.lower_fun(_flat(chosen), multiple_results=True)(ctx, *args, **params)
+    lower_as = lambda chosen: mlir.lower_fun(_flat(chosen), multiple_results=True)(
+      ctx, *args, **params
+    )
+    if not alone:
+      return lower_as(step_lib.by_layers)
+    try:
+      with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return lower_as(implementation)
+    except Exception as error:
+      if implementation is step_lib.by_layers:
+        raise
+      _warn_of_refusal(ctx, params, error)
+      return lower_as(step_lib.by_layers)
 
   return lower
 
 
+def _warn_of_refusal(ctx: Any, params: Any, error: Exception) -> None:
+  leaf: Leaf = jax.tree.unflatten(params["treedef"], ctx.avals_in)
+  platforms = "/".join(ctx.module_context.platforms)
+  warnings.warn(
+    f"no kernel for the step of {leaf.weight.format} of shape {leaf.weight.shape} on {platforms}:"
+    f" {type(error).__name__}: {str(error)[:500]}. The step runs without one, slower and with the"
+    " same result; fused=False or ECO_OPTAX_FUSED=0 does so without this warning",
+    RuntimeWarning,
+    stacklevel=2,
+  )
+
+
 def _on_cuda(own: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   if gpu is None or not gpu.available():
-    return step.by_layers(own, rounding, leaf)
+    return step_lib.by_layers(own, rounding, leaf)
   return gpu.by_tiles(own, rounding, leaf, gpu.target())
 
 
-mlir.register_lowering(_take_step_p, _lowering(step.by_layers))
+mlir.register_lowering(_take_step_p, _lowering(step_lib.by_layers))
 mlir.register_lowering(_take_step_p, _lowering(cpu.by_rows), platform="cpu")
 mlir.register_lowering(_take_step_p, _lowering(tpu.by_panels), platform="tpu")
 mlir.register_lowering(_take_step_p, _lowering(_on_cuda), platform="cuda")

@@ -58,10 +58,9 @@ class Tuning(NamedTuple):
 
 TUNED = Tuning()
 # Elements of a thread and of a tile. What waits for a scale fills the registers with values; what
-# reads twice does better with more threads, and so do rows that move many bytes. Rows of few bytes
-# take that many instructions that two at a time, in 512 threads, are worth fewer registers.
-_IN_REGISTERS, _READ_TWICE = (16, 2048), (8, 1024)
-_WIDE_ROWS, _NARROW_ROWS = (8, 2048), (16, 8192)
+# reads twice does better with more threads. Rows with moments in few bits take so many instructions
+# that two at a time, in 512 threads, are worth fewer registers.
+_IN_REGISTERS, _READ_TWICE, _ROWS_OF_FEW_BITS = (16, 2048), (8, 1024), (16, 8192)
 
 
 class _Groups(NamedTuple):
@@ -203,7 +202,7 @@ def plan(
   across = next((n for n in (tuning.width, 64, 32) if columns % n == 0), 0)
   if group == (1, 0):  # Rows.
     width, height = _power(columns), high
-    best = _WIDE_ROWS if widest == 4 else _NARROW_ROWS
+    best = _IN_REGISTERS if widest == 4 else _ROWS_OF_FEW_BITS
     if width > tuning.row or (width - columns) * 8 > columns:
       best = _READ_TWICE
       width = min(tuning.chunk or best[1], width)

@@ -141,6 +141,7 @@ def fuse(
   max_norm: Any = None,
   decay: Any = 0.0,
   mask: Any = None,
+  fused: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`general` with the steps of packed leaves in closed form, each in one pass.
 
@@ -152,6 +153,7 @@ def fuse(
     max_norm: of the clip, or None.
     decay: decoupled weight decay.
     mask: of the decay, as in `optax.adamw`.
+    fused: whether by kernels, see `dispatch.wants_kernels`.
 
   Returns:
     A transformation with the same state and, but for roundings of the last place, the same steps.
@@ -191,7 +193,7 @@ def fuse(
       )
       place = shardings.get(path)
       place = place.qvalue if is_quantized(place) else place
-      done[path] = _Done(*dispatch.take_step(step, rounding, leaf, place))
+      done[path] = _Done(*dispatch.take_step(step, rounding, leaf, place, fused))
 
     if max_norm is not None or scale is not None:
       # A second clip of leaves that were clipped together finds nothing to do.

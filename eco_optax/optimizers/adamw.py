@@ -116,6 +116,7 @@ def adamw(
   format: Format | None = None,
   where: Where | None = None,
   keep_error: bool = False,
+  fused: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW without master weights: `optax.adamw` with its hyperparameters, and ECO.
 
@@ -135,6 +136,9 @@ def adamw(
     format: as in `quantize_params`.
     where: as in `quantize_params`.
     keep_error: as in `error_feedback_to_momentum`.
+    fused: whether a packed leaf's step runs as one kernel where the device has one. False takes the
+      same step in plain JAX, which moves more bytes. None asks the environment variable
+      ECO_OPTAX_FUSED, where 0 is False.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`. On a mesh its
@@ -168,5 +172,6 @@ def adamw(
     closed = _closed_form(learning_rate, b1, b2, eps, eps_root, nesterov)
   return build.without_master_weights(
     optimizer, closed, learning_rate, max_norm, keep_error,
-    format=format, where=where, rounding=rounding, seed=seed, decay=weight_decay, mask=mask,
+    format=format, where=where, rounding=rounding, seed=seed, fused=fused, decay=weight_decay,
+    mask=mask,
   )  # fmt: skip

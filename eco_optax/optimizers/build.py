@@ -64,6 +64,7 @@ def without_master_weights(
   where: Where | None,
   rounding: Rounding,
   seed: int,
+  fused: bool | None,
   **decay: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """ECO over a stock optimizer, with fused steps where its closed form covers them.
@@ -78,6 +79,7 @@ def without_master_weights(
     where: as in `quantize_params`.
     rounding: as in `quantize_params`.
     seed: as in `quantize_params`.
+    fused: as in `eco_optax.adamw`.
     **decay: `decay` and `mask` as in `fuse`.
   """
   # Clipped before the momentum, never after: the momentum also holds what is owed to the weights.
@@ -89,4 +91,4 @@ def without_master_weights(
   )
   if closed is None or keep_error or learning_rate is None:
     return general
-  return fuse(general, closed, rounding, seed, max_norm, **decay)
+  return fuse(general, closed, rounding, seed, max_norm, fused=fused, **decay)

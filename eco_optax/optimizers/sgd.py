@@ -75,6 +75,7 @@ def sgd(
   format: Format | None = None,
   where: Where | None = None,
   keep_error: bool = False,
+  fused: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """SGD with momentum, without master weights: `optax.sgd` and ECO.
 
@@ -89,6 +90,9 @@ def sgd(
     format: as in `quantize_params`.
     where: as in `quantize_params`.
     keep_error: as in `error_feedback_to_momentum`; then it equals master weights.
+    fused: whether a packed leaf's step runs as one kernel where the device has one. False takes the
+      same step in plain JAX, which moves more bytes. None asks the environment variable
+      ECO_OPTAX_FUSED, where 0 is False.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`. On a mesh its
@@ -114,5 +118,5 @@ def sgd(
   closed = _closed_form(learning_rate, momentum, nesterov) if momentum else None
   return build.without_master_weights(
     optimizer, closed, learning_rate, max_norm, keep_error,
-    format=format, where=where, rounding=rounding, seed=seed,
+    format=format, where=where, rounding=rounding, seed=seed, fused=fused,
   )  # fmt: skip

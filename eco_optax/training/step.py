@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import eco_optax as eco
 from eco_optax.interop import hugging_face
 from eco_optax.training import config as config_lib
-from eco_optax.training import methods, sharding
+from eco_optax.training import hardware, methods, sharding
 from eco_optax.training.data.pipeline import Batch
 from eco_optax.training.models import transformer
 from eco_optax.training.models.config import TransformerConfig
@@ -229,7 +229,8 @@ def make_train_step(
     metrics["bad_weight"] = _first_without_norm(values)
     return state, metrics | {"skipped": state.skipped}
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None))
+  options = hardware.compiler_options(mesh.devices.flat[0].platform)
+  return jax.jit(step, donate_argnums=0, out_shardings=(in_place, None), compiler_options=options)
 
 
 def _in_parts(batch: Batch, parts: int) -> Batch:

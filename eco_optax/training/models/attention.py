@@ -50,6 +50,10 @@ def attend(
     ValueError: if cuDNN is asked for what it cannot do; JAX has errors of its own for dtypes, head
       widths and machines.
 
+  cuDNN adds the parts of a gradient in any order, so that runs on GPUs repeat bit for bit only with
+  XLA_FLAGS=--xla_gpu_deterministic_ops=true. A program that is compiled for a GPU that is absent
+  has its kernel up to a head width of 128, and one for a GPU of this machine up to 256 on Hopper.
+
   References:
     Dao et al, `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022; Rabe & Staats,
     `Self-attention Does Not Need O(n²) Memory <https://arxiv.org/abs/2112.05682>`_, 2021.
@@ -106,16 +110,18 @@ def plain(
   """
   B, L, H, K = q_BxLxHxK.shape
   G = k_BxLxGxK.shape[2]
-  q_BxLxGxRxK = q_BxLxHxK.reshape(B, L, G, H // G, K)
-  logits_BxGxRxLxL = scale * product("blgrk,bmgk->bgrlm", q_BxLxGxRxK, k_BxLxGxK)
+  # Heads first, so that no transposed copy of the logits is made.
+  q_BxGxRxLxK = jnp.moveaxis(q_BxLxHxK.reshape(B, L, G, H // G, K), 1, 3)
+  logits_BxGxRxLxL = scale * product("bgrlk,bmgk->bgrlm", q_BxGxRxLxK, k_BxLxGxK)
   if cap:
     logits_BxGxRxLxL = cap * jnp.tanh(logits_BxGxRxLxL / cap)
   position = jnp.arange(L)
   seen = _seen(position, position, span, documents_BxL, documents_BxL)
   share_BxGxRxLxL = jax.nn.softmax(jnp.where(seen, logits_BxGxRxLxL, -jnp.inf))
   share_BxGxRxLxL = share_BxGxRxLxL.astype(v_BxLxGxK.dtype)
-  y_BxLxGxRxK = product("bgrlm,bmgk->blgrk", share_BxGxRxLxL, v_BxLxGxK)
-  return y_BxLxGxRxK.astype(q_BxLxHxK.dtype).reshape(q_BxLxHxK.shape)
+  y_BxGxRxLxK = product("bgrlm,bmgk->bgrlk", share_BxGxRxLxL, v_BxLxGxK)
+  y_BxLxGxRxK = jnp.moveaxis(y_BxGxRxLxK.astype(q_BxLxHxK.dtype), 3, 1)
+  return y_BxLxGxRxK.reshape(q_BxLxHxK.shape)
 
 
 def _seen(
@@ -166,7 +172,7 @@ def chunked(
 
 
 def _cut(x: jax.Array | None, chunk: int, groups: int = 0) -> Any:
-  """(B, L, …) as N blocks (B, C, …), filled up with zeros; H heads as (G, R).
+  """(B, L, …) as N blocks (B, C, …), filled up with zeros; with groups, (B, G, R, C, …).
 
   No position sees the ones at the end, and their own outputs and cotangents are dropped or 0.
   """
@@ -174,9 +180,10 @@ def _cut(x: jax.Array | None, chunk: int, groups: int = 0) -> Any:
     return None
   B, L, *rest = x.shape
   x = jnp.pad(x, ((0, 0), (0, -L % chunk), *((0, 0) for _ in rest)))
-  if groups:
-    rest = [groups, rest[0] // groups, *rest[1:]]
-  return jnp.moveaxis(x.reshape(B, -1, chunk, *rest), 1, 0)
+  if not groups:
+    return jnp.moveaxis(x.reshape(B, -1, chunk, *rest), 1, 0)
+  x = jnp.moveaxis(x.reshape(B, -1, chunk, groups, rest[0] // groups, *rest[1:]), 1, 0)
+  return jnp.moveaxis(x, 2, 4)
 
 
 def _join(x_NxBxCx: jax.Array, like: jax.Array) -> jax.Array:
@@ -203,13 +210,13 @@ def _block(
   scale: float,
   cap: float,
   window: int,
-  q_BxCxGxRxK: jax.Array,
+  q_BxGxRxCxK: jax.Array,
   k_BxCxGxK: jax.Array,
   documents_NxBxC: jax.Array | None,
   pair: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
   """Logits of a block of queries and a block of keys, and where they count."""
-  logits = scale * _einsum("blgrk,bmgk->bgrlm", q_BxCxGxRxK, k_BxCxGxK)
+  logits = scale * _einsum("bgrlk,bmgk->bgrlm", q_BxGxRxCxK, k_BxCxGxK)
   if cap:
     logits = cap * jnp.tanh(logits / cap)
   C = k_BxCxGxK.shape[1]
@@ -229,15 +236,15 @@ def _chunked_forward(
   documents_BxL: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
   chunk, G = min(chunk, q_BxLxHxK.shape[1]), k_BxLxGxK.shape[2]
-  q_NxBxCxGxRxK = _cut(q_BxLxHxK, chunk, G)
+  q_NxBxGxRxCxK = _cut(q_BxLxHxK, chunk, G)
   k_NxBxCxGxK, v_NxBxCxGxK = _cut(k_BxLxGxK, chunk), _cut(v_BxLxGxK, chunk)
   documents_NxBxC = _cut(documents_BxL, chunk)
-  N, B, C, G, R, K = q_NxBxCxGxRxK.shape
+  N, B, G, R, C, K = q_NxBxGxRxCxK.shape
 
   def add(sums: Any, pair: Any) -> tuple[Any, None]:
     """Adds a block of keys to the sums of a block of queries."""
     i, j = pair
-    q, k, v = _at(q_NxBxCxGxRxK, i), _at(k_NxBxCxGxK, j), _at(v_NxBxCxGxK, j)
+    q, k, v = _at(q_NxBxGxRxCxK, i), _at(k_NxBxCxGxK, j), _at(v_NxBxCxGxK, j)
     logits, seen = _block(scale, cap, window, q, k, documents_NxBxC, pair)
     top, total, y = (_at(x, i) for x in sums)
     new_top = jnp.maximum(top, jnp.max(jnp.where(seen, logits, _LEAST), axis=-1))
@@ -260,40 +267,40 @@ def _chunked_backward(
 ) -> tuple:
   q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, documents_BxL, y_BxLxHxK, log_total_NxBxGxRxC = residuals
   chunk, G = min(chunk, q_BxLxHxK.shape[1]), k_BxLxGxK.shape[2]
-  q_NxBxCxGxRxK, dy_NxBxCxGxRxK = _cut(q_BxLxHxK, chunk, G), _cut(dy_BxLxHxK, chunk, G)
+  q_NxBxGxRxCxK, dy_NxBxGxRxCxK = _cut(q_BxLxHxK, chunk, G), _cut(dy_BxLxHxK, chunk, G)
   k_NxBxCxGxK, v_NxBxCxGxK = _cut(k_BxLxGxK, chunk), _cut(v_BxLxGxK, chunk)
   documents_NxBxC = _cut(documents_BxL, chunk)
-  N, _, C = q_NxBxCxGxRxK.shape[:3]
+  N, _, C = k_NxBxCxGxK.shape[:3]
 
-  along = lambda x: jnp.moveaxis(x, 2, -1)  # (…, C, G, R) to (…, G, R, C).
   rows_BxLxH = jnp.sum(dy_BxLxHxK.astype(jnp.float32) * y_BxLxHxK.astype(jnp.float32), axis=-1)
-  mean_NxBxGxRxC = along(_cut(rows_BxLxH, chunk, G))
+  mean_NxBxGxRxC = _cut(rows_BxLxH, chunk, G)
 
   def add(sums: Any, pair: Any) -> tuple[Any, None]:
     """Adds the gradients that come through a block of logits."""
     i, j = pair
-    q, k, v = _at(q_NxBxCxGxRxK, i), _at(k_NxBxCxGxK, j), _at(v_NxBxCxGxK, j)
-    dy, mean, log_total = (_at(x, i) for x in (dy_NxBxCxGxRxK, mean_NxBxGxRxC, log_total_NxBxGxRxC))
+    q, k, v = _at(q_NxBxGxRxCxK, i), _at(k_NxBxCxGxK, j), _at(v_NxBxCxGxK, j)
+    dy, mean, log_total = (_at(x, i) for x in (dy_NxBxGxRxCxK, mean_NxBxGxRxC, log_total_NxBxGxRxC))
     logits, seen = _block(scale, cap, window, q, k, documents_NxBxC, pair)
     share = jnp.where(seen, jnp.exp(logits - log_total[..., None]), 0)
-    dlogits = share * (_einsum("blgrk,bmgk->bgrlm", dy, v) - mean[..., None])
+    dlogits = share * (_einsum("bgrlk,bmgk->bgrlm", dy, v) - mean[..., None])
     if cap:
       dlogits = dlogits * (1 - jnp.square(logits / cap))
     dlogits = (scale * dlogits).astype(q.dtype)
     new = (
-      _einsum("bgrlm,bmgk->blgrk", dlogits, k),
-      _einsum("bgrlm,blgrk->bmgk", dlogits, q),
-      _einsum("bgrlm,blgrk->bmgk", share.astype(dy.dtype), dy),
+      _einsum("bgrlm,bmgk->bgrlk", dlogits, k),
+      _einsum("bgrlm,bgrlk->bmgk", dlogits, q),
+      _einsum("bgrlm,bgrlk->bmgk", share.astype(dy.dtype), dy),
     )
     return tuple(
       _put(x, _at(x, at) + more, at) for x, more, at in zip(sums, new, (i, j, j), strict=True)
     ), None
 
-  operands = (q_NxBxCxGxRxK, k_NxBxCxGxK, v_NxBxCxGxK)
+  operands = (q_NxBxGxRxCxK, k_NxBxCxGxK, v_NxBxCxGxK)
   start = tuple(jnp.zeros(x.shape, jnp.float32) for x in operands)
-  sums, _ = jax.lax.scan(add, start, _pairs(N, C, window))
+  (dq, dk, dv), _ = jax.lax.scan(add, start, _pairs(N, C, window))
+  dq = jnp.moveaxis(dq, 4, 2)
   like = (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)
-  return *(_join(x, y) for x, y in zip(sums, like, strict=True)), None
+  return *(_join(x, y) for x, y in zip((dq, dk, dv), like, strict=True)), None
 
 
 chunked.defvjp(_chunked_forward, _chunked_backward)
