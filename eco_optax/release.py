@@ -36,8 +36,9 @@ class Report(NamedTuple):
   """What a step saw of the gradients, before they were scaled or clipped."""
 
   norm: jax.Array  # float32 scalar: Euclidean norm of the whole gradient.
-  skipped: jax.Array  # int32 scalar: how many layers or leaves were not stepped, see below.
-  # By path of a parameter: the norm of its gradient, float32; of a stack, one for each layer.
+  # int32 scalar: layers, and sets of leaves that are stepped together, that were skipped.
+  skipped: jax.Array
+  # float32, by path of a parameter: its gradient's norm; of a released stack one for each layer.
   norms: dict[str, jax.Array]
 
 
@@ -251,8 +252,8 @@ def _forward(
   felt = [i for i, x in enumerate(outputs) if x in loss.active]
 
   def fn(primals: dict[int, Any], operands: dict[int, Any]) -> list[Any]:
-    changed = {i: _with_primal(operands[i], x) for i, x in primals.items()}
-    return dense_view.evaluate(jaxpr, (), [(operands | changed)[i] for i in inputs])
+    values = operands | {i: _with_primal(operands[i], x) for i, x in primals.items()}
+    return dense_view.evaluate(jaxpr, (), [values[i] for i in inputs])
 
   def fn_felt(primals: dict[int, Any], operands: dict[int, Any]) -> list[Any]:
     found = fn(primals, operands)
@@ -555,6 +556,43 @@ def _clipped(scale: jax.Array, norm: jax.Array, max_norm: float | None) -> jax.A
   return scale * clip
 
 
+def _norm(squares: dict[str, jax.Array]) -> jax.Array:
+  """The norm of the whole gradient."""
+  return jnp.sqrt(sum(map(jnp.sum, squares.values())))
+
+
+def _two_passes(
+  one_pass: Callable[[jax.Array, Leaves, Leaves], _Seen],
+  start: _Seen,
+  scale: jax.Array,
+  max_norm: float | None,
+) -> tuple[_Seen, jax.Array]:
+  """A backward pass for the norm, and one that steps by it.
+
+  They are two turns of one loop, so that the compiler finds no array of the first pass in the
+  second, and keeps none. The first has a scale of NaN, and steps nothing, bit for bit.
+
+  Args:
+    one_pass: (factor of the gradients, weights, states) → what it made.
+    start: of the loop.
+    scale: factor of the gradients before the clip.
+    max_norm: that they are clipped to.
+
+  Returns:
+    What the second pass made, and its factor.
+  """
+
+  def turn(_: jax.Array, carry: tuple[_Seen, jax.Array, jax.Array]) -> Any:
+    before, factor, _ = carry
+    seen = one_pass(factor, before.weights, before.states)
+    norm = _norm(seen.squares)
+    return seen, _scale(_clipped(scale, norm, max_norm), norm), factor
+
+  nan = jnp.full([], np.nan, jnp.float32)
+  seen, _, factor = jax.lax.fori_loop(0, 2, turn, (start, nan, nan))
+  return seen, factor
+
+
 def _trace(
   fn: Callable[..., Any], params: Any, args: Any, dense: bool, sink_dtype: Any
 ) -> tuple[core.ClosedJaxpr, Any]:
@@ -695,11 +733,10 @@ def value_and_step(
     optimizer = leafwise.Optimizer(tx, params, params, state, {})
     owned = optimizer.owned()
     shared = pick(states, owned[None])
-    own_states = {path: pick(states, owned[path]) for path in weights}
     places = flatten(shardings)[0]
 
     def is_stack(path: str, layers: int) -> bool:
-      arrays = jax.tree.leaves(own_states[path])
+      arrays = jax.tree.leaves(pick(states, owned[path]))
       return all(x.ndim and x.shape[0] == layers for x in arrays)
 
     def placed(path: str, grad: jax.Array, layer: Any) -> jax.Array:
@@ -754,48 +791,35 @@ def value_and_step(
       new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in weights.items()}
       return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states))
 
-    norm = lambda squares: jnp.sqrt(sum(map(jnp.sum, squares.values())))
+    def one_pass(scale: jax.Array, weights: Leaves, states: Leaves) -> _Seen:
+      by_owner = {path: pick(states, owned[path]) for path in weights}
+      return _backward(tape, cotangent, functools.partial(visit, scale), weights, by_owner)
+
     released = {path for piece in loss.pieces for path in piece.released}
     used = pick(weights, released.union(*loss.complete))
-
-    def one_pass(scale: jax.Array, weights: Leaves, states: dict[str, Leaves]) -> _Seen:
-      return _backward(tape, cotangent, functools.partial(visit, scale), weights, states)
-
-    if not is_exact:
-      done = one_pass(scale, used, pick(own_states, used))
+    used_states = pick(states, [x for path in used for x in owned[path]])
+    if is_exact:
+      axes = {path: weights[path].shape[:1] if path in released else () for path in used}
+      squares = {path: jnp.zeros(shape, jnp.float32) for path, shape in axes.items()}
+      start = _Seen(squares, jnp.zeros([], jnp.int32), used, used_states)
+      done, scale = _two_passes(one_pass, start, scale, max_norm)
     else:
-      # Two turns of one loop, so that no array of one pass is found in the other and kept. The
-      # first finds the norm: a scale of NaN steps nothing, bit for bit.
-      def turn(i: jax.Array, before: tuple[_Seen, jax.Array]) -> tuple[_Seen, jax.Array]:
-        seen, own_scale = before
-        states = {path: pick(seen.states, owned[path]) for path in used}
-        seen = one_pass(own_scale, seen.weights, states)
-        whole = norm(seen.squares)
-        return seen, _scale(_clipped(scale, whole, max_norm), whole)
-
-      squares = {
-        path: jnp.zeros((weights[path].shape[0],) if path in released else ()) for path in used
-      }
-      old_states = {k: x for path in used for k, x in own_states[path].items()}
-      first = _Seen(squares, jnp.zeros([], jnp.int32), used, old_states)
-      nan = jnp.full([], np.nan, jnp.float32)
-      done, scale = jax.lax.fori_loop(0, 2, turn, (first, nan))
+      done = one_pass(scale, used, used_states)
 
     # What the loss does not use, and what all parameters share, such as the count of steps.
-    unused = pick(weights, [path for path in weights if path not in done.squares])
+    unused = pick(weights, [path for path in weights if path not in used])
     zeros = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in unused.items()}
-    states_left = shared | {k: x for path in unused for k, x in own_states[path].items()}
-    updates, new_states = optimizer.step(
-      zeros, unused, states_left, Context(None, shardings, scale)
-    )
+    rest = pick(states, [x for path in (None, *unused) for x in owned[path]])
+    updates, new_states = optimizer.step(zeros, unused, rest, Context(None, shardings, scale))
     new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in unused.items()}
     new_weights, new_states = done.weights | new_weights, done.states | new_states
     squares = {path: done.squares.get(path, jnp.zeros([], jnp.float32)) for path in weights}
+    norms = {path: jnp.sqrt(x) for path, x in squares.items()}
     return (
       jax.tree.unflatten(out_tree, outputs),
       jax.tree.unflatten(treedef, [new_weights[path] for path in weights]),
       jax.tree.unflatten(state_treedef, [new_states[path] for path in states]),
-      Report(norm(squares), done.skipped, {path: jnp.sqrt(x) for path, x in squares.items()}),
+      Report(_norm(squares), done.skipped, norms),
     )
 
   return step

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.standard_promotion  # Of Optax's schedules.
 
 def small(**changes):
   config = config_lib.small()
-  config.model.update(layers=3, width=32, heads=2, mlp_width=64, loss_chunks=2)
+  config.model.update(layers=2, width=32, heads=2, mlp_width=64, loss_chunks=2)
   config.batch_size, config.length, config.steps = 4, 16, 10
   config.optimizer.max_norm = 0.5
   config.update_from_flattened_dict(changes)
@@ -22,8 +22,9 @@ def small(**changes):
   return config
 
 
-def train(config, steps=3):
-  mesh = sharding.make_mesh({}, jax.devices()[:1])
+def train(config, steps=2):
+  sizes = config.mesh.to_dict() | {"fsdp": max(1, config.mesh.fsdp)}
+  mesh = sharding.make_mesh(sizes, jax.devices()[: sizes["fsdp"] * sizes["tensor"]])
   tx = methods.optimizer(config)
   with jax.set_mesh(mesh):
     state = step_lib.init_state(config, tx, mesh)
@@ -32,7 +33,8 @@ def train(config, steps=3):
     for i in range(steps):
       shape = (config.batch_size, config.length + 1)
       tokens = jax.random.randint(jax.random.key(i), shape, 0, config.model.vocabulary)
-      state, metrics = step(state, Batch(tokens))
+      batch = jax.device_put(Batch(tokens), sharding.batch_sharding(mesh))
+      state, metrics = step(state, batch)
       rows.append(jax.device_get(metrics))
   return jax.device_get(state), rows
 
@@ -40,10 +42,9 @@ def train(config, steps=3):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"model.remat": "full", "model.tied_embedding": True},
+    {"model.tied_embedding": True, "method": "eco_rtn", "schedule_aware": False},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
-    {"accumulation": 2, "method": "eco_rtn", "schedule_aware": False},
-    {"method": "mw_sr"},
+    {"accumulation": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": "full"},
   ],
   ids=lambda changes: ", ".join(changes),
 )
