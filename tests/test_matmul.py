@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eco_optax as eco
 
@@ -296,3 +297,19 @@ def test_an_h100_multiplies_codes_and_stores_no_float32():
   assert {("bf16", "256,1024"), ("bf16", "256,512")} == set(products), text
   entry = text[text.index("\nENTRY") :]
   assert not re.findall(r"= \(?f32\[256,(?:512|1024)\]", entry), entry
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("key", [None, 3])
+def test_gradients_of_split_tokens_are_those_of_whole_ones(kind, key):
+  """Random bits too, which are told by a cotangent's place among all."""
+  x, w = jnp.asarray(normal(0, 8, 32)), eco.quantize(jnp.asarray(normal(1, 32, 16)), eco.FP8)
+  formats = eco.FP8_TOKEN, eco.FP8_E5M2_TOKEN
+  loss = lambda x, w: jnp.sum(eco.matmul(x, w, *formats, gradient_key=key) ** 2)
+  gradient = jax.jit(jax.grad(loss))
+  mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(kind,))
+  with jax.set_mesh(mesh):
+    put = lambda y, *spec: jax.device_put(y, NamedSharding(mesh, PartitionSpec(*spec)))
+    found = gradient(put(x, "data", None), jax.tree.map(put, w))
+  assert found.sharding.spec[0] == "data"
+  np.testing.assert_allclose(found, gradient(x, w), rtol=1e-6, atol=1e-6)
