@@ -64,7 +64,7 @@ def without_master_weights(
   where: Where | None,
   rounding: Rounding,
   seed: int,
-  fused: bool | None,
+  fused: bool | None = None,
   **decay: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """ECO over a stock optimizer, with fused steps where its closed form covers them.

@@ -32,8 +32,8 @@ def _check_separable(inner: optax.GradientTransformation, params: Any) -> None:
 
   def change(path: str, grad: Any) -> Any:
     """Large, so that a norm which is clipped only beyond some limit shows too."""
-    first = grad[:1] if path in stacked else grad[:0]
-    return np.concatenate([first, 1e4 * grad[len(first) :]]) if grad.ndim else 1e4 * grad
+    large = np.float32(1e4) * grad
+    return np.concatenate([grad[:1], large[1:]]) if path in stacked else large
 
   one, other = leafwise.responses(inner, params, [change])
   owners = trees.owners(one, weights)
