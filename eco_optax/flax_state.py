@@ -1,4 +1,4 @@
-"""Packed leaves in `flax.serialization`, which knows no pytrees but those that are registered."""
+"""Packed leaves in `flax.serialization`, which knows only pytrees that are registered with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _FIELDS = ("qvalue", "scale", "tensor_scale")
 def register(packed: type) -> None:
   """Lets Flax, where it is imported, save packed leaves and read them again.
 
-  `flax.serialization.to_bytes`, `to_state_dict` and what is made of them, such as
-  `flax.training.checkpoints`, then take trees with packed leaves. Called by `eco.quantize`, so that
-  this package does not import Flax.
+  Then `flax.serialization.to_bytes` and `to_state_dict` take trees with packed leaves, and so does
+  `flax.training.checkpoints`, which calls them. `eco.quantize` calls this function, so that this
+  package does not import Flax.
 
   Args:
     packed: `QuantizedArray`; its subclasses are registered too.

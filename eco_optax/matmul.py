@@ -141,8 +141,8 @@ def _input_gradient(
 ) -> jax.Array:
   """`dy @ wᵀ` of cotangents rounded per token and the codes of w.
 
-  Scales per output channel vary along the sum, so they are part of what is rounded; scales per
-  input channel are outside of it.
+  The sum runs over output channels. Their scales are multiplied into the cotangents before the
+  rounding. Scales per input channel are applied to the sums.
   """
   scale, y = w.float_scale(), dy
   is_by_output = scale.shape[0] == 1

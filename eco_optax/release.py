@@ -1,10 +1,10 @@
 """Gradient release: a training step in which no more than one layer's gradient exists.
 
-The loss is traced once and cut into pieces: each scan over a stack of layers by itself, all else
-before each equation that is the first to use a parameter. The backward pass goes through the pieces
-by hand, the last first. Behind the piece that uses a parameter first its gradient is complete, and
-its step is taken. The backward pass of a scan is a loop that steps each layer in place in its stack
-and hands the cotangent on.
+The loss is traced once and cut into pieces. A scan over a stack of layers is a piece of its own.
+All other equations are cut before each one that is the first to use a parameter. The backward pass
+goes through the pieces by hand, the last first. A parameter's gradient is complete behind the piece
+that uses the parameter first, and its step is taken there. The backward pass of a scan is a loop
+that steps each layer in place in its stack and hands the cotangent on.
 """
 
 from __future__ import annotations
@@ -197,11 +197,11 @@ class _Seen(NamedTuple):
 # (gradients, weights and states of parameters or of one layer of stacks, number of this layer)
 _Visit = Callable[[Leaves, Leaves, Leaves, jax.Array | None], _Seen]
 
-# What of a forward pass the backward pass needs, → cotangents of inputs, and of a scan what the
-# visit made of the stacks. The weights are those that the parameters have by then.
+# (cotangents of the outputs, the parameters' present weights, their states, visit) → cotangents of
+# the inputs, and for a scan what the visit made of its stacks.
 _Backward = Callable[[_Values, Leaves, Leaves, _Visit], tuple[_Values, _Seen | None]]
 
-# Of operands by name: (what is differentiated in place of some, all operands) → outputs
+# (primals that take the place of some operands, all operands), both by name → outputs
 _Function = Callable[[dict[Any, Any], dict[Any, Any]], list[Any]]
 
 

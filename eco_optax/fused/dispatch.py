@@ -122,7 +122,7 @@ batching.primitive_batchers[_take_step_p] = _batched
 
 
 def _lowering(implementation: Implementation) -> Any:
-  """Lowers to an implementation where a device is by itself, and to `step_lib.by_layers` elsewhere.
+  """The rule that lowers to an implementation on one device, and to `by_layers` on several.
 
   A kernel sees local indices and is not partitioned; the definition is, with the bits of global
   indices. Inside `jax.shard_map` over all axes of a mesh each device is by itself.

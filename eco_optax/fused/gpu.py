@@ -14,7 +14,8 @@ Each thread has `per` elements side by side, 16 bytes of the widest array: then 
 layout between threads, and all accesses are coalesced. Arrays are seen as (matrices, rows, columns
 / per, per). The arithmetic is `step.propose` and `step.settle`; `gpu_math` has its numbers in fewer
 instructions. Triton rounds every product and sum, so neither needs a guard against a compiler that
-contracts them. JAX means to remove its Triton backend; without it the definition stays.
+contracts them; only the optimizer's own function has multiply-adds. JAX means to remove its Triton
+backend; without it the definition stays.
 """
 
 from __future__ import annotations
@@ -423,7 +424,7 @@ class _Program(NamedTuple):
   def store_moments(
     self, refs: Any, tile: _Tile, blocks: Sequence[Group], moments: Sequence[Any]
   ) -> None:
-    """Writes a tile's moments, but for those that are None."""
+    """Writes a tile's moments. A moment that is None is left out."""
     refs = iter(refs)
     for stored, group, moment in zip(self.plan.step.moments, blocks, moments, strict=False):
       own = [next(refs) for _ in range(2 if stored.format else 1)]

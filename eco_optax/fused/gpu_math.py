@@ -90,8 +90,8 @@ _SHORTER: dict[str, Callable[..., jax.Array]] = {"div": _quotient, "sqrt": _squa
 def shorter(target: Target, fn: Callable[..., Any]) -> Callable[..., Any]:
   """An optimizer's element-wise function in fewer instructions.
 
-  Quotients and roots are those of the hardware, and sums of products are rounded once, as they are
-  where XLA compiles the definition for GPUs: last places differ.
+  The hardware makes the quotients and roots. A sum that has a product in it is rounded once, as XLA
+  does when it compiles the definition for GPUs. Last places differ.
   """
   if target.interpret:
     return fn
@@ -295,7 +295,7 @@ def code_bits(
 
 
 def root(target: Target, x: jax.Array) -> jax.Array:
-  """`stored_moments.root` to a unit of the last place; that of a subnormal number is zero."""
+  """`stored_moments.root` to a unit of the last place. The root of a subnormal number is zero."""
   if target.interpret:
     return stored_moments.root(x)
   text = "{ .reg .f32 x; max.f32 x, $1, 0f00000000; sqrt.approx.ftz.f32 $0, x; }"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 
@@ -34,14 +33,3 @@ def chip(device_kind: str) -> Chip | None:
   """The chip of a `jax.Device.device_kind`, or None where it is not known."""
   fits = [kind for kind in CHIPS if device_kind.startswith(kind)]
   return CHIPS[max(fits, key=len)] if fits else None
-
-
-def compiler_options(platform: str) -> dict[str, bool]:
-  """XLA's options for a training step on a platform; what XLA_FLAGS says goes before them.
-
-  On GPUs products are left to cuBLAS: choosing among Triton's for an 800M model takes 90 seconds
-  to compile, without makes it 4, and the step is as fast (results/gpu).
-  """
-  if platform != "gpu" or "xla_gpu_enable_triton_gemm" in os.environ.get("XLA_FLAGS", ""):
-    return {}
-  return {"xla_gpu_enable_triton_gemm": False}

@@ -13,6 +13,7 @@ import eco_optax as eco
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
 from eco_optax.training import hardware
+from eco_optax.training import step as step_lib
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -412,3 +413,11 @@ def test_table_of_two_reports():
     " | yes / no |"
   )
   assert row in compile_lib.table({"x": (report, master)})
+
+
+def test_products_on_gpus_are_left_to_cublas_unless_flags_say_otherwise(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert step_lib._compiler_options("gpu") == {"xla_gpu_enable_triton_gemm": False}
+  assert step_lib._compiler_options("cpu") == step_lib._compiler_options("tpu") == {}
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+  assert step_lib._compiler_options("gpu") == {}
