@@ -309,7 +309,8 @@ chunked.defvjp(_chunked_forward, _chunked_backward)
 def _on_nvidia() -> bool:
   """Whether what is traced is for NVIDIA GPUs: those of the mesh in use, or this machine's."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
+  # Before JAX 0.10 a mesh's device did not say its platform, and it was one of this process's.
+  if device is None or not hasattr(device, "platform"):
     device = jax.devices()[0]
   return device.platform == "gpu" and "AMD" not in device.device_kind.upper()
 
