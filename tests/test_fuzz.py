@@ -7,14 +7,17 @@ import pytest
 pytestmark = pytest.mark.standard_promotion  # Optax compares an int32 count with Python floats.
 
 
-@pytest.mark.parametrize("seed", range(10))
+# Those behind the first found faults that the first did not: a frozen leaf that was set to zero
+# (17), a schedule's count that `reduce_on_plateau` hid (28), a frozen leaf that switched the probe
+# off (118).
+@pytest.mark.parametrize("seed", [*range(7), 17, 28, 118])
 def test_random_compositions_are_right_or_refused_by_name(seed):
   case = fuzz.draw(seed)
   assert not fuzz.fault(case), case.parts
   jax.clear_caches()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(9), 369])
 def test_states_of_other_compositions_are_refused(seed):
   assert not fuzz.foreign_state(seed), fuzz.draw(seed).parts
 

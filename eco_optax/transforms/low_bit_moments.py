@@ -71,6 +71,12 @@ class MomentStorage(NamedTuple):
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       dtype = self._dtype(kind)
+      if is_quantized(x):
+        raise ValueError(
+          f"the optimizer made a packed moment {path!r}, as stock optimizers do of packed"
+          " parameters: put eco_optax.error_feedback_to_momentum(optax.adamw(…),"
+          " eco_optax.quantize_params()) in its place, or eco_optax.adamw(…)"
+        )
       if dtype == "float32" or not _is_stored(x):
         return x
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)

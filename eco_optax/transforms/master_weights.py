@@ -24,6 +24,7 @@ from eco_optax.transforms.packed import (
   require_stock,
   run,
   stored_weight,
+  update_stock,
 )
 
 Residual = Literal["float32", "bfloat16", "int16", "int12", "int8"]
@@ -197,7 +198,7 @@ def master_weights(
       stored,
       is_leaf=is_leaf,
     )
-    updates, inner_state = inner.update(updates, state.inner, master, **extra_args)
+    updates, inner_state = update_stock(inner, updates, state.inner, master, extra_args)
     proposed = jax.tree.map(
       lambda r, weight, u: add_update(weight, u) if keeps(r) else None,
       state.residual,

@@ -14,6 +14,7 @@ import optax
 from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import eager
+from eco_optax.transforms.packed import update_stock
 from eco_optax.transforms.stored_moments import Kind
 
 # Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.
@@ -243,7 +244,8 @@ def differentiate(
 
   def step(momentum: Leaves, weights: Leaves) -> tuple[tuple[Leaves, Leaves], tuple[Any, Any]]:
     dense = trees.map_with_path(lambda path, leaf: weights.get(path, leaf), params)
-    updates, new_state = inner.update(grads, where.put(state, momentum), dense, **extra_args)
+    state_of = where.put(state, momentum)
+    updates, new_state = update_stock(inner, grads, state_of, dense, extra_args)
     picked = {path: leaf for path, leaf in flat(updates).items() if path in paths}
     return (picked, where.get(new_state)), (updates, new_state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -190,7 +191,38 @@ def run(
   if is_packed_transformation(tx):
     return tx.update(updates, state, params, context=context, **extra_args)  # type: ignore[call-arg]
   updates, _ = context.scale(updates)
-  return optax.with_extra_args_support(tx).update(updates, state, params, **extra_args)
+  return update_stock(optax.with_extra_args_support(tx), updates, state, params, extra_args)
+
+
+def update_stock(
+  tx: optax.GradientTransformationExtraArgs,
+  updates: Any,
+  state: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+  """One update of a stock transformation.
+
+  Raises:
+    ValueError: where it fails, and its state is not of the structure that its `init` makes.
+  """
+  try:
+    return tx.update(updates, state, params, **extra_args)
+  except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    found, wanted = (jax.tree.structure(x) for x in (state, jax.eval_shape(tx.init, params)))
+    if found == wanted:
+      raise
+    raise ValueError(
+      f"the state inside has {_states(found)}, but the stock optimizer keeps {_states(wanted)}: it"
+      " belongs to another optimizer or other parameters, or is nested in another order. Restore"
+      " the state that this optimizer saved, or call tx.init(params)"
+    ) from error
+
+
+def _states(structure: jax.tree_util.PyTreeDef) -> str:
+  """The named states in a state, as text."""
+  names = re.findall(r"namedtuple\[(\w+)\]", str(structure))
+  return f"{', '.join(names) or 'no named state'} with {structure.num_leaves} arrays"
 
 
 def require_leaves(params: Any) -> None:
