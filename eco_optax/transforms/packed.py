@@ -209,7 +209,10 @@ def update_stock(
   try:
     return tx.update(updates, state, params, **extra_args)
   except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-    found, wanted = (jax.tree.structure(x) for x in (state, jax.eval_shape(tx.init, params)))
+    structures: list[Any] = [
+      jax.tree.structure(x) for x in (state, jax.eval_shape(tx.init, params))
+    ]
+    found, wanted = structures
     if found == wanted:
       raise
     raise ValueError(
@@ -219,7 +222,7 @@ def update_stock(
     ) from error
 
 
-def _states(structure: jax.tree_util.PyTreeDef) -> str:
+def _states(structure: Any) -> str:
   """The named states in a state, as text."""
   names = re.findall(r"namedtuple\[(\w+)\]", str(structure))
   return f"{', '.join(names) or 'no named state'} with {structure.num_leaves} arrays"
