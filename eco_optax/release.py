@@ -522,7 +522,10 @@ def _require_apart(tx: optax.GradientTransformation, params: Any) -> None:
         same = frozenset(path for i, path in enumerate(weights) if i >> bit & 1 == side)
         changes.append(_Change(factor, same, frozenset()))
     changes.append(_Change(factor, frozenset(weights) - stacked, stacked))
-  before, *after = leafwise.responses(tx, params, [change.gradient for change in changes])
+  found = leafwise.responses(tx, params, [change.gradient for change in changes])
+  if found is None:
+    return
+  before, *after = found
   owners = trees.owners(before, weights)
   for change, response in zip(changes, after, strict=True):
     for path, new in response.items():

@@ -238,9 +238,9 @@ def draw(seed: int) -> Case:
     by_layer = wrapped
     wrapped = lambda: eco.layer_by_layer(by_layer())
     parts.append("layer_by_layer")
-    must_work &= not {"clip_by_global_norm", "max_norm=3.0", "lamb", "novograd", "lars"} & set(
-      parts
-    )
+    # These couple a stack's layers, or keep one number for all of them.
+    coupling = {"clip_by_global_norm", "max_norm=3.0", "lamb", "novograd", "lars", "zero_nans"}
+    must_work &= not coupling & set(parts)
     must_work &= "clip_by_global_norm after" not in parts
   if frozen and not frozen_inside and not masked_within:
     behind.append(mask)
@@ -305,7 +305,9 @@ def is_clear(error: BaseException, params: Any) -> bool:
   """Whether an error names a leaf, or what of the optimizer is wrong, and a remedy."""
   text = str(error)
   # JAX compares updates and parameters by their types, and names the update's.
-  names_leaf = "leaf '" in text or ("at key path" in text and "call eco_optax" in text)
+  names_leaf = (
+    "leaf '" in text or "state '" in text or ("at key path" in text and "call eco_optax" in text)
+  )
   return isinstance(error, (ValueError, TypeError)) and names_leaf and len(text) > 60
 
 

@@ -35,7 +35,10 @@ def _check_separable(inner: optax.GradientTransformation, params: Any) -> None:
     large = np.float32(1e4) * grad
     return np.concatenate([grad[:1], large[1:]]) if path in stacked else large
 
-  one, other = leafwise.responses(inner, params, [change])
+  found = leafwise.responses(inner, params, [change])
+  if found is None:
+    return
+  one, other = found
   owners = trees.owners(one, weights)
   for path, leaf in one.items():
     owner = owners[path]
@@ -68,7 +71,8 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     `eco.apply_updates`.
 
   Raises:
-    ValueError: at `init`, naming the leaf, if a layer's update depends on other layers.
+    ValueError: at `init`, naming the leaf, if a layer's update depends on other layers, or at
+      `update` if the optimizer keeps one number for a whole stack.
 
   Example:
     >>> import jax.numpy as jnp, optax, eco_optax as eco
@@ -133,6 +137,13 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       done = stacks.each_layer(step, stack, pick(grads, paths))
       new_updates |= done[0]
       new_states |= done[1]
+    for path in states:
+      if path not in new_states:
+        raise ValueError(
+          f"the optimizer's state {path!r} is one number for all layers of a stack, which a step of"
+          " one layer cannot keep. Put the transformation that keeps it before, as in"
+          " optax.chain(optax.zero_nans(), eco.layer_by_layer(…))"
+        )
     return (
       jax.tree.unflatten(updates_treedef, [new_updates[path] for path in grads]),
       jax.tree.unflatten(treedef, [new_states[path] for path in states]),

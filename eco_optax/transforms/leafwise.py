@@ -93,7 +93,7 @@ def responses(
   tx: optax.GradientTransformation,
   params: Any,
   changes: Sequence[Callable[[str, jax.Array], jax.Array]],
-) -> list[Leaves]:
+) -> list[Leaves] | None:
   """What a step makes of a miniature of the parameters.
 
   Args:
@@ -103,7 +103,7 @@ def responses(
 
   Returns:
     NumPy arrays, updates and state, by path: of a step with random gradients, and of one with each
-    change of these.
+    change of these. None where the update wants an argument of the user's own.
   """
   generator = np.random.default_rng(0)
   shapes = jax.eval_shape(lambda tree: tree, params)  # Nothing that is traced goes along.
@@ -116,13 +116,18 @@ def responses(
     return small, tx.init(small), jax.tree.map(draw, dequantize(small))
 
   @jax.jit
-  def step(grads: Any, state: Any, small: Any) -> Any:
-    return dequantize(tx.update(grads, state, small))
+  def step(grads: Any, state: Any, small: Any, extra_args: Any) -> Any:
+    update = optax.with_extra_args_support(tx).update
+    return dequantize(update(grads, state, small, **extra_args))
 
-  def try_out() -> list[Any]:
+  def try_out(extra_args: Any) -> list[Leaves]:
     small, state, grads = prepare()
     grads = jax.device_get(grads)
     changed = [trees.map_with_path(change, grads) for change in changes]
-    return [jax.device_get(step(g, state, small)) for g in (grads, *changed)]
+    results = [jax.device_get(step(g, state, small, extra_args)) for g in (grads, *changed)]
+    return [flatten(result)[0] for result in results]
 
-  return [flatten(result)[0] for result in eager.now(try_out)]
+  found, failure = eager.now(lambda: eager.with_made_up_arguments(try_out))
+  if failure is not None and not eager.is_missing_argument(failure):
+    raise failure
+  return found

@@ -345,31 +345,25 @@ def _probe(
         f"{trees.leaf_name(path)}: the optimizer stores its momentum in few bits: put"
         " eco_optax.low_bit_moments around eco_optax.error_feedback_to_momentum, not inside"
       )
-  reports = None
-  # A loss is what some optimizers want besides gradients.
-  for extra_args in ({}, {"value": jnp.ones([])}):
-    try:
-      reports = _try_out(inner, where, draw, extra_args)
-      break
-    except (TypeError, ValueError) as error:
-      failure = error
-  else:
-    if isinstance(failure, jax.errors.UnexpectedTracerError):
-      raise ValueError(
-        f"{trees.leaf_name(paths[0])}: the optimizer has a traced value in it, such as a learning"
-        " rate that is an argument of jax.jit, so that it cannot be tried on a miniature of the"
-        " parameters. Make the optimizer outside of jit with a schedule, or put the value in its"
-        " state: eco_optax.error_feedback_to_momentum(optax.inject_hyperparams(optax.adamw)("
-        "learning_rate=…), eco_optax.quantize_params())"
-      ) from failure
-    # An argument of the user's own cannot be made up: then the rule is taken on trust.
-    if not (isinstance(failure, TypeError) and "missing" in str(failure)):
-      raise ValueError(
-        f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
-        f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
-      ) from failure
-  if reports is None:
+  reports, failure = eager.with_made_up_arguments(
+    lambda extra_args: _try_out(inner, where, draw, extra_args)
+  )
+  if isinstance(failure, jax.errors.UnexpectedTracerError):
+    raise ValueError(
+      f"{trees.leaf_name(paths[0])}: the optimizer has a traced value in it, such as a learning"
+      " rate that is an argument of jax.jit, so that it cannot be tried on a miniature of the"
+      " parameters. Make the optimizer outside of jit with a schedule, or put the value in its"
+      " state: eco_optax.error_feedback_to_momentum(optax.inject_hyperparams(optax.adamw)("
+      "learning_rate=…), eco_optax.quantize_params())"
+    ) from failure
+  # An argument of the user's own cannot be made up: then the rule is taken on trust.
+  if eager.is_missing_argument(failure):
     return ()
+  if reports is None:
+    raise ValueError(
+      f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
+      f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
+    ) from failure
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
   for path, (usual, at_ten, at_large) in reports.items():
     message = _refusal(path, usual) or _refusal(path, at_large)

@@ -121,3 +121,24 @@ def test_a_layers_random_bits_are_those_of_the_stack(shape):
   stack = rounding.counter_bits(key, shape)
   for i in range(shape[0]):
     np.testing.assert_array_equal(rounding.counter_bits(key, shape[1:], jnp.int32(i)), stack[i])
+
+
+def test_one_number_for_all_layers_is_refused():
+  params = {"w": eco.quantize(jnp.ones((3, 32, 8)), eco.FP8)}
+  inner = optax.chain(optax.zero_nans(), optax.sgd(0.1, momentum=0.9))
+  tx = eco.layer_by_layer(eco.error_feedback_to_momentum(inner, eco.quantize_params()))
+  with pytest.raises(ValueError, match=r"found_nan/w' is one number for all layers"):
+    tx.update({"w": jnp.ones((3, 32, 8))}, tx.init(params), params)
+
+
+def test_a_loss_that_the_optimizer_wants_is_made_up_where_it_is_tried():
+  params = {"w": eco.quantize(jnp.ones((3, 32, 8)), eco.FP8)}
+  inner = optax.chain(optax.sgd(0.1, momentum=0.9), optax.contrib.reduce_on_plateau(patience=3))
+  rule = eco.error_feedback_to_momentum(inner, eco.quantize_params())
+  grads = {"w": jnp.ones((3, 32, 8))}
+  moved = []
+  for tx in (rule, eco.layer_by_layer(rule)):
+    updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(1))
+    moved.append(eco.apply_updates(params, updates)["w"].dequantize())
+  np.testing.assert_array_equal(*moved)
+  assert (moved[0] < 1).all()
