@@ -43,6 +43,11 @@ Arrays = dict[str, jax.Array]  # The arrays of a weight or of a moment, by the n
 _CHUNK = 2**18
 _SMALLEST_CHUNK = 2**14
 
+# Elements of the largest matrix whose step XLA's own loops take as fast or faster: all of it stays
+# in the caches, and its program compiles in half the time. FP8, AdamW, stochastic: 256² in 0.5 of
+# the chunks' CPU time, 352² in 0.6, 512² in 1.6.
+_SMALL_MATRIX = 2**17
+
 
 def _chunk_rows(m: Matrices) -> int | None:
   """Rows of the largest chunk of whole units that divides a matrix, if there is a good one."""
@@ -73,6 +78,13 @@ def _with_arrays(like: Any, arrays: Arrays) -> Any:
     for (name, old), x in ((item, arrays[item[0]]) for item in _arrays(like).items())
   }
   return dataclasses.replace(like, **typed) if is_quantized(like) else typed["value"]
+
+
+def by_size(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
+  """`by_rows` for large matrices, and for small ones the definition."""
+  m = matrices(leaf)
+  is_small = m is not None and m.rows * m.columns <= _SMALL_MATRIX
+  return (by_layers if is_small else by_rows)(step, rounding, leaf)
 
 
 def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:

@@ -169,6 +169,6 @@ def _on_cuda(own: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
 
 
 mlir.register_lowering(_take_step_p, _lowering(step_lib.by_layers))
-mlir.register_lowering(_take_step_p, _lowering(cpu.by_rows), platform="cpu")
+mlir.register_lowering(_take_step_p, _lowering(cpu.by_size), platform="cpu")
 mlir.register_lowering(_take_step_p, _lowering(tpu.by_panels), platform="tpu")
 mlir.register_lowering(_take_step_p, _lowering(_on_cuda), platform="cuda")

@@ -69,13 +69,9 @@ class Optimizer(NamedTuple):
     paths, treedef = flatten(self.state)
     state = jax.tree.unflatten(treedef, [states.get(p, optax.MaskedNode()) for p in paths])
     updates, params = keep(self.updates, grads), keep(self.params, weights)
-    if is_packed_transformation(self.tx):
-      new_updates, new_state = run(self.tx, updates, state, params, context, self.extra_args)
-      return flatten(new_updates)[0], flatten(new_state)[0]
-    # Transformations of this package inside a stock chain have to know the layer too.
-    extra_args = self.extra_args | {"context": context._replace(gradient_scale=None)}
-    new_updates, new_state = run(self.tx, updates, state, params, context, extra_args)
-    if (scale := context.gradient_scale) is not None:
+    new_updates, new_state = run(self.tx, updates, state, params, context, self.extra_args)
+    scale = context.gradient_scale
+    if scale is not None and not is_packed_transformation(self.tx):
       new_updates, new_state = unless_skipped(scale, new_updates, new_state, state, params)
     return flatten(new_updates)[0], flatten(new_state)[0]
 

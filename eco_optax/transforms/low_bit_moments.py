@@ -191,9 +191,13 @@ def low_bit_moments(
   if not isinstance(inner, PackedTransformation):
 
     def stock_update(
-      updates: Any, state: LowBitMomentsState, params: Any = None, **extra_args: Any
+      updates: Any,
+      state: LowBitMomentsState,
+      params: Any = None,
+      context: Context | None = None,
+      **extra_args: Any,
     ) -> tuple[Any, LowBitMomentsState]:
-      return update(updates, state, params, Context(), **extra_args)
+      return update(updates, state, params, context or Context(), **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, stock_update)
   if inner.takes_stored_moments:

@@ -190,7 +190,9 @@ def run(
   """One update of a transformation, packed or stock, with what is handed down to it."""
   if is_packed_transformation(tx):
     return tx.update(updates, state, params, context=context, **extra_args)  # type: ignore[call-arg]
-  updates, _ = context.scale(updates)
+  updates, context = context.scale(updates)
+  if any(x is not None for x in context):  # For transformations of this package in a stock chain.
+    extra_args = extra_args | {"context": context}
   return update_stock(optax.with_extra_args_support(tx), updates, state, params, extra_args)
 
 

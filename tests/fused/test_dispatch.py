@@ -59,7 +59,7 @@ def test_a_kernel_that_is_refused_gives_way_with_a_warning(monkeypatch):
   def bind(leaf):
     return dispatch.take_step(ADAMW, "nearest", leaf)
 
-  old = dispatch._lowering(dispatch.cpu.by_rows)
+  old = dispatch._lowering(dispatch.cpu.by_size)
   mlir.register_lowering(dispatch._take_step_p, lower, platform="cpu")
   dispatch._compiled.cache_clear()
   jax.clear_caches()

@@ -1,5 +1,6 @@
 """layer_by_layer against the same optimizer on whole leaves."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,3 +143,25 @@ def test_a_loss_that_the_optimizer_wants_is_made_up_where_it_is_tried():
     moved.append(eco.apply_updates(params, updates)["w"].dequantize())
   np.testing.assert_array_equal(*moved)
   assert (moved[0] < 1).all()
+
+
+def test_moments_of_a_stock_chain_know_their_layer():
+  """Frozen leaves behind ours make a stock chain, whose moments low_bit_moments rounds by layer."""
+  values = jax.random.normal(jax.random.key(0), (3, 32, 8))
+  params = eco.quantize({"w": values, "frozen": values}, eco.FP8)
+  grads = {"w": values + 1, "frozen": values}
+  frozen = optax.masked(optax.set_to_zero(), {"w": False, "frozen": True})
+  rule = eco.error_feedback_to_momentum(
+    optax.adam(1e-2), eco.quantize_params(rounding="stochastic")
+  )
+  whole = eco.low_bit_moments(optax.chain(rule, frozen))
+  found = []
+  for tx in (whole, eco.layer_by_layer(whole)):
+    new, state, update = params, tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+      updates, state = update(grads, state, new)
+      new = eco.apply_updates(new, updates)
+    found.append((new, state))
+  chex.assert_trees_all_equal(*found)
+  np.testing.assert_array_equal(found[1][0]["frozen"].codes, params["frozen"].codes)
+  assert (found[1][0]["w"].codes != params["w"].codes).any()
