@@ -14,6 +14,7 @@ import numpy as np
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
+from eco_optax.factored import FactoredMoment
 from eco_optax.quantized_array import (
   QuantizedArray,
   is_quantized,
@@ -59,6 +60,8 @@ def fits(moment: Any, rounds: bool) -> bool:
 
   It takes float32; if it `rounds` what it writes also bfloat16 and codes in blocks.
   """
+  if isinstance(moment, FactoredMoment):
+    return False
   if is_quantized(moment):
     granularity = moment.format.granularity
     return rounds and isinstance(granularity, tuple) and len(granularity) == 2

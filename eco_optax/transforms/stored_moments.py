@@ -1,4 +1,4 @@
-"""What optimizers' moments are stored as: floats, or 8-bit codes with a scale per block."""
+"""What optimizers' moments are stored as: floats, 8-bit codes with a scale per block, or means."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eco_optax import rounding as rounding_lib
+from eco_optax.factored import FactoredMoment, is_array
 from eco_optax.formats import Format, grid_smallest
 from eco_optax.quantized_array import (
   IEEE,
@@ -30,10 +31,17 @@ from eco_optax.transforms.packed import add_update
 Kind = Literal["first", "second"]  # Momenta; second moments, which are not negative.
 MomentDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
 
+SecondMomentDtype = MomentDtype | Literal["factored"]
+
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+SECOND_DTYPES = (*DTYPES, "factored")
 
 BLOCK = 32  # Rows that share a scale, as in the MX formats.
 _LONGEST_BLOCK, _SHORTEST_BLOCK = 128, 16
+
+# Float parameters are matrices if both of the last two axes have so many elements, as in
+# `optax.scale_by_factored_rms`; else they may be a stack of vectors.
+_SMALLEST_MATRIX = 128
 
 
 @functools.partial(
@@ -260,4 +268,19 @@ def store(
 
 def read(stored: Any) -> jax.Array:
   """The float32 values of a stored moment."""
-  return stored.dequantize() if is_quantized(stored) else stored.astype(jnp.float32)
+  return stored.dequantize() if is_array(stored) else stored.astype(jnp.float32)
+
+
+def dtype_name(stored: Any) -> str:
+  """What a moment is stored in, as `low_bit_moments` calls it."""
+  if isinstance(stored, FactoredMoment):
+    return "factored"
+  return str(stored.format.dtype.name if is_quantized(stored) else stored.dtype.name)
+
+
+def is_factored(parameter: Any) -> bool:
+  """Whether a second moment of a parameter consists of matrices, which can be factored."""
+  shape = parameter.shape
+  if len(shape) < 2 or 0 in shape:
+    return False
+  return is_quantized(parameter) or min(shape[-2:]) >= _SMALLEST_MATRIX
