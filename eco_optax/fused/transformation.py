@@ -12,13 +12,13 @@ import optax
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
-from eco_optax.factored import is_array
 from eco_optax.fused import dispatch
 from eco_optax.fused.leaf import Leaf, fits
 from eco_optax.fused.step import Step
 from eco_optax.quantized_array import Rounding, is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.error_feedback import ErrorFeedbackState
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.packed import (
   Context,
   PackedTransformation,

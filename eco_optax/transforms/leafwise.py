@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 from eco_optax import trees
-from eco_optax.factored import is_array
 from eco_optax.quantized_array import dequantize, is_quantized, quantize_array
 from eco_optax.transforms import eager
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.packed import Context, is_packed_transformation, run, unless_skipped
 
 Leaves = dict[str, Any]  # Leaves of a tree by path; a packed leaf or a factored moment is one.

@@ -11,9 +11,9 @@ import optax
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
-from eco_optax.factored import factored, is_array
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
+from eco_optax.transforms.factored import factored, is_array
 from eco_optax.transforms.momentum import shapes_of
 from eco_optax.transforms.packed import (
   Context,
@@ -89,7 +89,11 @@ class MomentStorage(NamedTuple):
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
   def read(self, state: Any, params: Any) -> Any:
-    """The state with stored moments as float32."""
+    """The state with stored moments as float32.
+
+    Raises:
+      ValueError: naming the moment, where the state is stored in another way.
+    """
     owner = _owners(state, params)
 
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
@@ -185,6 +189,7 @@ def low_bit_moments(
     require_state(state, LowBitMomentsState, "eco_optax.low_bit_moments")
     moments = MomentStorage(mu, nu, state.step)
     if getattr(inner, "takes_stored_moments", False):
+      jax.eval_shape(moments.read, state.inner, params)  # For its errors.
       context = context._replace(moments=moments)
       updates, stored = run(inner, updates, state.inner, params, context, extra_args)
     else:

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 from eco_optax import trees
-from eco_optax.factored import is_array
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import eager
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.stored_moments import Kind
 
 # Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from eco_optax import explicit_axes, trees
-from eco_optax.factored import is_array
 from eco_optax.quantized_array import QuantizedArray, as_parameter, as_update, is_quantized
+from eco_optax.transforms.factored import is_array
 
 _MASK_BY_LEAF = (
   "jax.tree.map over packed parameters gives a flag for codes and one for scales. Make masks and"

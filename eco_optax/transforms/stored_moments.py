@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from eco_optax import rounding as rounding_lib
-from eco_optax.factored import FactoredMoment, is_array
 from eco_optax.formats import Format, grid_smallest
 from eco_optax.quantized_array import (
   IEEE,
@@ -26,6 +25,7 @@ from eco_optax.quantized_array import (
   scaled,
   times_scale,
 )
+from eco_optax.transforms.factored import FactoredMoment, Factors, is_array
 from eco_optax.transforms.packed import add_update
 
 Kind = Literal["first", "second"]  # Momenta; second moments, which are not negative.
@@ -164,9 +164,12 @@ class Stored(NamedTuple):
   format: Format | None = None  # Of codes; None for floats.
   groups: Groups | None = None  # Of codes; None for floats.
   is_root: bool = False  # Whether the codes are those of its square root.
+  is_read_only: bool = False  # Whether it comes as factors, and what replaces it is made elsewhere.
 
-  def read(self, stored: Codes | jax.Array, how: Arithmetic = PLAIN) -> jax.Array:
+  def read(self, stored: Codes | Factors | jax.Array, how: Arithmetic = PLAIN) -> jax.Array:
     """The float32 values."""
+    if isinstance(stored, Factors):
+      return stored.dense()
     if not isinstance(stored, Codes):
       return stored.astype(jnp.float32)
     assert self.groups is not None
@@ -201,7 +204,7 @@ class Stored(NamedTuple):
 
   def write(
     self, x: jax.Array, bits: Callable[[], jax.Array], how: Arithmetic = PLAIN
-  ) -> Codes | jax.Array:
+  ) -> Codes | jax.Array | None:
     """What is stored of a moment's float32 values, rounded stochastically where it is in few bits.
 
     Args:
@@ -209,6 +212,8 @@ class Stored(NamedTuple):
       bits: gives uint32 random bits of x's shape, where there is rounding.
       how: the device computes.
     """
+    if self.is_read_only:
+      return None
     if self.format is None:
       return x if self.dtype == np.float32 else rounding_lib.stochastic_cast(x, self.dtype, bits())
     code, scale, _ = self.rounded(x, "stochastic", bits(), how=how)
@@ -217,6 +222,8 @@ class Stored(NamedTuple):
 
 def stored_as(array: Any) -> Stored:
   """How an array, packed or not, is stored."""
+  if isinstance(array, Factors):
+    return Stored(array.row.dtype, is_read_only=True)
   if not is_quantized(array):
     return Stored(array.dtype)
   groups = groups_of(array.format, array.shape)
@@ -230,10 +237,10 @@ def unpack(array: Any) -> Any:
   return Codes(array.code_bits.astype(jnp.int32), array.float_scale())
 
 
-def pack_like(old: Any, new: Codes | jax.Array) -> Any:
-  """The reverse of `unpack`; `old` tells how it is stored."""
+def pack_like(old: Any, new: Codes | jax.Array | None) -> Any:
+  """The reverse of `unpack`; `old` tells how it is stored, and is kept where there is no new."""
   if not isinstance(new, Codes):
-    return new
+    return old if new is None else new
   qvalue, odd = pack(new.code, old.format)
   scale = new.scale.astype(old.format.scale_dtype)
   return dataclasses.replace(old, qvalue=qvalue, scale=scale, odd=odd)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
-from eco_optax.factored import FactoredMoment, factored
+from eco_optax.transforms.factored import FactoredMoment, factored
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -151,9 +153,11 @@ def test_layer_by_layer_is_the_same():
 
 
 @pytest.mark.parametrize("other", ["float8_e4m3fn", "bfloat16", "float32"])
-def test_a_state_of_another_kind_is_refused_by_name(other):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_of_another_kind_is_refused_by_name(other, fused):
   params = eco.quantize({"block": {"w": jnp.ones((32, 64))}}, eco.FP8)
   inner = eco.error_feedback_to_momentum(optax.adam(RATE), eco.quantize_params())
+  inner = eco.adamw(RATE) if fused else inner
   make = lambda nu: eco.low_bit_moments(inner, "int8", nu)
   grads = {"block": {"w": jnp.ones((32, 64))}}
   with pytest.raises(ValueError, match=rf"nu/block/w' in the state is {other}.* in factored"):
@@ -169,3 +173,40 @@ def test_bytes_per_parameter():
   tx = eco.low_bit_moments(eco.adamw(RATE), nu="factored")
   nbytes = sum(x.nbytes for x in jax.tree.leaves((params, tx.init(params))))
   assert nbytes / (2 * 1024 * 1024) == pytest.approx(1 + 4 / 1024 + 1 + 1 / 32 + 8 / 1024, abs=1e-4)
+
+
+def of_parts(shape, spec, fused):
+  """A step on one device, and on eight of which each has its part."""
+  params = eco.quantize(
+    {"w": jax.random.normal(jax.random.key(0), shape)}, eco.Format("float8_e4m3fn", (8, 8))
+  )
+  grads = {"w": jax.random.normal(jax.random.key(1), shape)}
+  tx = eco.low_bit_moments(eco.adamw(RATE, fused=fused), "float32", "factored")
+  mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("x", "y"))
+  place = lambda x: jax.device_put(
+    x,
+    NamedSharding(mesh, P(*(a if n > 1 else None for n, a in zip(x.shape, spec, strict=True)))),
+  )
+  shardings = {"w": NamedSharding(mesh, P(*spec))}
+
+  def step(params, state, grads, shardings=None):
+    updates, state = tx.update(grads, state, params, shardings=shardings)
+    return eco.apply_updates(params, updates), state
+
+  one = params, tx.init(params)
+  several = jax.tree.map(place, params), jax.jit(tx.init)(params)
+  on_all = jax.jit(lambda p, s, g: step(p, s, g, shardings))
+  for _ in range(3):
+    one = jax.jit(step)(*one, grads)
+    several = on_all(*several, jax.tree.map(place, grads))
+  return one, several
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("spec", [(None, "x", "y"), (None, ("y", "x"), None), ("x", None, "y")])
+def test_means_over_devices(spec, fused):
+  one, several = of_parts((2, 64, 64), spec, fused)
+  assert np.mean(np.asarray(one[0]["w"].codes != several[0]["w"].codes)) < 1e-3
+  ours, theirs = find(several[1], "nu")["w"], find(one[1], "nu")["w"]
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5)
