@@ -44,8 +44,15 @@ def train(config, steps=2):
   [
     {"model.tied_embedding": True, "method": "eco_rtn", "schedule_aware": False},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
-    {"accumulation": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": "full"},
-  ],
+    {
+      "accumulation": 2,
+      "mesh.fsdp": 2,
+      "mesh.tensor": 2,
+      "model.remat": "full",
+      "moments.mu": "float8_e4m3fn",
+      "moments.nu": "factored",
+    },
+  ],  # fmt: skip
   ids=lambda changes: ", ".join(changes),
 )
 def test_a_released_step_is_the_ordinary_one(changes):
