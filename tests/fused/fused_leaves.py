@@ -128,6 +128,8 @@ def main():
     ("sgd", "MXFP8", "int8"),
     ("adamw", "INT8", "int8"),
     ("adamw", "FP8", "bfloat16"),
+    ("adamw", "FP8", "factored"),
+    ("adamw", "NVFP4", "factored"),
   ]
   differ = []
   devices = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
