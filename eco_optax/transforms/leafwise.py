@@ -13,14 +13,15 @@ import optax
 from eco_optax import trees
 from eco_optax.quantized_array import dequantize, is_quantized, quantize_array
 from eco_optax.transforms import eager
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.packed import Context, is_packed_transformation, run, unless_skipped
 
-Leaves = dict[str, Any]  # Leaves of a tree by path; a packed leaf is one.
+Leaves = dict[str, Any]  # Leaves of a tree by path; a packed leaf or a factored moment is one.
 
 
 def flatten(tree: Any) -> tuple[Leaves, Any]:
   """Leaves by path, and the tree's definition."""
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_array)
   return {trees.path_name(path): leaf for path, leaf in leaves}, treedef
 
 
@@ -114,7 +115,8 @@ def responses(
   @jax.jit
   def step(grads: Any, state: Any, small: Any, extra_args: Any) -> Any:
     update = optax.with_extra_args_support(tx).update
-    return dequantize(update(grads, state, small, **extra_args))
+    read = lambda x: x.dequantize() if is_array(x) else x
+    return jax.tree.map(read, update(grads, state, small, **extra_args), is_leaf=is_array)
 
   def try_out(extra_args: Any) -> list[Leaves]:
     small, state, grads = prepare()

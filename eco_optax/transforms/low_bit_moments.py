@@ -1,8 +1,8 @@
-"""low_bit_moments: any optimizer's first and second moments in 8 or 16 bits."""
+"""low_bit_moments: any optimizer's moments in 8 or 16 bits, second ones as two vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from eco_optax import rounding as rounding_lib
 from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
+from eco_optax.transforms.factored import factored, is_array
 from eco_optax.transforms.momentum import shapes_of
 from eco_optax.transforms.packed import (
   Context,
@@ -23,9 +24,13 @@ from eco_optax.transforms.packed import (
 )
 from eco_optax.transforms.stored_moments import (
   DTYPES,
+  SECOND_DTYPES,
   Kind,
   MomentDtype,
+  SecondMomentDtype,
   block_axis,
+  dtype_name,
+  is_factored,
   read,
   store,
 )
@@ -38,22 +43,24 @@ class LowBitMomentsState(NamedTuple):
   """State of `low_bit_moments`."""
 
   step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
-  inner: optax.OptState  # With QuantizedArray, SecondMoment or bfloat16 leaves as moments.
+  inner: optax.OptState  # With moments as they are stored.
 
 
-def _is_stored(x: Any) -> bool:
-  """Whether a moment is stored in few bits: an array of floats with an axis and an element."""
-  return bool(x.ndim) and x.size > 0 and trees.is_float(x)
+def _is_stored(x: Any, dtype: SecondMomentDtype, parameter: Any) -> bool:
+  """Whether a moment is stored as asked: an array of floats with an axis and an element."""
+  if dtype == "float32" or not (x.ndim and x.size > 0 and trees.is_float(x)):
+    return False
+  return dtype != "factored" or is_factored(parameter)
 
 
 class MomentStorage(NamedTuple):
   """How an optimizer's moments are stored between its steps, and at which step."""
 
   mu: MomentDtype  # Of first moments.
-  nu: MomentDtype  # Of second moments.
+  nu: SecondMomentDtype  # Of second moments.
   step: jax.Array  # int32: it numbers the random bits.
 
-  def _dtype(self, kind: Kind) -> MomentDtype:
+  def _dtype(self, kind: Kind) -> SecondMomentDtype:
     return self.mu if kind == "first" else self.nu
 
   def key(self, path: str) -> jax.Array:
@@ -66,34 +73,38 @@ class MomentStorage(NamedTuple):
 
   def store(self, state: Any, params: Any, layer: jax.Array | None = None) -> Any:
     """The state with float32 moments stored."""
-    weights = momentum_lib.flat(params)
-    owners = trees.owners(momentum_lib.flat(state), weights)
+    owner = _owners(state, params)
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
-      dtype = self._dtype(kind)
+      dtype, weight = self._dtype(kind), owner(path)
       if is_quantized(x):
         raise ValueError(
           f"the optimizer made a packed moment {path!r}, as stock optimizers do of packed"
           " parameters: put eco_optax.error_feedback_to_momentum(optax.adamw(…),"
           " eco_optax.quantize_params()) in its place, or eco_optax.adamw(…)"
         )
-      if dtype == "float32" or not _is_stored(x):
+      if not _is_stored(x, dtype, weight):
         return x
+      if dtype == "factored":
+        return factored(x)
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
-      weight = weights[owners[path.lstrip("/")] or ""]
       if not is_quantized(weight):
         return store(x, kind, dtype, bits)
       return store(x, kind, dtype, bits, True, block_axis(weight.format))
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
-  def read(self, state: Any, shapes: Any) -> Any:
-    """The state with stored moments as float32; shapes are the parameters'."""
+  def read(self, state: Any, params: Any) -> Any:
+    """The state with stored moments as float32.
+
+    Raises:
+      ValueError: naming the moment, where the state is stored in another way.
+    """
+    owner = _owners(state, params)
 
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
-      wanted = self._dtype(kind)
-      found = x.format.dtype.name if is_quantized(x) else x.dtype.name
-      if not is_quantized(x) and (wanted == "float32" or not _is_stored(x)):
+      wanted, found = self._dtype(kind), dtype_name(x)
+      if not is_array(x) and not _is_stored(x, wanted, owner(path)):
         return x
       if found != wanted:
         raise ValueError(
@@ -102,27 +113,34 @@ class MomentStorage(NamedTuple):
         )
       return read(x)
 
-    return momentum_lib.map_moments(read_leaf, state, shapes)
+    return momentum_lib.map_moments(read_leaf, state, shapes_of(params))
 
 
-def check_moment_dtypes(mu: MomentDtype, nu: MomentDtype) -> None:
-  """Raises `ValueError` for a dtype that moments cannot be stored in."""
-  for name, dtype in (("mu", mu), ("nu", nu)):
-    if dtype not in DTYPES:
-      raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}")
+def _owners(state: Any, params: Any) -> Callable[[str], Any]:
+  """The parameter that the moment at a path of the state belongs to."""
+  weights = momentum_lib.flat(params)
+  owners = trees.owners(momentum_lib.flat(state), weights)
+  return lambda path: weights[owners[path.lstrip("/")] or ""]
+
+
+def check_moment_dtypes(mu: MomentDtype, nu: SecondMomentDtype) -> None:
+  """Raises `ValueError` for what moments cannot be stored in."""
+  for name, dtype, known in (("mu", mu, DTYPES), ("nu", nu, SECOND_DTYPES)):
+    if dtype not in known:
+      raise ValueError(f"{name} must be one of {', '.join(known)}, got {dtype!r}")
 
 
 def low_bit_moments(
   inner: optax.GradientTransformation,
   mu: MomentDtype = "float8_e4m3fn",
-  nu: MomentDtype = "float8_e4m3fn",
+  nu: SecondMomentDtype = "float8_e4m3fn",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Keeps the moments of any optimizer in 8 or 16 bits between its steps.
+  r"""Keeps the moments of any optimizer in 8 or 16 bits between its steps, or second ones factored.
 
   A step reads the moments as float32, and rounds what the optimizer leaves there stochastically,
   so that small changes survive in the mean: those of a slow average, and the quantization errors
   that `error_feedback_to_momentum` puts there. With FP8 weights and 8-bit moments, training
-  without master weights takes 3.1 bytes per parameter instead of 9.
+  without master weights takes 3.1 bytes per parameter instead of 9, or with `nu="factored"` 2.1.
 
   Codes of matrices are in blocks of 32 rows with scales of powers of two (MXFP8, MXINT8); INT8
   codes of parameters that are not packed, such as an embedding, in blocks of up to 128 along the
@@ -135,7 +153,12 @@ def low_bit_moments(
       `error_feedback_to_momentum(optax.adamw(…), …)`, `optax.MultiSteps(…)`, `optax.adam(…)`.
     mu: what momenta and other first moments are stored in: `"float8_e4m3fn"`, `"int8"`,
       `"float8_e5m2"`, `"bfloat16"`, or `"float32"` to leave them as they are.
-    nu: what second moments are stored in.
+    nu: what second moments are stored in; or `"factored"`: of a matrix the means of its rows and
+      columns, in float32, and no more. A step reads their product over the mean of the matrix, and
+      keeps the means of what the optimizer made of it. Matrices are the last two axes, each layer,
+      head or expert by itself, of packed parameters, and of others where both have 128 elements or
+      more, as of embeddings. Others, such as stacks of norms' scales, stay float32. There is no
+      rounding; the last places of means depend on how a matrix is split over devices.
 
   Returns:
     A `GradientTransformationExtraArgs` whose state has the state of `inner` with such moments in
@@ -154,7 +177,8 @@ def low_bit_moments(
 
   References:
     Dettmers et al, `8-bit Optimizers via Block-wise Quantization
-    <https://arxiv.org/abs/2110.02861>`_, 2021.
+    <https://arxiv.org/abs/2110.02861>`_, 2021. Shazeer and Stern, `Adafactor
+    <https://arxiv.org/abs/1804.04235>`_, 2018 (factored second moments).
   """
   check_moment_dtypes(mu, nu)
 
@@ -177,10 +201,11 @@ def low_bit_moments(
     require_state(state, LowBitMomentsState, "eco_optax.low_bit_moments")
     moments = MomentStorage(mu, nu, state.step)
     if getattr(inner, "takes_stored_moments", False):
+      jax.eval_shape(moments.read, state.inner, params)  # For its errors.
       context = context._replace(moments=moments)
       updates, stored = run(inner, updates, state.inner, params, context, extra_args)
     else:
-      unpacked = moments.read(state.inner, shapes_of(params))
+      unpacked = moments.read(state.inner, params)
       updates, inner_state = run(inner, updates, unpacked, params, context, extra_args)
       stored = moments.store(inner_state, params, context.layer)
     step = optax.safe_increment(state.step)

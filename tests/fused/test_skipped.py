@@ -63,6 +63,7 @@ MAKERS = {
   "general": lambda: eco.error_feedback_to_momentum(optax.adamw(1e-2), eco.quantize_params()),
   "master weights": lambda: eco.master_weights(optax.adamw(1e-2), eco.quantize_params(), "int8"),
   "8-bit moments": lambda: eco.layer_by_layer(eco.low_bit_moments(eco.adamw(1e-2))),
+  "factored": lambda: eco.low_bit_moments(eco.adamw(1e-2), nu="factored"),
   "general in 8 bits": lambda: eco.layer_by_layer(
     eco.low_bit_moments(eco.error_feedback_to_momentum(optax.adamw(1e-2), eco.quantize_params()))
   ),
