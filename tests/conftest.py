@@ -1,6 +1,7 @@
 """Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -41,6 +42,12 @@ _EXTRAS = {
   "eco_optax.interop.safetensors": "safetensors",
   "eco_optax.interop.hugging_face": "safetensors",
 }
+
+
+def pytest_collection_finish():
+  """Takes the packages' own objects from the garbage collector, which walks them again and again."""
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -44,12 +44,14 @@ def get_config(name="tiny", **changes):
 FEW_TOKENS = {"batch_size": 8, "length": 32}
 
 
-@pytest.fixture(autouse=True)
-def short_validation(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def short_validation():
   # The whole split takes most of a tiny run's time; tests/training/test_data.py holds it whole.
   data = corpus.standard_library_dataset()
-  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 10_000)]))
-  monkeypatch.setattr(corpus, "standard_library_dataset", lambda: data)
+  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 5_000)]))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(corpus, "standard_library_dataset", lambda: data)
+    yield
 
 
 # Bytes per parameter of codes, moments and residual; scales are added by the test.
