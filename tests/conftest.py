@@ -45,7 +45,7 @@ _EXTRAS = {
 
 
 def pytest_collection_finish():
-  """Takes the packages' own objects from the garbage collector, which walks them again and again."""
+  """Takes what packages have made from the garbage collector, which walks it again and again."""
   gc.collect()
   gc.freeze()
 
