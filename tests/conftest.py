@@ -1,6 +1,7 @@
 """Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -43,8 +44,19 @@ _EXTRAS = {
 }
 
 
+def pytest_collection_finish():
+  """Takes what packages have made from the garbage collector, which walks it again and again."""
+  gc.collect()
+  gc.freeze()
+
+
+# Modules with tests of half a minute: they come first, so that no worker is left alone with one.
+_LONG = ("test_notebooks.py", "test_faults.py", "test_step.py", "test_distributed.py")
+
+
 def pytest_collection_modifyitems(items):
-  """Leaves out examples whose packages are not installed."""
+  """Puts long tests first, and leaves out examples whose packages are not installed."""
+  items.sort(key=lambda item: item.path.name not in _LONG)
   for item in items:
     module = getattr(getattr(item, "dtest", None), "globs", {}).get("__name__")
     if module in _EXTRAS and importlib.util.find_spec(_EXTRAS[module]) is None:

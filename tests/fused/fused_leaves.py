@@ -36,7 +36,11 @@ FORMATS = {
 
 
 def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in="float32"):
-  """A leaf in the middle of a training run, its moments stored in a dtype."""
+  """A leaf in the middle of a training run, its moments stored in a dtype; one small program."""
+  return jax.jit(lambda: _make(step, format, shape, layer, gradient_dtype, moments_in))()
+
+
+def _make(step, format, shape, layer, gradient_dtype, moments_in):
   keys = jax.random.split(jax.random.key(0), 4)
   draw = lambda key, scale: scale * jax.random.normal(key, shape)
   weight = eco.quantize({"w": draw(keys[0], 0.02)}, format)["w"]
@@ -112,7 +116,7 @@ def spread(leaf, sharding):
 
 
 # The matrices are small, but should have several tiles each.
-SMALL_TILES = gpu.Tuning(row=512, chunk=1024, width=32)
+SMALL_TILES = gpu.Tuning(row=512, chunk=4096, width=32)
 
 # Kernels for GPUs have fewer ways through them.
 ON_TILES = ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4")
@@ -158,7 +162,7 @@ def main():
         if not equal(found, wanted):
           differ.append(f"{name} {preset} {moments_in} {how} {other.__name__}")
     # Where no kernel fits a stack goes layer by layer, on one device and on four.
-    leaf = make(STEPS[name], FORMATS[preset], (3, 256, 256), None, jnp.bfloat16, moments_in)
+    leaf = leaf._replace(layer=None)
     wanted = run(definition, STEPS[name], "stochastic", leaf)
     split = functools.partial(on_mesh, sharding=of_stack, implementation=by_layers)
     for other, own in ((by_layers, leaf), (split, spread(leaf, of_stack))):

@@ -44,12 +44,38 @@ def get_config(name="tiny", **changes):
 FEW_TOKENS = {"batch_size": 8, "length": 32}
 
 
-@pytest.fixture(autouse=True)
-def short_validation(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def short_validation():
   # The whole split takes most of a tiny run's time; tests/training/test_data.py holds it whole.
   data = corpus.standard_library_dataset()
-  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 10_000)]))
-  monkeypatch.setattr(corpus, "standard_library_dataset", lambda: data)
+  data = data._replace(validation=shards.TokenStream([data.validation.read(0, 5_000)]))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(corpus, "standard_library_dataset", lambda: data)
+    yield
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+  """Runs of one config share their optimizer and step, of which a trace takes longer than a run."""
+
+  def shared(make):
+    made = {}
+
+    def cached(config, *rest):
+      key = json.dumps(config_lib.flat(config) | {"nonfinite": ""})
+      if key not in made:
+        # Of its own config, since the test may change that of the run.
+        made[key] = make(config.copy_and_resolve_references(), *rest)
+      return made[key]
+
+    return cached
+
+  for module, name in (
+    (methods, "optimizer"),
+    (step_lib, "make_train_step"),
+    (step_lib, "make_eval_step"),
+  ):
+    monkeypatch.setattr(module, name, shared(getattr(module, name)))
 
 
 # Bytes per parameter of codes, moments and residual; scales are added by the test.
@@ -233,9 +259,9 @@ def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
     loop.train(get_config(**changes), tmp_path)
 
 
-def test_a_run_that_diverges_says_where(tmp_path):
-  # One step at this rate leaves weights whose square is no number; steps 20 and 40 are logged.
-  config = get_config(steps=40, **FEW_TOKENS, **{"optimizer.learning_rate": 1e38})
+def test_a_run_that_diverges_says_where(tmp_path, traced_once):
+  # One step at this rate leaves weights whose square is no number; steps 5 and 10 are logged.
+  config = get_config(steps=10, log_every=5, **FEW_TOKENS, **{"optimizer.learning_rate": 1e38})
   with pytest.raises(FloatingPointError, match=r"at step 1 with method 'eco_sr'"):
     loop.train(config, tmp_path)
   config.nonfinite = "record"
@@ -276,22 +302,22 @@ def end_of(workdir):
   return record["step"], record["checksums"], [drop(row) for row in rows]
 
 
-def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys, traced_once):
   config = get_config(
-    steps=40, log_every=5, evaluate_every=20, **FEW_TOKENS, **{"checkpoint.every": 10}
+    steps=16, log_every=2, evaluate_every=8, **FEW_TOKENS, **{"checkpoint.every": 4}
   )
   whole = loop.train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
-    stop_before(patch, 17)
+    stop_before(patch, 7)
     with pytest.raises(SystemExit) as stopped:
       loop.train(config, tmp_path / "stopped")
   assert stopped.value.code == 0
-  assert "asked to stop at step 17: saved, the same command goes on" in capsys.readouterr().out
+  assert "asked to stop at step 7: saved, the same command goes on" in capsys.readouterr().out
   shutil.copytree(tmp_path / "stopped", tmp_path / "elsewhere")
   shutil.copytree(tmp_path / "stopped", tmp_path / "changed")
 
   summary = loop.train(config, tmp_path / "stopped")
-  assert "on 8 cpu devices, from step 17" in capsys.readouterr().out
+  assert "on 8 cpu devices, from step 7" in capsys.readouterr().out
   assert end_of(tmp_path / "stopped") == end_of(tmp_path / "whole")
   assert summary["validation_loss"] == whole["validation_loss"]
   # The summary comes from the run's files, at any time.
@@ -302,7 +328,7 @@ def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys):
   assert again["validation_loss"] == whole["validation_loss"]
   assert end_of(tmp_path / "stopped") == end_of(tmp_path / "whole")
 
-  # On another mesh sums are made in another order, which 23 steps do not make much of.
+  # On another mesh sums are made in another order, which nine steps do not make much of.
   config.mesh.update(data=2, fsdp=4)
   elsewhere = loop.train(config, tmp_path / "elsewhere")
   assert elsewhere["validation_loss"] == pytest.approx(whole["validation_loss"], abs=0.01)
@@ -312,23 +338,23 @@ def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys):
     loop.train(config, tmp_path / "changed")
 
 
-def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
-  config = get_config(steps=30, log_every=10, **FEW_TOKENS, **{"checkpoint.every": 10})
+def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys, traced_once):
+  config = get_config(steps=12, log_every=4, **FEW_TOKENS, **{"checkpoint.every": 4})
   monkeypatch.setattr(pipeline, "batches", pipeline.batches)  # Restored after the test.
-  faults.poison("17")
+  faults.poison("7")
   with pytest.raises(
-    FloatingPointError, match=r"loss nan .* first in the gradient of .* at step 17"
+    FloatingPointError, match=r"loss nan .* first in the gradient of .* at step 7"
   ):
     loop.train(config, tmp_path / "stop")
-  assert sorted(p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()) == ["10"]
-  assert metrics.read_metrics(tmp_path / "stop" / "metrics.jsonl")[-1]["step"] == 10
+  assert sorted(p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()) == ["4"]
+  assert metrics.read_metrics(tmp_path / "stop" / "metrics.jsonl")[-1]["step"] == 4
 
   config.nonfinite = "skip"
   summary = loop.train(config, tmp_path / "stop")  # With the config's other policy it goes on.
   assert summary["skipped"] == 1
   assert np.isfinite(summary["validation_loss"])
   out = capsys.readouterr().out
-  assert "at step 17 with method 'eco_sr': skip" in out
+  assert "at step 7 with method 'eco_sr': skip" in out
   assert "1, because they were not finite" in out
 
 
@@ -357,7 +383,7 @@ def test_prepared_data_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 
 
 def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
-  config = get_config(steps=20, **FEW_TOKENS)
+  config = get_config(steps=8, **FEW_TOKENS)
   runs = {"a": {"method": "mw_rtn"}, "b": {"method": "eco_sr"}}
   rows = comparison.compare(config, tmp_path / "runs", tmp_path / "results", runs)
   monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a complete run was run again"))
