@@ -87,6 +87,8 @@ def table(rows: Mapping[str, Any]) -> str:
   """What came out, in Markdown; differences are paired by seed, with their standard errors."""
   rate, lines = LEARNING_RATES[0], []
   for format, (first, *others) in _MOMENTS_OF.items():
+    if not any(name in rows for what in (first, *others) for name in runs_of(what, format, rate)):
+      continue
     start = f"| ECO + SR, {format}, peak {rate:g} | bytes per parameter | validation loss"
     lines += ["", f"{start} | against {first} |", "|---|---|---|---|"]
     for what in (first, *others):
