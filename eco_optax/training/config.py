@@ -180,6 +180,7 @@ RANGES: dict[str, _Check] = {
   "model.balance_weight": _natural,
   "model.separator": (lambda value: value >= -1, "a token, or -1"),
   "model.loss_chunks": _positive,
+  "model.vocabulary_parts": _positive,
   "dtype": _one_of(*_DTYPES),
   "gradient_dtype": _one_of(*_DTYPES),
   "batch_size": _positive,
