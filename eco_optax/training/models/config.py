@@ -79,8 +79,8 @@ class TransformerConfig:
   loss_chunks: int = 1  # Parts of a sequence whose logits are made, and made again, one by one.
 
   def __post_init__(self):
-    numbers = ("layers", "width", "heads", "vocabulary", "global_every", "loss_chunks")
-    numbers += ("vocabulary_parts",)
+    sizes = ("layers", "width", "heads", "vocabulary", "vocabulary_parts")
+    numbers = (*sizes, "global_every", "loss_chunks")
     counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
     more = ("dense_layers", "balance_weight", "rope_length")
     scalars = ("logit_cap", "query_scalar", "attention_cap")

@@ -1,4 +1,4 @@
-"""Embedding and head as packed rows of the vocabulary, of which one part at a time is computed with.
+"""Embedding and head as packed rows of the vocabulary, computed with part by part.
 
 Both are tables of shape (P, R, D): P parts of R rows each, one row and one scale for each token of
 the vocabulary. What reads a table is a `lax.scan` over its parts. So gradient release steps it part
@@ -204,18 +204,16 @@ def cross_entropy(
     cap: as in `logits`.
   """
   P, R, _ = table_PxRxD.shape
-  dtype = x_NxBxlxD.dtype
-  # Its cotangent is a sum over parts, and each part's gradient one over chunks: both in float32.
-  x_NxBxlxD = x_NxBxlxD.astype(jnp.float32)
 
   def add(sums: Any, scanned: tuple[Any, jax.Array]) -> tuple[Any, None]:
     part_RxD, number = scanned
     part_RxD, sink = _apart(sharding.gather(path, part_RxD))
+    # Its gradient is a sum over chunks, in float32.
     sink = None if sink is None else sink.astype(jnp.float32)
 
     def chunk(_: None, operands: tuple[Any, ...]) -> tuple[None, Any]:
       x, targets, (top, total, own) = operands
-      logits = _capped(_product(x.astype(dtype), part_RxD, sink), cap)
+      logits = _capped(_product(x, part_RxD, sink), cap)
       # The result does not depend on it.
       new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
       total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[..., None]), -1)

@@ -30,10 +30,15 @@ _REMAT = {
 }
 
 
+def is_block(path: str) -> bool:
+  """Whether a parameter belongs to a stack of blocks."""
+  return "blocks" in path.split("/")[0]
+
+
 def is_block_kernel(path: str, leaf: Any = None) -> bool:
   """Whether a parameter is a linear layer inside a block: what the paper quantizes."""
   del leaf
-  return "blocks" in path.split("/")[0] and path.endswith("/kernel")
+  return is_block(path) and path.endswith("/kernel")
 
 
 def is_expert_kernel(path: str, leaf: Any = None) -> bool:
