@@ -45,9 +45,23 @@ def train(config, steps=2):
   [
     {"model.tied_embedding": True, "method": "eco_rtn", "schedule_aware": False},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
-    {"accumulation": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": "full"},
-    {"model.quantized": "all", "model.vocabulary_parts": 4, "accumulation": 2, "mesh.fsdp": 2},
-  ],
+    {
+      "accumulation": 2,
+      "mesh.fsdp": 2,
+      "mesh.tensor": 2,
+      "model.remat": "full",
+      "moments.mu": "float8_e4m3fn",
+      "moments.nu": "factored",
+    },
+    {
+      "accumulation": 2,
+      "mesh.fsdp": 2,
+      "model.quantized": "all",
+      "model.vocabulary_parts": 4,
+      "moments.mu": "float8_e4m3fn",
+      "moments.nu": "factored",
+    },
+  ],  # fmt: skip
   ids=lambda changes: ", ".join(changes),
 )
 def test_a_released_step_is_the_ordinary_one(changes):
