@@ -61,7 +61,7 @@ def train(config, steps=2):
       "moments.mu": "float8_e4m3fn",
       "moments.nu": "factored",
     },
-  ],  # fmt: skip
+  ],
   ids=lambda changes: ", ".join(changes),
 )
 def test_a_released_step_is_the_ordinary_one(changes):
