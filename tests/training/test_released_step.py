@@ -43,19 +43,18 @@ def train(config, steps=2):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"model.tied_embedding": True, "method": "eco_rtn", "schedule_aware": False},
+    {
+      "model.tied_embedding": True,
+      "model.quantized": "all",
+      "method": "eco_rtn",
+      "schedule_aware": False,
+    },
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
     {
       "accumulation": 2,
       "mesh.fsdp": 2,
       "mesh.tensor": 2,
       "model.remat": "full",
-      "moments.mu": "float8_e4m3fn",
-      "moments.nu": "factored",
-    },
-    {
-      "accumulation": 2,
-      "mesh.fsdp": 2,
       "model.quantized": "all",
       "model.vocabulary_parts": 4,
       "moments.mu": "float8_e4m3fn",
