@@ -476,6 +476,7 @@ EVERY = {
   **PACKED,
   "eco.sgd": lambda: eco.sgd(1e-2),
   "low_bit_moments": lambda: eco.low_bit_moments(eco.adamw(1e-2)),
+  "factored": lambda: eco.low_bit_moments(eco.adamw(1e-2), nu="factored"),
   "exact rule": lambda: RULE(True),
   "int12": lambda: eco.master_weights(optax.sgd(1e-2), nearest(), "int12"),
 }
@@ -538,6 +539,9 @@ MOVED = {
   "master_weights": lambda: eco.master_weights(optax.adam(1e-2), nearest()),
   "low_bit_moments": lambda: eco.low_bit_moments(
     eco.error_feedback_to_momentum(optax.nadam(1e-2), nearest()), "bfloat16", "bfloat16"
+  ),
+  "factored": lambda: eco.low_bit_moments(
+    eco.error_feedback_to_momentum(optax.nadam(1e-2), nearest()), "float32", "factored"
   ),
   "layer_by_layer": lambda: eco.layer_by_layer(
     eco.error_feedback_to_momentum(optax.sgd(1e-2, 0.9, accumulator_dtype=jnp.float32), nearest())

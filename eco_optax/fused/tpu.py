@@ -204,7 +204,7 @@ def _rows(i: jax.Array, count: int) -> Any:
   return pl.ds(i * count, count)
 
 
-def _apart(plan: _Plan, refs: Any) -> tuple[Any, Any]:
+def _apart(plan: _Plan, refs: Any) -> tuple[tuple[Any, Any, tuple[Any, ...]], Any]:
   """References to what both kernels are given first, numbers and factors, and the others."""
   integers, scalars, *rest = refs
   return (integers, scalars, tuple(rest[: plan.factors])), rest[plan.factors :]

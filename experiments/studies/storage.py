@@ -87,8 +87,8 @@ def table(rows: Mapping[str, Any]) -> str:
   """What came out, in Markdown; differences are paired by seed, with their standard errors."""
   rate, lines = LEARNING_RATES[0], []
   for format, (first, *others) in _MOMENTS_OF.items():
-    head = f"ECO + SR, {format}, peak {rate:g}", "bytes per parameter", "validation loss"
-    lines += ["", f"| {' | '.join(head)} | against {first} |", "|---|---|---|---|"]
+    start = f"| ECO + SR, {format}, peak {rate:g} | bytes per parameter | validation loss"
+    lines += ["", f"{start} | against {first} |", "|---|---|---|---|"]
     for what in (first, *others):
       names, references = (runs_of(x, format, rate) for x in (what, first))
       used = sweep.used_bytes(rows, names)
