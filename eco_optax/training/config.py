@@ -267,6 +267,11 @@ def validate(config: config_dict.ConfigDict) -> None:
         f"reduction_groups {config.reduction_groups} does not divide batch_size"
         f" {config.batch_size} / accumulation {config.accumulation}"
       )
+    if config.reduction_groups and config.moments.nu == "factored":
+      problems.append(
+        "moments.nu 'factored' and reduction_groups exclude each other: means over a split axis are"
+        " sums in an order that depends on the devices; set one of them"
+      )
     problems += _release_problems(config)
     try:
       gradient_format = model(config).gradient_format
