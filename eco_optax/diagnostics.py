@@ -17,7 +17,7 @@ from eco_optax.transforms.low_bit_moments import (
 )
 from eco_optax.transforms.momentum import Leaves, shapes_of
 from eco_optax.transforms.packed import Context, PackedTransformation, run
-from eco_optax.transforms.stored_moments import MomentDtype
+from eco_optax.transforms.stored_moments import MomentDtype, SecondMomentDtype
 
 
 def _norm(leaves: list[jax.Array]) -> jax.Array:
@@ -177,7 +177,7 @@ def watch(
   learning_rate: optax.ScalarOrSchedule | None = None,
   keep_error: bool = False,
   mu: MomentDtype = "float32",
-  nu: MomentDtype = "float32",
+  nu: SecondMomentDtype = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   """`error_feedback_to_momentum` that also measures itself; the trajectory is the same.
 
@@ -224,13 +224,13 @@ def watch(
     inner_state, shapes = state.inner, shapes_of(params)
     if is_low_bit:
       moments = MomentStorage(mu, nu, state.inner.step)
-      inner_state = moments.read(state.inner.inner, shapes)
+      inner_state = moments.read(state.inner.inner, params)
     updates, (new_state, seen) = run(tx, updates, inner_state, params, context, extra_args)
     if is_low_bit:
       stored = moments.store(new_state, params, context.layer)
       new_state = LowBitMomentsState(optax.safe_increment(moments.step), stored)
       where = error_feedback.Momentum(shapes, tuple(seen.stored))
-      seen = seen._replace(stored=where.get(moments.read(stored.inner, shapes)))
+      seen = seen._replace(stored=where.get(moments.read(stored.inner, params)))
     norm_ratio, cosine = error_similarity(state.error, seen.error)
     metrics = Metrics(
       error_norm=_norm(jax.tree.leaves(seen.error)),

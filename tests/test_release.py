@@ -77,6 +77,10 @@ def assert_same(ours, theirs):
 OPTIMIZERS = {
   "fused": lambda: eco.layer_by_layer(eco.adamw(1e-2, seed=3)),
   "FP8 moments": lambda: eco.low_bit_moments(eco.adamw(1e-2)),
+  "factored": lambda: eco.low_bit_moments(eco.adamw(1e-2), nu="factored"),
+  "factored, any optimizer": lambda: eco.low_bit_moments(
+    eco.error_feedback_to_momentum(optax.adamw(1e-2), eco.quantize_params()), nu="factored"
+  ),
   "any optimizer": lambda: eco.layer_by_layer(
     eco.error_feedback_to_momentum(optax.nadam(1e-2), eco.quantize_params())
   ),

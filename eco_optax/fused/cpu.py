@@ -33,6 +33,7 @@ from eco_optax.fused.step import (
   settle,
 )
 from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
+from eco_optax.transforms.factored import Factors
 from eco_optax.transforms.stored_moments import pack_like, unpack
 
 Arrays = dict[str, jax.Array]  # The arrays of a weight or of a moment, by the name of their field.
@@ -59,7 +60,9 @@ def _as_bits(x: jax.Array) -> jax.Array:
 
 
 def _arrays(leaf: Any) -> Arrays:
-  """The arrays that a weight or a moment is stored in."""
+  """The arrays that a step changes of a weight or a moment."""
+  if isinstance(leaf, Factors):
+    return {}
   if not is_quantized(leaf):
     return {"value": leaf}
   fields = {name: getattr(leaf, name) for name in ("qvalue", "scale", "tensor_scale")}
@@ -68,6 +71,8 @@ def _arrays(leaf: Any) -> Arrays:
 
 def _with_arrays(like: Any, arrays: Arrays) -> Any:
   """A weight or moment stored like another in other arrays, which may be given as bits."""
+  if isinstance(like, Factors):
+    return like
   typed: dict[str, Any] = {
     name: x if x.dtype == old.dtype else jax.lax.bitcast_convert_type(x, old.dtype)
     for (name, old), x in ((item, arrays[item[0]]) for item in _arrays(like).items())
@@ -118,7 +123,12 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
     weight, moments = jax.tree.map(part, stored)
     old = _with_arrays(leaf.weight, weight | {name: x[matrix] for name, x in whole.items()})
-    old_moments = [_with_arrays(*pair) for pair in zip(leaf.moments, moments, strict=True)]
+    old_moments = [
+      Factors(part(flat(like.row)), like.ratio.reshape(m.stack, 1, -1)[matrix])
+      if isinstance(like, Factors)
+      else _with_arrays(like, arrays)
+      for like, arrays in zip(leaf.moments, moments, strict=True)
+    ]
     own_gradient = jax.lax.bitcast_convert_type(part(gradient), leaf.gradient.dtype)
     chunk = leaf._replace(weight=old, moments=tuple(old_moments))
     plan = plan_of(step, rounding, chunk)

@@ -66,6 +66,7 @@ def take_step(
     The new weight and the new moments.
   """
   implementation = on_one_device if wants_kernels(fused) else _without_kernels
+  implementation = functools.partial(step_lib.with_means, implementation)
   split = mesh.split_of(leaf, sharding)
   if split is not None:
     return mesh.on_parts(implementation, step, rounding, leaf, sharding.mesh, split)

@@ -41,6 +41,7 @@ from eco_optax.fused import step as step_lib
 from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import Moments, Proposal, Step
 from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
+from eco_optax.transforms.factored import Factors
 from eco_optax.transforms.stored_moments import Codes
 
 Schedule = Literal["alone", "two launches"]
@@ -180,6 +181,8 @@ def plan(
   tuning: Tuning = TUNED,
 ) -> _Plan | None:
   """How a leaf's step runs; None where no kernel covers it, which then keeps to the definition."""
+  if any(isinstance(x, Factors) for x in leaf.moments):
+    return None
   weight, format = leaf.weight, leaf.weight.format
   of_moments, group = _blocks(leaf), _group(leaf.weight.format)
   if weight.ndim < 2 or weight.odd or of_moments is None or group is None:

@@ -20,12 +20,13 @@ from eco_optax.quantized_array import (
   largest_magnitude,
   matrix_scale,
 )
+from eco_optax.transforms.factored import FactoredMoment, Factors
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["first"],
-  meta_fields=["shape", "sharing"],
+  meta_fields=["shape", "sharing", "rows", "columns"],
 )
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -34,6 +35,8 @@ class Part:
   first: tuple[jax.Array, ...]  # int32: index of its first element, on each axis of the leaf.
   shape: tuple[int, ...]  # Of the whole leaf.
   sharing: tuple[str, ...]  # Mesh axes along which parts have weights of one scale.
+  rows: tuple[str, ...]  # Mesh axes that the rows are split over.
+  columns: tuple[str, ...]  # And the columns.
 
 
 class Leaf(NamedTuple):
@@ -44,7 +47,8 @@ class Leaf(NamedTuple):
   layer: jax.Array | None  # Index of the layer, where the leaf is one layer of a stack.
   weight: QuantizedArray
   gradient: jax.Array
-  moments: tuple[Any, ...]  # As stored, see `fits`; the momentum first.
+  # As stored, see `fits`, the momentum first; or `Factors` of what a step reads and does not write.
+  moments: tuple[Any, ...]
   moment_keys: tuple[jax.Array, ...] = ()  # Of their random bits, where any is in few bits.
   part: Part | None = None  # Where the arrays are one device's part of the leaf.
 
@@ -57,8 +61,10 @@ class Leaf(NamedTuple):
 def fits(moment: Any, rounds: bool) -> bool:
   """Whether a fused step reads and writes a moment as it is stored.
 
-  It takes float32; if it `rounds` what it writes also bfloat16 and codes in blocks.
+  It takes float32; if it `rounds` what it writes also bfloat16, codes in blocks, and means.
   """
+  if isinstance(moment, FactoredMoment):
+    return rounds
   if is_quantized(moment):
     granularity = moment.format.granularity
     return rounds and isinstance(granularity, tuple) and len(granularity) == 2
@@ -196,6 +202,13 @@ def stream(leaf: Leaf) -> Stream:
   return Stream(origin(leaf).columns, math.prod(leaf.weight.shape[:-2]) if stacked else 0)
 
 
+def _arrays(moment: Any) -> tuple[jax.Array, ...]:
+  """The arrays that a moment is in, of codes the scales first."""
+  if isinstance(moment, Factors):
+    return tuple(moment)
+  return (moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,)
+
+
 def operands(leaf: Leaf) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
   """A leaf as a kernel takes it.
 
@@ -209,11 +222,7 @@ def operands(leaf: Leaf) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
   keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
   integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), *keys])
   scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])
-  moments = [
-    x
-    for moment in leaf.moments
-    for x in ((moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,))
-  ]
+  moments = [x for moment in leaf.moments for x in _arrays(moment)]
   weight = leaf.weight
   return integers, scalars, [weight.float_scale(), weight.qvalue, leaf.gradient, *moments]
 
@@ -262,7 +271,7 @@ def results(
     leaf: the old.
     scale: float32, of the weight.
     qvalue: its codes; these and those of moments may be given as bytes.
-    moments: the arrays they are stored in.
+    moments: the arrays they are stored in, but for those that are read only.
     largest: the largest proposal of each matrix, which scales of scales follow.
   """
   typed = lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
@@ -279,7 +288,9 @@ def results(
   arrays = iter(moments)
   new_moments: list[Any] = []
   for old in leaf.moments:
-    if is_quantized(old):
+    if isinstance(old, Factors):
+      new_moments.append(old)
+    elif is_quantized(old):
       scale = next(arrays).reshape(old.scale.shape).astype(old.scale.dtype)
       old = dataclasses.replace(old, scale=scale, qvalue=typed(next(arrays), old.qvalue))
       new_moments.append(old)

@@ -89,7 +89,7 @@ def on_parts(
       jax.lax.axis_index(axes) * np.int32(size) if axes else jnp.zeros([], jnp.int32)
       for size, axes in zip(leaf.weight.shape, split, strict=True)
     )
-    return take_step(step, rounding, leaf._replace(part=Part(first, shape, sharing)))
+    return take_step(step, rounding, leaf._replace(part=Part(first, shape, sharing, *split[-2:])))
 
   context = jax.sharding.get_abstract_mesh()
   return jax.shard_map(

@@ -20,6 +20,7 @@ from eco_optax.formats import Format
 from eco_optax.fused.leaf import Leaf, largest_proposal, random_bits
 from eco_optax.quantized_array import QuantizedArray, Rounding, unit_of
 from eco_optax.transforms import stacks
+from eco_optax.transforms.factored import FactoredMoment, Factors, factored
 from eco_optax.transforms.stored_moments import (
   PLAIN,
   Arithmetic,
@@ -104,7 +105,7 @@ def propose(
   scalars: Any,
   gradient: jax.Array,
   weight: Codes,
-  moments: tuple[Codes | jax.Array, ...],
+  moments: tuple[Codes | Factors | jax.Array, ...],
 ) -> Proposal:
   """The optimizer's own step on stored arrays."""
   stored = plan.weight.read(weight, plan.how)
@@ -120,7 +121,7 @@ def settle(
   bits: Callable[[int], jax.Array],
   largest: jax.Array | None = None,
   unit: jax.Array | None = None,
-) -> Iterator[Codes | jax.Array]:
+) -> Iterator[Codes | jax.Array | None]:
   """Rounds a proposal, and puts the error θ̃ − θ̂' in the momentum.
 
   Args:
@@ -133,7 +134,7 @@ def settle(
 
   Yields:
     What is to be stored, one after another, so that a kernel need not keep it: the weight's codes,
-    with scales as stored, and each moment.
+    with scales as stored, and each moment, None for one that is read only.
   """
   random = bits(0) if plan.rounding == "stochastic" else None
   code, scale, factor = plan.weight.rounded(
@@ -150,7 +151,7 @@ def settle(
 
 def settle_others(
   plan: Plan, proposal: Proposal, bits: Callable[[int], jax.Array]
-) -> Iterator[Codes | jax.Array]:
+) -> Iterator[Codes | jax.Array | None]:
   """What is to be stored of the moments after the first, which no error changes."""
   others = zip(plan.moments[1:], proposal.moments[1:], strict=True)
   for k, (how, moment) in enumerate(others, 2):
@@ -158,9 +159,11 @@ def settle_others(
 
 
 def arrays(
-  stored: Stored, moment: Codes | jax.Array, pack: Callable[[jax.Array, Format], jax.Array]
+  stored: Stored, moment: Codes | jax.Array | None, pack: Callable[[jax.Array, Format], jax.Array]
 ) -> tuple[jax.Array, ...]:
-  """A moment in the order of `leaf.operands`: its scales and packed codes, or itself."""
+  """What is written of a moment: its scales and packed codes, or itself."""
+  if moment is None:
+    return ()
   if not isinstance(moment, Codes):
     return (moment,)
   assert stored.format is not None
@@ -195,6 +198,50 @@ def definition(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArr
   new = pack_like(old, new_weight), tuple(pack_like(m, x) for m, x in kept)
   skip = step.skipped(leaf.scalars)
   return new if skip is None else trees.select(skip, leaf.results, new)
+
+
+def with_means(
+  take_step: Callable[[Step, Rounding, Leaf], tuple[QuantizedArray, Moments]],
+  step: Step,
+  rounding: Rounding,
+  leaf: Leaf,
+) -> tuple[QuantizedArray, Moments]:
+  """`take_step` of a leaf with factored moments, whose new means it does not see.
+
+  It reads such a moment as a product of two factors, and writes none. The new means are sums over
+  the gradient, which a compiler fuses, so that no such moment is ever in memory as a whole.
+  """
+  is_factored = lambda moment: isinstance(moment, FactoredMoment)
+  if not any(map(is_factored, leaf.moments)):
+    return take_step(step, rounding, leaf)
+  over_rows, over_columns = (leaf.part.rows, leaf.part.columns) if leaf.part else ((), ())
+  over = lambda x, axes: jax.lax.pmean(x, axes) if axes else x
+
+  def factors(moment: Any) -> Any:
+    if not is_factored(moment):
+      return moment
+    return moment.factors(over(jnp.mean(moment.row, -2, keepdims=True), over_rows))
+
+  given = leaf._replace(moments=tuple(map(factors, leaf.moments)))
+  weight, moments = take_step(step, rounding, given)
+  skip = step.skipped(leaf.scalars)
+  proposed = _proposed_moments(step, rounding, given)
+
+  def means(old: Any, kept: Any, x: jax.Array) -> Any:
+    if not is_factored(old):
+      return kept
+    new = factored(x)
+    new = FactoredMoment(over(new.row, over_columns), over(new.column, over_rows))
+    return new if skip is None else trees.select(skip, old, new)
+
+  return weight, tuple(map(means, leaf.moments, moments, proposed))
+
+
+def _proposed_moments(step: Step, rounding: Rounding, leaf: Leaf) -> Moments:
+  """A leaf's new moments before any error."""
+  moments = tuple(map(unpack, leaf.moments))
+  plan = plan_of(step, rounding, leaf)
+  return propose(plan, leaf.scalars, leaf.gradient, unpack(leaf.weight), moments).moments
 
 
 def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:

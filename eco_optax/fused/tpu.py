@@ -31,6 +31,7 @@ from eco_optax.quantized_array import (
   largest_magnitude,
   matrix_scale,
 )
+from eco_optax.transforms.factored import Factors
 from eco_optax.transforms.stored_moments import Codes
 
 _LANES = 128  # Columns of a panel.
@@ -89,6 +90,8 @@ def _groups(tile: int, height: int, within: tuple[int, ...] = (1,)) -> Groups:
 def _plan(step: Step, rounding: Rounding, leaf: Leaf) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
   format, m = leaf.weight.format, leaf_lib.matrices(leaf)
+  if any(isinstance(x, Factors) for x in leaf.moments):
+    return None
   # Of other widths compilers turn matrices round, to keep padding small.
   if m is None or m.columns % _LANES:
     return None

@@ -18,6 +18,7 @@ from eco_optax.fused.step import Step
 from eco_optax.quantized_array import Rounding, is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.error_feedback import ErrorFeedbackState
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.packed import (
   Context,
   PackedTransformation,
@@ -104,13 +105,13 @@ def _fusable(weights: dict[str, Any], moments: dict[str, tuple], rounds: bool) -
 def _without(tree: Any, done: dict[str, _Done]) -> Any:
   """A tree of parameters, gradients or moments in which leaves that are done are masked."""
   return trees.map_with_path(
-    lambda path, leaf: optax.MaskedNode() if path in done else leaf, tree, is_leaf=is_quantized
+    lambda path, leaf: optax.MaskedNode() if path in done else leaf, tree, is_leaf=is_array
   )
 
 
 def _merged(tree: Any, done: dict[str, Any]) -> Any:
   """The reverse of `_without`, with new leaves by path."""
-  is_leaf = lambda leaf: is_quantized(leaf) or isinstance(leaf, optax.MaskedNode)
+  is_leaf = lambda leaf: is_array(leaf) or isinstance(leaf, optax.MaskedNode)
   return trees.map_with_path(lambda path, leaf: done.get(path, leaf), tree, is_leaf=is_leaf)
 
 
@@ -203,7 +204,7 @@ def fuse(
       inner=optimizer.map_moments(lambda _, tree: _without(tree, done), state.inner)
     )
     if context.moments:
-      rest_state = context.moments.read(rest_state, momentum_lib.shapes_of(rest))
+      rest_state = context.moments.read(rest_state, rest)
     rest_context = Context(layer=context.layer)
     new_updates, new_state = run(
       general, _without(updates, done), rest_state, rest, rest_context, extra_args

@@ -13,7 +13,7 @@ import eco_optax as eco
 from eco_optax.matmul import check_gradient_format
 from eco_optax.training import methods, sharding
 from eco_optax.training.models.config import TransformerConfig
-from eco_optax.transforms.stored_moments import DTYPES as MOMENT_DTYPES
+from eco_optax.transforms.stored_moments import DTYPES, SECOND_DTYPES
 
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
 FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
@@ -150,7 +150,8 @@ RANGES: dict[str, _Check] = {
   "seed": (lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
   "method": _one_of(*methods.BY_NAME),
   "residual": _one_of("float32", "int16", "bfloat16", "int12", "int8"),
-  **{f"moments.{name}": _one_of(*MOMENT_DTYPES) for name in ("mu", "nu")},
+  "moments.mu": _one_of(*DTYPES),
+  "moments.nu": _one_of(*SECOND_DTYPES),
   "format": _one_of(*sorted(FORMATS)),
   "activation_format": _one_of("none", *sorted(FORMATS)),
   "gradient_format": _one_of("none", "FP8_E5M2_TOKEN", "FP8_TOKEN"),

@@ -30,7 +30,8 @@ RULES: dict[str, tuple[str, ...]] = {
   "expert": ("expert",),
 }
 
-# Parameters by the end of their path (before the fields of a packed leaf), and their logical axes.
+# Parameters by the end of their path (before the fields of a packed leaf or of a factored moment),
+# and their logical axes.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embedding", ("vocabulary", "embed")),
   (r"head", ("embed", "vocabulary")),
@@ -45,7 +46,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"\w*norm/scale", (None,)),
 )
 _PATTERNS = tuple(
-  (re.compile(rf"(.*/)?{pattern}(/(qvalue|scale|tensor_scale|sink))?"), axes)
+  (re.compile(rf"(.*/)?{pattern}(/(qvalue|scale|tensor_scale|sink|row|column))?"), axes)
   for pattern, axes in PARAMETERS
 )
 

@@ -13,14 +13,15 @@ import optax
 from eco_optax import trees
 from eco_optax.quantized_array import dequantize, is_quantized, quantize_array
 from eco_optax.transforms import eager
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.packed import Context, is_packed_transformation, run, unless_skipped
 
-Leaves = dict[str, Any]  # Leaves of a tree by path; a packed leaf is one.
+Leaves = dict[str, Any]  # Leaves of a tree by path; a packed leaf or a factored moment is one.
 
 
 def flatten(tree: Any) -> tuple[Leaves, Any]:
   """Leaves by path, and the tree's definition."""
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_array)
   return {trees.path_name(path): leaf for path, leaf in leaves}, treedef
 
 
@@ -117,7 +118,8 @@ def responses(
 
   @jax.jit
   def step(grads: Any, state: Any, small: Any) -> Any:
-    return dequantize(tx.update(grads, state, small))
+    read = lambda x: x.dequantize() if is_array(x) else x
+    return jax.tree.map(read, tx.update(grads, state, small), is_leaf=is_array)
 
   def try_out() -> list[Any]:
     small, state, grads = prepare()

@@ -1,8 +1,8 @@
-"""low_bit_moments: any optimizer's first and second moments in 8 or 16 bits."""
+"""low_bit_moments: any optimizer's moments in 8 or 16 bits, second ones as two vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from eco_optax import rounding as rounding_lib
 from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
+from eco_optax.transforms.factored import factored, is_array
 from eco_optax.transforms.momentum import shapes_of
 from eco_optax.transforms.packed import (
   Context,
@@ -23,9 +24,13 @@ from eco_optax.transforms.packed import (
 )
 from eco_optax.transforms.stored_moments import (
   DTYPES,
+  SECOND_DTYPES,
   Kind,
   MomentDtype,
+  SecondMomentDtype,
   block_axis,
+  dtype_name,
+  is_factored,
   read,
   store,
 )
@@ -38,22 +43,24 @@ class LowBitMomentsState(NamedTuple):
   """State of `low_bit_moments`."""
 
   step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
-  inner: optax.OptState  # With QuantizedArray, SecondMoment or bfloat16 leaves as moments.
+  inner: optax.OptState  # With moments as they are stored.
 
 
-def _is_stored(x: Any) -> bool:
-  """Whether a moment is stored in few bits: an array of floats with an axis and an element."""
-  return bool(x.ndim) and x.size > 0 and trees.is_float(x)
+def _is_stored(x: Any, dtype: SecondMomentDtype, parameter: Any) -> bool:
+  """Whether a moment is stored as asked: an array of floats with an axis and an element."""
+  if dtype == "float32" or not (x.ndim and x.size > 0 and trees.is_float(x)):
+    return False
+  return dtype != "factored" or is_factored(parameter)
 
 
 class MomentStorage(NamedTuple):
   """How an optimizer's moments are stored between its steps, and at which step."""
 
   mu: MomentDtype  # Of first moments.
-  nu: MomentDtype  # Of second moments.
+  nu: SecondMomentDtype  # Of second moments.
   step: jax.Array  # int32: it numbers the random bits.
 
-  def _dtype(self, kind: Kind) -> MomentDtype:
+  def _dtype(self, kind: Kind) -> SecondMomentDtype:
     return self.mu if kind == "first" else self.nu
 
   def key(self, path: str) -> jax.Array:
@@ -66,28 +73,32 @@ class MomentStorage(NamedTuple):
 
   def store(self, state: Any, params: Any, layer: jax.Array | None = None) -> Any:
     """The state with float32 moments stored."""
-    weights = momentum_lib.flat(params)
-    owners = trees.owners(momentum_lib.flat(state), weights)
+    owner = _owners(state, params)
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
-      dtype = self._dtype(kind)
-      if dtype == "float32" or not _is_stored(x):
+      dtype, weight = self._dtype(kind), owner(path)
+      if not _is_stored(x, dtype, weight):
         return x
+      if dtype == "factored":
+        return factored(x)
       bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
-      weight = weights[owners[path.lstrip("/")] or ""]
       if not is_quantized(weight):
         return store(x, kind, dtype, bits)
       return store(x, kind, dtype, bits, True, block_axis(weight.format))
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
-  def read(self, state: Any, shapes: Any) -> Any:
-    """The state with stored moments as float32; shapes are the parameters'."""
+  def read(self, state: Any, params: Any) -> Any:
+    """The state with stored moments as float32.
+
+    Raises:
+      ValueError: naming the moment, where the state is stored in another way.
+    """
+    owner = _owners(state, params)
 
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
-      wanted = self._dtype(kind)
-      found = x.format.dtype.name if is_quantized(x) else x.dtype.name
-      if not is_quantized(x) and (wanted == "float32" or not _is_stored(x)):
+      wanted, found = self._dtype(kind), dtype_name(x)
+      if not is_array(x) and not _is_stored(x, wanted, owner(path)):
         return x
       if found != wanted:
         raise ValueError(
@@ -96,20 +107,27 @@ class MomentStorage(NamedTuple):
         )
       return read(x)
 
-    return momentum_lib.map_moments(read_leaf, state, shapes)
+    return momentum_lib.map_moments(read_leaf, state, shapes_of(params))
 
 
-def check_moment_dtypes(mu: MomentDtype, nu: MomentDtype) -> None:
-  """Raises `ValueError` for a dtype that moments cannot be stored in."""
-  for name, dtype in (("mu", mu), ("nu", nu)):
-    if dtype not in DTYPES:
-      raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype!r}")
+def _owners(state: Any, params: Any) -> Callable[[str], Any]:
+  """The parameter that the moment at a path of the state belongs to."""
+  weights = momentum_lib.flat(params)
+  owners = trees.owners(momentum_lib.flat(state), weights)
+  return lambda path: weights[owners[path.lstrip("/")] or ""]
+
+
+def check_moment_dtypes(mu: MomentDtype, nu: SecondMomentDtype) -> None:
+  """Raises `ValueError` for what moments cannot be stored in."""
+  for name, dtype, known in (("mu", mu, DTYPES), ("nu", nu, SECOND_DTYPES)):
+    if dtype not in known:
+      raise ValueError(f"{name} must be one of {', '.join(known)}, got {dtype!r}")
 
 
 def low_bit_moments(
   inner: optax.GradientTransformation,
   mu: MomentDtype = "float8_e4m3fn",
-  nu: MomentDtype = "float8_e4m3fn",
+  nu: SecondMomentDtype = "float8_e4m3fn",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps the moments of any optimizer in 8 or 16 bits between its steps.
 
@@ -171,10 +189,11 @@ def low_bit_moments(
     require_state(state, LowBitMomentsState, "eco_optax.low_bit_moments")
     moments = MomentStorage(mu, nu, state.step)
     if getattr(inner, "takes_stored_moments", False):
+      jax.eval_shape(moments.read, state.inner, params)  # For its errors.
       context = context._replace(moments=moments)
       updates, stored = run(inner, updates, state.inner, params, context, extra_args)
     else:
-      unpacked = moments.read(state.inner, shapes_of(params))
+      unpacked = moments.read(state.inner, params)
       updates, inner_state = run(inner, updates, unpacked, params, context, extra_args)
       stored = moments.store(inner_state, params, context.layer)
     step = optax.safe_increment(state.step)

@@ -14,6 +14,7 @@ import optax
 from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import eager
+from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.stored_moments import Kind
 
 # Fields that hold a momentum in the states of Optax, optax.contrib and most users' own optimizers.
@@ -44,8 +45,8 @@ Leaves = dict[str, jax.Array]  # Arrays by the `/`-joined path of their paramete
 
 
 def flat(tree: Any) -> Leaves:
-  """The arrays of a tree by `/`-joined path, a packed leaf being one."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
+  """The arrays of a tree by `/`-joined path, a packed leaf or a factored moment being one."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_array)[0]
   return {trees.path_name(path): leaf for path, leaf in leaves}
 
 
@@ -105,7 +106,7 @@ def map_moments(
       field: trees.map_with_path(
         lambda leaf, x, field=field, kind=kind: fn(f"{path}/{field}/{leaf}", kind, x),
         getattr(node, field),
-        is_leaf=is_quantized,
+        is_leaf=is_array,
       )
       for field, kind in _moment_fields(node, shapes).items()
     }

@@ -14,6 +14,7 @@ import optax
 
 from eco_optax import explicit_axes, trees
 from eco_optax.quantized_array import QuantizedArray, as_parameter, as_update, is_quantized
+from eco_optax.transforms.factored import is_array
 
 _MASK_BY_LEAF = (
   "jax.tree.map over packed parameters gives a flag for codes and one for scales. Make masks and"
@@ -118,7 +119,7 @@ def _specs_of_state(state: Any, params: Any) -> Any:
   """How a new state lies on a mesh with explicit axes: moments as their parameters."""
   flat: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
   for leaves, tree in zip(flat, (state, params), strict=True):
-    trees.map_with_path(leaves.__setitem__, tree, is_leaf=is_quantized)
+    trees.map_with_path(leaves.__setitem__, tree, is_leaf=is_array)
   owners = trees.owners(*flat)
 
   def spec(path: str, leaf: Any) -> Any:
@@ -127,7 +128,7 @@ def _specs_of_state(state: Any, params: Any) -> Any:
     none = jax.sharding.PartitionSpec()
     return jax.tree.map(lambda x: none if like is None else explicit_axes.spec_like(x, like), leaf)
 
-  return trees.map_with_path(spec, state, is_leaf=is_quantized)
+  return trees.map_with_path(spec, state, is_leaf=is_array)
 
 
 def _specs_of_update(new: Any, updates: Any, state: Any, params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What optimizers' moments are stored as: floats, or 8-bit codes with a scale per block."""
+"""What optimizers' moments are stored as: floats, 8-bit codes with a scale per block, or means."""
 
 from __future__ import annotations
 
@@ -25,15 +25,23 @@ from eco_optax.quantized_array import (
   scaled,
   times_scale,
 )
+from eco_optax.transforms.factored import FactoredMoment, Factors, is_array
 from eco_optax.transforms.packed import add_update
 
 Kind = Literal["first", "second"]  # Momenta; second moments, which are not negative.
 MomentDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
 
+SecondMomentDtype = MomentDtype | Literal["factored"]
+
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+SECOND_DTYPES = (*DTYPES, "factored")
 
 BLOCK = 32  # Rows that share a scale, as in the MX formats.
 _LONGEST_BLOCK, _SHORTEST_BLOCK = 128, 16
+
+# Float parameters are matrices if both of the last two axes have so many elements, as in
+# `optax.scale_by_factored_rms`; else they may be a stack of vectors.
+_SMALLEST_MATRIX = 128
 
 
 @functools.partial(
@@ -156,9 +164,12 @@ class Stored(NamedTuple):
   format: Format | None = None  # Of codes; None for floats.
   groups: Groups | None = None  # Of codes; None for floats.
   is_root: bool = False  # Whether the codes are those of its square root.
+  is_read_only: bool = False  # Whether it comes as factors, and what replaces it is made elsewhere.
 
-  def read(self, stored: Codes | jax.Array, how: Arithmetic = PLAIN) -> jax.Array:
+  def read(self, stored: Codes | Factors | jax.Array, how: Arithmetic = PLAIN) -> jax.Array:
     """The float32 values."""
+    if isinstance(stored, Factors):
+      return stored.dense()
     if not isinstance(stored, Codes):
       return stored.astype(jnp.float32)
     assert self.groups is not None
@@ -193,7 +204,7 @@ class Stored(NamedTuple):
 
   def write(
     self, x: jax.Array, bits: Callable[[], jax.Array], how: Arithmetic = PLAIN
-  ) -> Codes | jax.Array:
+  ) -> Codes | jax.Array | None:
     """What is stored of a moment's float32 values, rounded stochastically where it is in few bits.
 
     Args:
@@ -201,6 +212,8 @@ class Stored(NamedTuple):
       bits: gives uint32 random bits of x's shape, where there is rounding.
       how: the device computes.
     """
+    if self.is_read_only:
+      return None
     if self.format is None:
       return x if self.dtype == np.float32 else rounding_lib.stochastic_cast(x, self.dtype, bits())
     code, scale, _ = self.rounded(x, "stochastic", bits(), how=how)
@@ -209,6 +222,8 @@ class Stored(NamedTuple):
 
 def stored_as(array: Any) -> Stored:
   """How an array, packed or not, is stored."""
+  if isinstance(array, Factors):
+    return Stored(array.row.dtype, is_read_only=True)
   if not is_quantized(array):
     return Stored(array.dtype)
   groups = groups_of(array.format, array.shape)
@@ -222,10 +237,10 @@ def unpack(array: Any) -> Any:
   return Codes(array.code_bits.astype(jnp.int32), array.float_scale())
 
 
-def pack_like(old: Any, new: Codes | jax.Array) -> Any:
-  """The reverse of `unpack`; `old` tells how it is stored."""
+def pack_like(old: Any, new: Codes | jax.Array | None) -> Any:
+  """The reverse of `unpack`; `old` tells how it is stored, and is kept where there is no new."""
   if not isinstance(new, Codes):
-    return new
+    return old if new is None else new
   qvalue, odd = pack(new.code, old.format)
   scale = new.scale.astype(old.format.scale_dtype)
   return dataclasses.replace(old, qvalue=qvalue, scale=scale, odd=odd)
@@ -260,4 +275,19 @@ def store(
 
 def read(stored: Any) -> jax.Array:
   """The float32 values of a stored moment."""
-  return stored.dequantize() if is_quantized(stored) else stored.astype(jnp.float32)
+  return stored.dequantize() if is_array(stored) else stored.astype(jnp.float32)
+
+
+def dtype_name(stored: Any) -> str:
+  """What a moment is stored in, as `low_bit_moments` calls it."""
+  if isinstance(stored, FactoredMoment):
+    return "factored"
+  return str(stored.format.dtype.name if is_quantized(stored) else stored.dtype.name)
+
+
+def is_factored(parameter: Any) -> bool:
+  """Whether a second moment of a parameter consists of matrices, which can be factored."""
+  shape = parameter.shape
+  if len(shape) < 2 or 0 in shape:
+    return False
+  return is_quantized(parameter) or min(shape[-2:]) >= _SMALLEST_MATRIX

@@ -19,7 +19,7 @@ FORMATS: dict[str, dict[str, Any]] = {
   "INT4": {"format": "INT4", "activation_format": "none"},  # Weights only, as the paper has it.
 }
 
-# What they change in the config; the first of each is what the others are held against.
+# What they change in the config.
 MOMENTS: dict[str, Method] = {
   label: methods.BY_NAME["eco_sr"].but(label, moments=moments)
   for label, moments in {
@@ -27,9 +27,13 @@ MOMENTS: dict[str, Method] = {
     "bfloat16 moments": Moments("bfloat16", "bfloat16"),
     "FP8 moments": methods.FP8_MOMENTS,
     "INT8 and FP8 moments": Moments("int8", "float8_e4m3fn"),
+    "FP8 and factored moments": Moments("float8_e4m3fn", "factored"),
   }.items()
 }
+# By format; the first of each is what the others are held against.
+_MOMENTS_OF = {"FP8": tuple(MOMENTS), "INT4": ("FP8 moments", "FP8 and factored moments")}
 _KINDS = ("float32", "int16", "bfloat16", "int12", "int8")
+# The first is what the others are held against.
 RESIDUALS: dict[str, Method] = {
   f"{kind} residual": methods.BY_NAME["mw_rtn"].but(f"{kind} residual", residual=kind)
   for kind in _KINDS
@@ -45,23 +49,24 @@ def _name(what: str, format: str, rate: float, seed: int) -> str:
 
 
 def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
-  """All runs: ECO + SR on FP8 weights for the moments, both formats and rates for the residuals.
+  """All runs: ECO + SR at the higher rate for the moments, both rates for the residuals.
 
   Args:
     rows: finished runs; which runs there are does not depend on them.
     steps: of the config; the many runs of residuals take half.
 
   Returns:
-    The runs of moments, then of residuals, one seed after another.
+    The runs of moments, one format after another, then of residuals, one seed after another.
   """
   del rows
   found = {}
-  for seed in SEEDS:
-    for what, method in MOMENTS.items():
-      own = method.changes | FORMATS["FP8"]
-      found[_name(what, "FP8", LEARNING_RATES[0], seed)] = own | {
-        "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
-      }  # fmt: skip
+  for format, names in _MOMENTS_OF.items():
+    for seed in SEEDS:
+      for what in names:
+        own = MOMENTS[what].changes | FORMATS[format]
+        found[_name(what, format, LEARNING_RATES[0], seed)] = own | {
+          "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
+        }  # fmt: skip
   for seed in SEEDS:
     for rate in LEARNING_RATES:
       for format, weights in FORMATS.items():
@@ -80,17 +85,15 @@ def runs_of(what: str, format: str, rate: float) -> list[str]:
 
 def table(rows: Mapping[str, Any]) -> str:
   """What came out, in Markdown; differences are paired by seed, with their standard errors."""
-  rate = LEARNING_RATES[0]
-  first = next(iter(MOMENTS))
-  lines = [
-    f"| ECO + SR, FP8, peak {rate:g} | bytes per parameter | validation loss | against {first} |",
-    "|---|---|---|---|",
-  ]
-  for what in MOMENTS:
-    names, references = (runs_of(x, "FP8", rate) for x in (what, first))
-    used = sweep.used_bytes(rows, names)
-    cells = [what, used, *sweep.compared(rows, names, references)]
-    lines.append(f"| {' | '.join(cells)} |")
+  rate, lines = LEARNING_RATES[0], []
+  for format, (first, *others) in _MOMENTS_OF.items():
+    head = f"ECO + SR, {format}, peak {rate:g}", "bytes per parameter", "validation loss"
+    lines += ["", f"| {' | '.join(head)} | against {first} |", "|---|---|---|---|"]
+    for what in (first, *others):
+      names, references = (runs_of(x, format, rate) for x in (what, first))
+      used = sweep.used_bytes(rows, names)
+      cells = [what, used, *sweep.compared(rows, names, references)]
+      lines.append(f"| {' | '.join(cells)} |")
   first = next(iter(RESIDUALS))
   for format in FORMATS:
     head = [f"RTN, {format}", "bytes per parameter"]
@@ -105,7 +108,7 @@ def table(rows: Mapping[str, Any]) -> str:
         if len(cells) == 3:
           cells.insert(1, sweep.used_bytes(rows, names))
       lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+  return "\n".join(lines[1:]) + "\n"
 
 
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:

@@ -72,6 +72,10 @@ PAIRS = {
     eco.low_bit_moments(eco.adamw(1e-2, mask=MASK, rounding=how, seed=3)),
     eco.low_bit_moments(long_form(optax.adamw(1e-2, mask=MASK), 1e-2, how)),
   ),
+  "adamw, factored second moments, clip": lambda how: (
+    eco.low_bit_moments(eco.adamw(1e-2, max_norm=1.0, rounding=how, seed=3), nu="factored"),
+    eco.low_bit_moments(long_form(optax.adamw(1e-2), 1e-2, how, 1.0), nu="factored"),
+  ),
   "sgd, bfloat16 momentum": lambda how: (
     eco.low_bit_moments(eco.sgd(1e-2, rounding=how, seed=3), "bfloat16"),
     eco.low_bit_moments(long_form(optax.sgd(1e-2, 0.9), 1e-2, how), "bfloat16"),

@@ -128,6 +128,7 @@ def test_what_comes_back_is_what_was_saved_on_any_mesh(mesh, state, tmp_path):
     {"method": "mw_rtn", "residual": "int16", "moments.mu": "bfloat16"},
     {"moments.mu": "int8", "moments.nu": "float8_e4m3fn"},
     {"moments.mu": "bfloat16"},
+    {"moments.mu": "float8_e4m3fn", "moments.nu": "factored"},
     {"method": "bf16_mw"},
   ],
 )

@@ -44,7 +44,14 @@ def train(config, steps=2):
   [
     {"model.tied_embedding": True, "method": "eco_rtn", "schedule_aware": False},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
-    {"accumulation": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": "full"},
+    {
+      "accumulation": 2,
+      "mesh.fsdp": 2,
+      "mesh.tensor": 2,
+      "model.remat": "full",
+      "moments.mu": "float8_e4m3fn",
+      "moments.nu": "factored",
+    },
   ],
   ids=lambda changes: ", ".join(changes),
 )

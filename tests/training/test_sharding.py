@@ -70,6 +70,19 @@ def test_codes_scales_and_moments_are_split_alike():
   assert per_device["moments"] == 8 * per_device["codes"]
 
 
+def test_means_of_a_factored_moment_are_split_as_the_moment_would_be():
+  changes = {"moments.mu": "float8_e4m3fn", "moments.nu": "factored"}
+  config = tiny(**MESH, **changes)
+  mesh = mesh_of(config)
+  state = step_lib.abstract_state(config, methods.optimizer(config), mesh)
+  nu = {leaf.path.partition("nu/")[2]: leaf.array for leaf in memory.leaves(state)}
+  experts = nu["blocks/moe/experts/up/kernel/row"], nu["blocks/moe/experts/up/kernel/column"]
+  assert [x.shape[-2:] for x in experts] == [(32, 1), (1, 32)]
+  assert experts[0].sharding.spec == PartitionSpec(None, ("expert",), ("fsdp",), None)
+  assert experts[1].sharding.spec == PartitionSpec(None, ("expert",), None, ("tensor",))
+  assert nu["embedding"].dtype == jnp.float32  # Too small to be taken for a matrix.
+
+
 def test_state_is_made_where_it_belongs(first_state):
   config = tiny(**MESH)
   mesh, tx = mesh_of(config), methods.optimizer(config)
