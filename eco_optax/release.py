@@ -22,7 +22,8 @@ import optax
 from jax.extend import core
 
 from eco_optax import dense_view, trees
-from eco_optax.quantized_array import is_quantized
+from eco_optax.formats import Format
+from eco_optax.quantized_array import is_quantized, quantize_array
 from eco_optax.transforms import leafwise
 from eco_optax.transforms.leafwise import Leaves, flatten, pick
 from eco_optax.transforms.packed import Context, require_scalar
@@ -288,10 +289,12 @@ def _forward(
   return made, backward
 
 
-def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[Any], _Backward]:
+def _forward_of_scan(
+  loss: _Loss, piece: _Piece, values: _Values, kept_format: Format | None
+) -> tuple[list[Any], _Backward]:
   """The outputs of a scan over released stacks, and its backward pass.
 
-  Kept is what one layer hands to the next; all else is made again.
+  Kept is what one layer hands to the next, in a format; all else is made again.
   """
   (eqn,) = piece.eqns
   p, closed, parts = eqn.params, eqn.params["jaxpr"], loss.parts
@@ -349,12 +352,18 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
     found = layer(primals, operands)
     return [found[i] for i in floats]
 
+  def keep(x: jax.Array) -> Any:
+    if kept_format is None or not _is_float(x) or x.ndim < 2:
+      return x
+    kept_format.check(x.shape, f"what the scan over {piece.released[0]} hands on")
+    return quantize_array(x, kept_format)
+
   def turn(carry: list[Any], x: Any) -> tuple[list[Any], Any]:
     rows, own_weights = x
     own_weights = as_stored(own_weights)
     operands = shared | dict(zip(carries, carry, strict=True)) | rows | own_weights
     found = _call(layer, operands, split)
-    return found[:n_carry], (carry, found[n_carry:])
+    return found[:n_carry], ([keep(x) for x in carry], found[n_carry:])
 
   shared = {i: operand(i, values) for i in consts}
   rows = {i: operand(i, values) for i in stacks}
@@ -379,6 +388,10 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
     def turn(state: Any, x: Any) -> tuple[Any, Any]:
       of_carry, of_shared, changing = state
       number, carry, rows, of_ys = x
+      carry = [
+        x.dequantize(like.dtype) if is_quantized(x) else x
+        for x, like in zip(carry, start, strict=True)
+      ]
       at = lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
       own_weights = as_stored(jax.tree.map(at, old | changing[0]))
       operands = shared | dict(zip(carries, carry, strict=True)) | rows
@@ -398,7 +411,9 @@ def _forward_of_scan(loss: _Loss, piece: _Piece, values: _Values) -> tuple[list[
       rest = seen._replace(weights={}, states={})
       return ([found[i] for i in felt], of_shared, changing), (of_rows, rest)
 
-    zeros = {i: jnp.zeros_like(loss.primal(shared[i])) for i in consts if i in active}
+    # Sums over layers are float32 whatever is added.
+    like = {i: loss.primal(shared[i]) for i in consts if i in active}
+    zeros = {i: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)) for i, x in like.items()}
     own = [path for path in released if path in weights]
     (of_carry, of_shared, changed), (of_rows, seen) = jax.lax.scan(
       turn,
@@ -429,12 +444,13 @@ class _Tape(NamedTuple):
   shapes: _Values  # Of cotangents.
 
 
-def _compute(loss: _Loss, again: bool) -> _Tape:
-  """The forward pass; `again` as in `_forward`."""
+def _compute(loss: _Loss, again: bool, kept_format: Callable[[str], Format | None]) -> _Tape:
+  """The forward pass; `again` as in `_forward`, `kept_format` of the scan over a released stack."""
   values, backwards = dict(loss.values), []
   for piece in loss.pieces:
     if piece.released:
-      outputs, backward = _forward_of_scan(loss, piece, values)
+      format = kept_format(piece.released[0])
+      outputs, backward = _forward_of_scan(loss, piece, values, format)
     else:
       outputs, backward = _forward(loss, piece, values, again)
     values |= zip(piece.outputs, outputs, strict=True)
@@ -651,6 +667,7 @@ def value_and_step(
   clip: Literal["exact", "layer"] = "exact",
   max_norm: float | None = None,
   accumulation: int | None = None,
+  kept_format: Format | Callable[[str], Format | None] | None = None,
   shardings: Any = None,
 ) -> Callable[..., Any]:
   """A training step that never holds more than one layer's gradient.
@@ -683,6 +700,10 @@ def value_and_step(
       arguments of the step. The value is the mean over them, `aux` has their axis. They are the
       inner loop: what layers hand on is kept for all, and the gradient of one layer is summed over
       them in float32 and stepped. None is for one batch without such an axis.
+    kept_format: of what a released scan keeps of the floats that one layer hands to the next, such
+      as `eco.FP8_TOKEN`: the backward pass makes a layer again from the rounded values. Arrays with
+      one axis or none are kept as they are, and so is all with None. Or a function of a stack's
+      path that says so for the scan over it.
     shardings: a tree of the parameters' NamedShardings on a mesh. Gradients are summed into the
       parts that devices own, and each device does the step of its own part.
 
@@ -763,7 +784,8 @@ def value_and_step(
       raise ValueError(f"the loss must be one real number, got {out}: sum it, or set has_aux")
     is_exact = max_norm is not None and clip == "exact"
     loss = _cut(closed, weights, dense, sink_dtype, is_stack, list(arrays.values()))
-    tape = _compute(loss, again=is_exact or accumulation is not None)
+    of_scan = kept_format if callable(kept_format) else lambda path: kept_format
+    tape = _compute(loss, is_exact or accumulation is not None, of_scan)
     outputs = list(tape.outputs)
     cotangent = jnp.ones_like(outputs[0])
     if loss.jaxpr.outvars[0] in loss.split:

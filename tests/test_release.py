@@ -295,6 +295,46 @@ def test_losses_with_carries_constants_and_two_stacks():
   assert report.norms["shared"].shape == ()
 
 
+def test_layers_are_made_again_from_what_a_format_keeps():
+  """Against a layer that saves the rounded input itself, differentiated by JAX."""
+  params, tokens = make(is_stacked=True)
+
+  @jax.custom_vjp
+  def rounding_layer(x, own):
+    return layer(x, own)
+
+  def backward(residuals, grad):
+    x, own = residuals
+    packed = eco.quantize({"x": x}, eco.FP8_TOKEN)["x"]
+    return jax.vjp(layer, packed.dequantize(), own)[1](grad)
+
+  rounding_layer.defvjp(lambda x, own: (layer(x, own), (x, own)), backward)
+
+  def fn(own_layer, params, tokens):
+    body = lambda x, own: (own_layer(x, own), None)
+    x, _ = jax.lax.scan(body, params["embedding"][tokens], params["stack"])
+    return jnp.mean(x**2)
+
+  tx = eco.sgd(1.0, momentum=0.9)
+  plain = functools.partial(fn, layer)
+  want = jax.jit(eco.value_and_step(functools.partial(fn, rounding_layer), tx))
+  seen = []
+  for kept in (eco.FP8_TOKEN, lambda path: seen.append(path) or eco.FP8_TOKEN, None):
+    step = jax.jit(eco.value_and_step(plain, tx, kept_format=kept))
+    value, *ours, report = step(params, tx.init(params), tokens[0])
+    want_value, *theirs, want_report = want(params, tx.init(params), tokens[0])
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    if kept is None:
+      difference = report.norms["stack/kernel"] / want_report.norms["stack/kernel"] - 1
+      assert np.abs(difference).max() > 1e-3  # Or the test would show nothing.
+    else:
+      assert_same(ours, theirs)
+  assert seen == ["stack/kernel"]
+  blocks = eco.value_and_step(plain, tx, kept_format=eco.Format("int8", (3, 1)))
+  with pytest.raises(ValueError, match=r"what the scan over stack/kernel hands on.* \(3, 1\)"):
+    blocks(params, tx.init(params), tokens[0])
+
+
 def test_no_stack_of_gradients_is_made():
   stack = (16, 256, 256)
   params = eco.quantize({"stack": jnp.ones(stack)}, eco.INT8)

@@ -46,29 +46,42 @@ class _Place(NamedTuple):
   is_linear: bool = False  # Whether it is (in, out) here and (out, in) there.
   rotary: int = 0  # The head width of channels whose pairs are apart there and side by side here.
   gain: float = 1.0  # Its values there over those here.
+  parts: int = 0  # The leading axis of a table: parts of its rows, which are one tensor there.
   end: str = "weight"  # Of the tensor's name, behind the module's.
 
   def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
     """Indices of the leading axes, and the names of what is there."""
-    for i, layer in enumerate(self.layers or (0,)):
+    for i, layer in enumerate(self.layers or range(self.parts or 1)):
       for expert in range(self.experts or 1):
-        index = ((i,) if self.layers else ()) + ((expert,) if self.experts else ())
+        index = ((i,) if self.layers or self.parts else ()) + ((expert,) if self.experts else ())
         yield index, self.name.format(layer=layer, expert=expert)
 
   @property
   def lead(self) -> int:
     """Number of leading axes."""
-    return (self.layers is not None) + (self.experts > 0)
+    return (self.layers is not None) + (self.experts > 0) + (self.parts > 0)
+
+  def part(self, x: np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """What of a tensor is at an index of the leading axes."""
+    return x.reshape(self.parts, -1, *x.shape[1:])[index[0]] if self.parts else x
+
+  def shape(self, leaf: Any) -> tuple[int, ...]:
+    """The shape of a tensor there."""
+    shape = tuple(leaf.shape[self.lead :])
+    if self.parts:
+      return (self.parts * shape[0], *shape[1:])
+    return shape[::-1] if self.is_linear else shape
 
 
 def _places(kind: str, config: TransformerConfig) -> dict[str, _Place]:
   """Where each parameter is, by its path."""
-  places = {
-    "embedding": _Place("model.embed_tokens"),
-    "norm/scale": _Place("model.norm"),
-  }
+  tables = {"embedding": _Place("model.embed_tokens")}
   if not config.tied_embedding:
-    places["head"] = _Place("lm_head", is_linear=True)
+    tables["head"] = _Place("lm_head", is_linear=True)
+  if config.quantized == "all":
+    in_parts = lambda place: place._replace(is_linear=False, parts=config.vocabulary_parts)
+    tables = {f"{path}/rows": in_parts(place) for path, place in tables.items()}
+  places = {**tables, "norm/scale": _Place("model.norm")}
   rotary = config.head_width if config.rope_interleaved else 0
   for stack, layers in config.stacks.items():
     at = functools.partial(_Place, layers=layers)
@@ -254,8 +267,8 @@ def _check(
   known = set(gates)
   for path, leaf in leaves.items():
     place = places[path]
-    wanted = leaf.shape[place.lead :][:: -1 if place.is_linear else 1]
-    for _, name in place.names():
+    wanted = place.shape(leaf)
+    for name in dict.fromkeys(name for _, name in place.names()):
       own = _tensors_of(tensors, place, name)
       known |= {f"{name}.{place.end if end == 'weight' else end}" for end in own}
       if "weight_shape" in own:
@@ -301,7 +314,8 @@ def _assemble(x: Any, place: _Place, matrix: Callable[[str], np.ndarray]) -> jax
   def part(index: Any) -> np.ndarray:
     lead, rest = index[: place.lead], index[place.lead :]
     ranges = [range(*s.indices(n)) for s, n in zip(lead, x.shape, strict=False)]
-    rows = [matrix(names[at])[rest].astype(x.dtype) for at in itertools.product(*ranges)]
+    indices = itertools.product(*ranges)
+    rows = [place.part(matrix(names[at]), at)[rest].astype(x.dtype) for at in indices]
     return np.stack(rows).reshape(*(len(r) for r in ranges), *rows[0].shape)
 
   return jax.make_array_from_callback(x.shape, _sharding(x), part)
@@ -332,7 +346,8 @@ def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | N
   if not is_quantized(leaf):
     return _assemble(leaf, place, in_float)
   _, first = next(place.names())
-  if "weight_scale" not in _module(tensors, first) or not _has_codes(stored_format, leaf.format):
+  has_codes = "weight_scale" in _module(tensors, first) and _has_codes(stored_format, leaf.format)
+  if place.parts or not has_codes:
     return _quantized(leaf, place, in_float)
 
   @functools.lru_cache(maxsize=1)  # Each of its fields is asked for.
@@ -363,7 +378,7 @@ def _quantized(
   dtype = stored.pop() if len(stored) == 1 else np.float32
   matrix = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=_sharding(leaf.qvalue))
   quantize = lambda x: quantized_array.quantize(x.astype(jnp.float32), leaf.format)
-  if place.layers is None:
+  if place.layers is None and not place.parts:
     return jax.jit(quantize, out_shardings=in_place)(_assemble(matrix, place, in_float))
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=in_place)
@@ -372,10 +387,10 @@ def _quantized(
 
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), leaf)
   stack = jax.jit(zeros, out_shardings=in_place)()
-  for i, layer in enumerate(place.layers):
-    one = place._replace(name=place.name.replace("{layer}", str(layer)), layers=None)
-    x = _assemble(_layer_of(matrix), one, in_float)
-    stack = put(stack, x, np.int32(i))
+  for i, layer in enumerate(place.layers or range(place.parts)):
+    one = place._replace(name=place.name.replace("{layer}", str(layer)), layers=None, parts=0)
+    own = lambda name, i=i: place.part(in_float(name), (i,))
+    stack = put(stack, _assemble(_layer_of(matrix), one, own), np.int32(i))
   return stack
 
 
@@ -400,6 +415,8 @@ def save(
   finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
   """Writes a checkpoint that transformers and vLLM load; packed leaves stay the codes they are.
+
+  Embedding and head are written as the values they stand for: servers look up float rows.
 
   Args:
     folder: that there is not yet; it appears once it is whole.
@@ -426,7 +443,8 @@ def save(
   places = _places(kind, config)
   if unknown := sorted(leaves.keys() ^ places.keys()):
     raise ValueError(f"the parameters are not those of the model: see {', '.join(unknown[:5])}")
-  formats = {leaf.format for leaf in leaves.values() if is_quantized(leaf)}
+  has_codes = lambda path: is_quantized(leaves[path]) and not places[path].parts
+  formats = {leaf.format for path, leaf in leaves.items() if has_codes(path)}
   if len(formats) > 1:
     raise ValueError(f"packed leaves of more than one format cannot be saved: {formats}")
   told = config_json.write(kind, config, np.dtype(dtype).name, length) | dict(more or {})
@@ -443,8 +461,8 @@ def save(
         *(
           name
           for path, place in places.items()
-          if place.is_linear and not is_quantized(leaves[path])
-          for _, name in place.names()
+          if (place.is_linear or path == "head/rows") and not has_codes(path)
+          for name in dict.fromkeys(name for _, name in place.names())
         ),
         *(name.removesuffix(".weight") for name in _shared_gates(kind, config)),
         # A head that is the embedding has no tensors, and is a Linear there all the same.
@@ -453,7 +471,7 @@ def save(
       "config_groups": {"group_0": group},
     }
   for path, leaf in leaves.items():  # What cannot be saved should be told before hours are spent.
-    if is_quantized(leaf) and places[path].rotary:
+    if has_codes(path) and places[path].rotary:
       shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)  # On no mesh.
       jax.eval_shape(functools.partial(_turned, width=places[path].rotary), shapes)
 
@@ -491,6 +509,11 @@ def _saved(
   leaf: Any, place: _Place, dtype: np.dtype, packed: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The tensors of one parameter, of which one layer at a time is on the host."""
+  if place.parts:
+    parts = [_on_host(leaf, i) for i in range(place.parts)]
+    rows = [x.dequantize() if is_quantized(x) else x for x in parts]
+    yield f"{place.name}.weight", np.concatenate([np.asarray(x).astype(dtype) for x in rows])
+    return
   for i in range(len(place.layers)) if place.layers else (None,):
     own = _on_host(leaf, i)
     for index, name in place.names():

@@ -64,6 +64,9 @@ def defaults() -> config_dict.ConfigDict:
   # Whether each layer is stepped as soon as its gradient is there, see eco_optax.value_and_step: no
   # more than one layer's gradient exists, and a layer's activations are made again.
   config.release = False
+  # What `release` keeps each layer's input in, until the layer is made again: FP8_TOKEN is a byte
+  # per number, "none" is `dtype`.
+  config.kept_format = "none"
 
   # Groups of sequences whose gradients are computed separately and summed in order: any number of
   # devices that divides the groups trains the same weights, bit for bit. Each device then holds a
@@ -155,6 +158,7 @@ RANGES: dict[str, _Check] = {
   "format": _one_of(*sorted(FORMATS)),
   "activation_format": _one_of("none", *sorted(FORMATS)),
   "gradient_format": _one_of("none", "FP8_E5M2_TOKEN", "FP8_TOKEN"),
+  "kept_format": _one_of("none", "FP8_TOKEN"),
   "model.layers": _positive,
   "model.width": _positive,
   "model.heads": _positive,
@@ -181,6 +185,7 @@ RANGES: dict[str, _Check] = {
   "model.balance_weight": _natural,
   "model.separator": (lambda value: value >= -1, "a token, or -1"),
   "model.loss_chunks": _positive,
+  "model.vocabulary_parts": _positive,
   "dtype": _one_of(*_DTYPES),
   "gradient_dtype": _one_of(*_DTYPES),
   "batch_size": _positive,
@@ -280,8 +285,9 @@ def validate(config: config_dict.ConfigDict) -> None:
 def _release_problems(config: config_dict.ConfigDict) -> list[str]:
   """What does not go together with `release`, or not without."""
   if not config.release:
-    clip = config.optimizer.clip
-    return [f"optimizer.clip {clip!r} needs release"] if clip != "exact" else []
+    needs = {"optimizer.clip": ("exact", config.optimizer.clip)}
+    needs["kept_format"] = ("none", config.kept_format)
+    return [f"{key} {x!r} needs release" for key, (usual, x) in needs.items() if x != usual]
   problems = []
   if methods.of(config).rounding is None:
     problems.append(f"release steps packed weights, which method {config.method!r} has none of")

@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embedding", ("vocabulary", "embed")),
   (r"head", ("embed", "vocabulary")),
+  (r"(embedding|head)/rows", ("vocabulary", "embed")),
   (r"attention/(query|key|value)/kernel", ("embed", "heads")),
   (r"attention/(query|key|value)/bias", ("heads",)),
   (r"attention/out/kernel", ("heads", "embed")),

@@ -206,6 +206,8 @@ def make_train_step(
     return State(eco.apply_updates(state.params, updates), opt_state, skipped), metrics
 
   parts = accumulation(config, mesh)
+  # What the loss hands on over the vocabulary is small, and decides every gradient.
+  kept_format = config_lib.FORMATS.get(config.kept_format)
   value_and_step = eco.value_and_step(
     loss,
     tx,
@@ -213,6 +215,7 @@ def make_train_step(
     clip=config.optimizer.clip,
     max_norm=config.optimizer.max_norm,
     accumulation=parts if parts > 1 else None,
+    kept_format=lambda path: kept_format if transformer.is_block(path) else None,
     shardings=in_place.params,
   )
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
 from eco_optax.training import methods, sharding
 from eco_optax.training import step as step_lib
@@ -62,6 +63,14 @@ def train(config, steps=2):
       "model.remat": "full",
       "mesh.expert": 2,
     },
+    {
+      "accumulation": 2,
+      "mesh.fsdp": 2,
+      "model.quantized": "all",
+      "model.vocabulary_parts": 4,
+      "moments.mu": "float8_e4m3fn",
+      "moments.nu": "factored",
+    },
   ],
   ids=lambda changes: ", ".join(changes),
 )
@@ -84,9 +93,26 @@ def test_a_released_step_is_the_ordinary_one(changes):
   jax.tree_util.tree_map_with_path(check, ours, theirs)
 
 
+def test_no_gradient_or_value_of_a_table_is_whole():
+  config = small(
+    **{"release": True, "model.quantized": "all", "model.vocabulary_parts": 8, "length": 8},
+    **{"model.vocabulary": 32768, "format": "INT8", "model.loss_chunks": 8},
+    **{"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn"},
+  )
+  mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+  tx = methods.optimizer(config)
+  with jax.set_mesh(mesh):
+    step = step_lib.make_train_step(config, tx, mesh)
+    state = step_lib.abstract_state(config, tx, mesh)
+    compiled = step.lower(state, step_lib.abstract_batch(config, mesh)).compile()
+  largest = compile_lib.largest_temporaries(compiled.as_text())
+  assert largest[0]["bytes"] <= 4 * 32 * 32768 / 2, largest
+
+
 def test_what_does_not_go_together_is_refused():
   for changes, message in (
     ({"optimizer.clip": "layer"}, "optimizer.clip 'layer' needs release"),
+    ({"kept_format": "FP8_TOKEN"}, "kept_format 'FP8_TOKEN' needs release"),
     ({"release": True, "method": "bf16_mw"}, "release steps packed weights"),
     ({"release": True, "reduction_groups": 2}, "release and reduction_groups 2 exclude each other"),
   ):

@@ -66,7 +66,11 @@ class TransformerConfig:
   normalize_expert_weights: bool = False  # Whether those of a token sum to 1.
   balance_weight: float = 0.0  # Of the load-balancing loss.
 
-  quantized: str = "blocks"  # Whose linear layers are: blocks, or experts alone.
+  # What is: linear layers of blocks, of experts alone, or all: blocks, embedding and head.
+  quantized: str = "blocks"
+  # With `all`, parts of the vocabulary in which embedding and head are stored; the loss makes the
+  # logits of one at a time, and `release` the gradient.
+  vocabulary_parts: int = 1
   activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
   gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
@@ -75,7 +79,8 @@ class TransformerConfig:
   loss_chunks: int = 1  # Parts of a sequence whose logits are made, and made again, one by one.
 
   def __post_init__(self):
-    numbers = ("layers", "width", "heads", "vocabulary", "global_every", "loss_chunks")
+    sizes = ("layers", "width", "heads", "vocabulary", "vocabulary_parts")
+    numbers = (*sizes, "global_every", "loss_chunks")
     counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
     more = ("dense_layers", "balance_weight", "rope_length")
     scalars = ("logit_cap", "query_scalar", "attention_cap")
@@ -93,7 +98,7 @@ class TransformerConfig:
     for name, choices in (
       ("dtype", ("float32", "bfloat16")),
       ("activation", ("silu", "gelu")),
-      ("quantized", ("blocks", "experts")),
+      ("quantized", ("blocks", "experts", "all")),
       ("remat", ("none", "dots", "full")),
       ("attention", ATTENTIONS),
     ):
@@ -124,11 +129,20 @@ class TransformerConfig:
         f" {self.experts_per_token}, and an expert_width, got {self.expert_width}"
       )
     if not self.experts and (
-      self.shared_experts or self.dense_layers or self.quantized != "blocks"
+      self.shared_experts or self.dense_layers or self.quantized == "experts"
     ):
       raise ValueError(
         f"shared_experts {self.shared_experts}, dense_layers {self.dense_layers} and quantized"
         f" {self.quantized!r} are of models with experts, and experts is 0"
+      )
+    if self.vocabulary_parts > 1 and self.quantized != "all":
+      raise ValueError(
+        f"vocabulary_parts {self.vocabulary_parts} needs quantized 'all', got {self.quantized!r}"
+      )
+    if self.vocabulary % self.vocabulary_parts:
+      raise ValueError(
+        f"vocabulary_parts {self.vocabulary_parts} does not divide a vocabulary of"
+        f" {self.vocabulary}"
       )
     if self.dense_layers > self.layers:
       raise ValueError(f"dense_layers {self.dense_layers} is not between 0 and {self.layers}")

@@ -1,6 +1,7 @@
 """A decoder-only Transformer: parameters, forward pass and loss of every model of the configs.
 
-Letters in names: B batch, L length, M = L + 1, D model width, V vocabulary, S layers of a stack.
+Letters in names: B batch, L length, M = L + 1, D model width, V vocabulary, S layers of a stack, P
+parts of the vocabulary, R = V / P rows of a part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flax import nnx
 
 import eco_optax as eco
 from eco_optax.training import sharding
-from eco_optax.training.models import modules
+from eco_optax.training.models import modules, tables
 from eco_optax.training.models.config import TransformerConfig
 from eco_optax.training.models.products import product
 
@@ -29,10 +30,15 @@ _REMAT = {
 }
 
 
+def is_block(path: str) -> bool:
+  """Whether a parameter belongs to a stack of blocks."""
+  return "blocks" in path.split("/")[0]
+
+
 def is_block_kernel(path: str, leaf: Any = None) -> bool:
   """Whether a parameter is a linear layer inside a block: what the paper quantizes."""
   del leaf
-  return "blocks" in path.split("/")[0] and path.endswith("/kernel")
+  return is_block(path) and path.endswith("/kernel")
 
 
 def is_expert_kernel(path: str, leaf: Any = None) -> bool:
@@ -40,9 +46,21 @@ def is_expert_kernel(path: str, leaf: Any = None) -> bool:
   return is_block_kernel(path, leaf) and "/experts/" in path
 
 
+def is_kernel_or_table(path: str, leaf: Any = None) -> bool:
+  """Whether a parameter is a linear layer inside a block, the embedding or the head."""
+  return is_block_kernel(path, leaf) or path in ("embedding/rows", "head/rows")
+
+
+_QUANTIZED = {
+  "blocks": is_block_kernel,
+  "experts": is_expert_kernel,
+  "all": is_kernel_or_table,
+}
+
+
 def is_quantized(config: TransformerConfig) -> Any:
-  """The `where` of `eco.quantize` for a model."""
-  return is_expert_kernel if config.quantized == "experts" else is_block_kernel
+  """Which parameters of a model are packed, by path and leaf, as `eco.quantize` takes it."""
+  return _QUANTIZED[config.quantized]
 
 
 def _block(config: TransformerConfig, stack: str, key: jax.Array) -> modules.Block:
@@ -58,7 +76,8 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
   Args:
     config: of the model.
     seed: of the random numbers.
-    format: of the linear layers that the model quantizes; None leaves them float32.
+    format: of the linear layers that the model quantizes, see `tables.row_format` for embedding
+      and head; None leaves them float32.
 
   Returns:
     A tree of float32 and, with a format, QuantizedArray leaves.
@@ -66,7 +85,13 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
   rngs = nnx.Rngs(params=jax.random.key(seed))
   size = (config.vocabulary, config.width)
   draw = lambda shape: modules.INIT_SCALE * jax.random.normal(rngs.params(), shape)
-  params: Params = {"embedding": draw(size)}
+
+  def table(shape: tuple[int, ...]) -> Any:
+    if config.quantized != "all":
+      return draw(shape)
+    return {"rows": tables.init(rngs.params(), size, config.vocabulary_parts, format)}
+
+  params: Params = {"embedding": table(size)}
   keys = jax.random.split(rngs.params(), config.layers)
   for stack, layers in config.stacks.items():
 
@@ -78,7 +103,7 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
   norm = modules.RMSNorm(config, config.width)
   params["norm"] = {"scale": norm.scale.get_value()}
   if not config.tied_embedding:
-    params["head"] = draw(size[::-1])
+    params["head"] = table(size[::-1])
   return params
 
 
@@ -110,7 +135,10 @@ def hidden(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The last layer's normalized output, shape (B, L, D), and the means of routing metrics."""
   dtype, (_, L) = jnp.dtype(config.dtype), tokens_BxL.shape
-  x_BxLxD = _lookup(params["embedding"], tokens_BxL, dtype)
+  if config.quantized == "all":
+    x_BxLxD = tables.lookup("embedding/rows", params["embedding"]["rows"], tokens_BxL, dtype)
+  else:
+    x_BxLxD = _lookup(params["embedding"], tokens_BxL, dtype)
   x_BxLxD = sharding.constrain(x_BxLxD, "batch", None, None)
   if config.scaled_embedding:
     x_BxLxD = x_BxLxD * jnp.asarray(math.sqrt(config.width), dtype)
@@ -154,6 +182,8 @@ def hidden(
 def _logits(config: TransformerConfig, params: Params, x_BxLxD: jax.Array) -> jax.Array:
   """Float32 logits of normalized outputs."""
   name = "embedding" if config.tied_embedding else "head"
+  if config.quantized == "all":
+    return tables.logits(f"{name}/rows", params[name]["rows"], x_BxLxD, config.logit_cap)
   head = sharding.gather(name, params[name].astype(x_BxLxD.dtype))
   spec = "bld,vd->blv" if config.tied_embedding else "bld,dv->blv"
   logits = product(spec, x_BxLxD, head)
@@ -202,12 +232,19 @@ def nats(
   if weight_BxL is None:
     weight_BxL = jnp.ones((B, L), jnp.float32)
 
+  cut = lambda y: jnp.moveaxis(y.reshape(B, chunks, L // chunks, *y.shape[2:]), 1, 0)
+  if config.quantized == "all":
+    name = "embedding" if config.tied_embedding else "head"
+    nats_NxBxl = tables.cross_entropy(
+      f"{name}/rows", params[name]["rows"], cut(x_BxLxD), cut(targets_BxL), config.logit_cap
+    )
+    return jnp.sum(nats_NxBxl * cut(weight_BxL), axis=(0, 2)), aux
+
   def chunk(total_B: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
     x, targets, weight = part
     nats = optax.softmax_cross_entropy_with_integer_labels(_logits(config, params, x), targets)
     return total_B + jnp.sum(nats * weight, axis=1), None
 
-  cut = lambda y: jnp.moveaxis(y.reshape(B, chunks, L // chunks, *y.shape[2:]), 1, 0)
   if chunks > 1:
     chunk = jax.checkpoint(chunk, prevent_cse=False)
   total_B, _ = jax.lax.scan(
