@@ -42,7 +42,7 @@ from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import Moments, Proposal, Step
 from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
 from eco_optax.transforms.factored import Factors
-from eco_optax.transforms.stored_moments import Codes
+from eco_optax.transforms.stored_moments import Codes, Stored
 
 Schedule = Literal["alone", "two launches"]
 Group = tuple[int, int]  # Rows and columns that share a scale.
@@ -98,7 +98,7 @@ class _Plan(NamedTuple):
   step: step_lib.Plan
   target: gpu_math.Target
   schedule: Schedule
-  blocks: tuple[Group, ...]  # Of each moment's scales; (1, 1) of floats.
+  blocks: tuple[Group, ...]  # Of each moment's scales; (1, 1) of what has none.
   stack: int
   rows: int
   columns: int
@@ -116,6 +116,11 @@ class _Plan(NamedTuple):
     """Of the weight."""
     assert self.step.weight.format is not None
     return self.step.weight.format
+
+  @property
+  def factors(self) -> int:
+    """Arrays of moments that are read only."""
+    return 2 * sum(stored.is_read_only for stored in self.step.moments)
 
   @property
   def masked(self) -> bool:
@@ -181,8 +186,6 @@ def plan(
   tuning: Tuning = TUNED,
 ) -> _Plan | None:
   """How a leaf's step runs; None where no kernel covers it, which then keeps to the definition."""
-  if any(isinstance(x, Factors) for x in leaf.moments):
-    return None
   weight, format = leaf.weight, leaf.weight.format
   of_moments, group = _blocks(leaf), _group(leaf.weight.format)
   if weight.ndim < 2 or weight.odd or of_moments is None or group is None:
@@ -193,7 +196,8 @@ def plan(
     return None
   *lead, rows, columns = weight.shape
   stack = math.prod(lead)
-  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in leaf.moments]
+  written = [x for x in leaf.moments if not isinstance(x, Factors)]
+  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in written]
   widest = max(leaf.gradient.dtype.itemsize, *(x.itemsize for x in dtypes))
   blocks = [own for x, own in zip(leaf.moments, of_moments, strict=True) if is_quantized(x)]
   # Where a block is one of columns a thread has the fewer scales the fewer columns it has.
@@ -284,6 +288,7 @@ class _Program(NamedTuple):
   plan: _Plan
   integers: Any  # See `leaf.operands`.
   scalars: Any
+  factors: tuple[Any, ...]  # Of moments that are read only.
   scale: Any
   qvalue: Any
   gradient: Any
@@ -298,7 +303,7 @@ class _Program(NamedTuple):
     """A tile's part of an array, each element of which may stand for several; and its mask."""
     p = self.plan
     *_, rows, columns = ref.shape[:3]
-    if len(ref.shape) == 3:  # Scales.
+    if len(ref.shape) == 3:  # Scales, and factors.
       high, wide = p.rows // rows, p.columns // columns
       count = max(p.height // high, 1), max(p.width // wide, 1)
       first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(wide))
@@ -367,12 +372,15 @@ class _Program(NamedTuple):
 
   def read(self, tile: _Tile) -> _Read:
     """A tile's proposal."""
-    p, refs = self.plan, iter(self.moments)
+    p, refs, factors = self.plan, iter(self.moments), iter(self.factors)
     code = _unpack(self.load(self.qvalue, tile), p.format)
     gradient = self.load(self.gradient, tile)
     moments: list[Any] = []
     for stored, group in zip(p.step.moments, p.blocks, strict=True):
-      if stored.format is None:
+      if stored.is_read_only:
+        row, ratio = (self.load(next(factors), tile) for _ in range(2))
+        moments.append(Factors(row[:, :, None], ratio.reshape(1, p.width // p.per, p.per)))
+      elif stored.format is None:
         moments.append(self.load(next(refs), tile))
       else:
         scale = self.spread(self.load(next(refs), tile), group)
@@ -430,12 +438,17 @@ class _Program(NamedTuple):
     """Writes a tile's moments. A moment that is None is left out."""
     refs = iter(refs)
     for stored, group, moment in zip(self.plan.step.moments, blocks, moments, strict=False):
-      own = [next(refs) for _ in range(2 if stored.format else 1)]
+      own = [next(refs) for _ in range(_arrays(stored))]
       if isinstance(moment, Codes):
         self.store_scale(own[0], tile, moment.scale, group)
         moment = moment.code.astype(jnp.uint8)
       if moment is not None:
         self.store(own[-1], tile, moment)
+
+
+def _arrays(stored: Stored) -> int:
+  """How many arrays of a moment a step writes."""
+  return 0 if stored.is_read_only else 2 if stored.format else 1
 
 
 def _from_byte(scale: jax.Array) -> jax.Array:
@@ -555,6 +568,12 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
     pl.when(~skip)(run)
 
 
+def _apart(plan: _Plan, refs: Any) -> tuple[Any, Any]:
+  """References to what all kernels are given first, numbers and factors, and the others."""
+  first = 2 + plan.factors
+  return refs[:first], refs[first:]
+
+
 def _step(plan: _Plan, phase: Any, number: jax.Array, *refs: Any) -> None:
   """A program.
 
@@ -564,9 +583,11 @@ def _step(plan: _Plan, phase: Any, number: jax.Array, *refs: Any) -> None:
     number: its own.
     *refs: as `_launch` gives them.
   """
-  integers, scalars, scale, gradient, qvalue, *rest = refs
-  count = sum(2 if stored.format else 1 for stored in plan.step.moments)
-  program = _Program(plan, integers, scalars, scale, qvalue, gradient, tuple(rest[:count]))
+  (integers, scalars, *factors), (scale, gradient, qvalue, *rest) = _apart(plan, refs)
+  count = sum(map(_arrays, plan.step.moments))
+  program = _Program(
+    plan, integers, scalars, tuple(factors), scale, qvalue, gradient, tuple(rest[:count])
+  )
   del rest[:count]
   out = rest[-2 - count :]
   if plan.schedule == "alone":
@@ -636,17 +657,21 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   stack = lambda x: _as_bytes(x).reshape(p.stack, -1, x.shape[-1])
   split = lambda x: _as_bytes(x).reshape(p.stack, -1, p.columns // p.per, p.per)
   moments = []
+  first = [integers, scalars]
   for x in leaf.moments:
+    if isinstance(x, Factors):
+      first += map(stack, x)
+      continue
     moments += [stack(x.scale), split(x.qvalue)] if is_quantized(x) else [split(x)]
   scale, gradient = stack(scale), split(leaf.gradient)
   changed = [split(weight.qvalue), *moments]
-  given, whole = [integers, scalars, scale, gradient], math.prod(p.tiles) * p.stack
+  given, whole = [*first, scale, gradient], math.prod(p.tiles) * p.stack
   found, in_place = None, p.schedule == "alone" and p.turns == 1
   launch = functools.partial(_call, p)
   if p.schedule == "alone":
     if in_place:  # A program reads scales that it writes.
       kernel = functools.partial(_kernel_in_place, p, len(changed))
-      *changed, scale = launch(kernel, whole, [integers, scalars, gradient], [*changed, scale], [])
+      *changed, scale = launch(kernel, whole, [*first, gradient], [*changed, scale], [])
     else:
       kernel = functools.partial(_kernel, p, None)
       scale, *changed = launch(kernel, whole, given, changed, [scale])
@@ -671,15 +696,15 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
 
 def _kernel_in_place(plan: _Plan, count: int, *refs: Any) -> None:
   """Programs that write their own scales, with their operands as `_kernel` takes them."""
-  integers, scalars, gradient, *rest = refs
+  first, (gradient, *rest) = _apart(plan, refs)
   scale, arrays, new = rest[count], rest[:count], rest[count + 1 :]
-  _kernel(plan, None, integers, scalars, scale, gradient, *arrays, new[-1], *new[:-1])
+  _kernel(plan, None, *first, scale, gradient, *arrays, new[-1], *new[:-1])
 
 
 def _kernel_writing(plan: _Plan, count: int, *refs: Any) -> None:
   """The second of two launches, with its operands as `_kernel` takes them."""
-  integers, scalars, scale, gradient, found, *rest = refs
-  _kernel(plan, "write", integers, scalars, scale, gradient, *rest[:count], found, *rest[count:])
+  first, (scale, gradient, found, *rest) = _apart(plan, refs)
+  _kernel(plan, "write", *first, scale, gradient, *rest[:count], found, *rest[count:])
 
 
 def _results(
@@ -705,7 +730,9 @@ def _results(
   rest = iter(arrays)
   new_moments: list[Any] = []
   for old in leaf.moments:
-    if is_quantized(old):
+    if isinstance(old, Factors):
+      new_moments.append(old)
+    elif is_quantized(old):
       parts = typed(next(rest), old.scale), typed(next(rest), old.qvalue)
       new_moments.append(dataclasses.replace(old, scale=parts[0], qvalue=parts[1]))
     else:

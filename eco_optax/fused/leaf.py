@@ -203,9 +203,9 @@ def stream(leaf: Leaf) -> Stream:
 
 
 def _arrays(moment: Any) -> tuple[jax.Array, ...]:
-  """The arrays that a moment is in, of codes the scales first."""
+  """The arrays of a moment that a step changes, of codes the scales first."""
   if isinstance(moment, Factors):
-    return tuple(moment)
+    return ()
   return (moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,)
 
 
@@ -215,7 +215,7 @@ def operands(leaf: Leaf) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
   Returns:
     int32 numbers (first row and column, numbers of the matrices, keys of the random bits), the
     step's float32 scalars, and arrays: scales in float32, codes, gradient, and those that moments
-    are stored in, of codes the scales first.
+    are stored in, of codes the scales first, without factors.
   """
   first = jnp.stack([jnp.asarray(x, jnp.int32) for x in origin(leaf)[:2]])
   numbers = matrix_numbers(leaf)

@@ -64,6 +64,11 @@ class _Plan(NamedTuple):
     return self.step.weight.format
 
   @property
+  def factors(self) -> int:
+    """Arrays of moments that are read only."""
+    return 2 * sum(stored.is_read_only for stored in self.step.moments)
+
+  @property
   def whole(self) -> bool:
     """Whether a scale depends on other columns."""
     return self.format.granularity == "tensor" or self.format.two_level
@@ -90,8 +95,6 @@ def _groups(tile: int, height: int, within: tuple[int, ...] = (1,)) -> Groups:
 def _plan(step: Step, rounding: Rounding, leaf: Leaf) -> _Plan | None:
   """None where no kernel covers the leaf, which then keeps to the definition."""
   format, m = leaf.weight.format, leaf_lib.matrices(leaf)
-  if any(isinstance(x, Factors) for x in leaf.moments):
-    return None
   # Of other widths compilers turn matrices round, to keep padding small.
   if m is None or m.columns % _LANES:
     return None
@@ -100,8 +103,13 @@ def _plan(step: Step, rounding: Rounding, leaf: Leaf) -> _Plan | None:
     if format.granularity[1] not in (1, _LANES) or format.granularity[0] % 8:
       return None
     blocks.append(format.granularity[0])
+  written = [x for x in leaf.moments if not isinstance(x, Factors)]
+  if is_factored := len(written) < len(leaf.moments):
+    blocks.append(_LANES // 8)  # So that the factors of a tile's rows fill registers.
   tile = _tile(m.rows, format, blocks)
-  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in leaf.moments]
+  if is_factored and tile and tile % _LANES:
+    return None
+  dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in written]
   moments = 2 * sum(x.itemsize for x in dtypes)
   panel = m.rows * _LANES * (leaf.gradient.dtype.itemsize + moments + 2)
   if tile is None or 2 * panel > _vmem():
@@ -140,6 +148,7 @@ class _Panel(NamedTuple):
 
   integers: Any  # See `leaf.operands`.
   scalars: Any
+  factors: tuple[Any, ...]  # Of moments that are read only; those of a tile's rows are one row.
   scale: Any
   qvalue: Any
   gradient: Any
@@ -163,9 +172,13 @@ class _Panel(NamedTuple):
   def propose(self, plan: _Plan, i: jax.Array) -> Proposal:
     """The optimizer's step on a tile."""
     moments: list[Any] = []
-    refs = iter(self.moments)
+    refs, factors = iter(self.moments), iter(self.factors)
     for k, stored in enumerate(plan.step.moments):
-      if stored.format is None:
+      if stored.is_read_only:
+        row, ratio = next(factors)[0, pl.ds(i, 1), :], next(factors)[0]
+        row = jnp.broadcast_to(row, (_LANES, plan.tile)).T
+        moments.append(Factors(row, ratio))
+      elif stored.format is None:
         moments.append(next(refs)[0, _rows(i, plan.tile), :])
       else:
         moments.append(self.codes(plan, k + 1, next(refs), next(refs), i))
@@ -191,19 +204,25 @@ def _rows(i: jax.Array, count: int) -> Any:
   return pl.ds(i * count, count)
 
 
+def _apart(plan: _Plan, refs: Any) -> tuple[Any, Any]:
+  """References to what both kernels are given first, numbers and factors, and the others."""
+  integers, scalars, *rest = refs
+  return (integers, scalars, tuple(rest[: plan.factors])), rest[plan.factors :]
+
+
 def _find(plan: _Plan, *refs: Any) -> None:
   """Kernel: the largest proposal of each column."""
-  integers, scalars, scale, qvalue, gradient, *moments, out = refs
-  panel = _Panel(integers, scalars, scale, qvalue, gradient, tuple(moments))
+  first, (scale, qvalue, gradient, *moments, out) = _apart(plan, refs)
+  panel = _Panel(*first, scale, qvalue, gradient, tuple(moments))
   out[0] = panel.largest_of_columns(plan)
 
 
 def _update(plan: _Plan, *refs: Any) -> None:
   """Kernel: the whole step."""
-  count = (len(refs) - 8) // 2  # Of the arrays that moments are stored in.
-  integers, scalars, found, scale, qvalue, gradient = refs[:6]
-  panel = _Panel(integers, scalars, scale, qvalue, gradient, refs[6 : 6 + count])
-  new_scale, new_qvalue, *new_moments = refs[6 + count :]
+  first, (found, scale, qvalue, gradient, *rest) = _apart(plan, refs)
+  count = (len(rest) - 2) // 2  # Of the arrays that moments are stored in.
+  panel = _Panel(*first, scale, qvalue, gradient, tuple(rest[:count]))
+  new_scale, new_qvalue, *new_moments = rest[count:]
   format = plan.format
   matrix, column = pl.program_id(0), pl.program_id(1) * _LANES
   largest = unit = None
@@ -238,12 +257,14 @@ def _update(plan: _Plan, *refs: Any) -> None:
 
     @pl.when(skip)
     def _() -> None:
-      for new, old in zip(refs[6 + count :], (scale, qvalue, *panel.moments), strict=True):
+      for new, old in zip(rest[count:], (scale, qvalue, *panel.moments), strict=True):
         new[...] = old[...]
 
 
-def _block(x: Any) -> pl.BlockSpec:
-  """The part of an array that one program has."""
+def _block(x: Any, is_whole: bool = False) -> pl.BlockSpec:
+  """The part of an array that one program has: a panel, or all of a matrix."""
+  if is_whole:
+    return pl.BlockSpec((1, *x.shape[1:]), lambda i, j: (i, 0, 0))
   return pl.BlockSpec((1, x.shape[1], _LANES), lambda i, j: (i, 0, j))
 
 
@@ -260,6 +281,7 @@ def _call(
   kernel: Callable[..., None],
   plan: _Plan,
   scalars: list[jax.Array],
+  factors: list[jax.Array],
   operands: list[jax.Array],
   results: list[jax.ShapeDtypeStruct],
   in_place: dict[int, int],
@@ -271,6 +293,7 @@ def _call(
     grid=_grid(plan),
     in_specs=[
       *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars),
+      *(_block(x, is_whole=k % 2 == 0) for k, x in enumerate(factors)),
       *(_block(x) for x in operands),
     ],
     out_specs=[_block(x) for x in results],
@@ -278,22 +301,27 @@ def _call(
     input_output_aliases=in_place,
     # Arithmetic is not what a step waits for.
     cost_estimate=pl.CostEstimate(
-      flops=0, transcendentals=0, bytes_accessed=_moved([*operands, *results])
+      flops=0, transcendentals=0, bytes_accessed=_moved([*factors, *operands, *results])
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
     ),
     interpret=interpret,
-  )(*scalars, *operands)
+  )(*scalars, *factors, *operands)
 
 
-def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
-  """A kernel's scalars, and the leaf's arrays as stacks of matrices."""
+def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+  """A kernel's scalars, factors of moments, and the leaf's other arrays as stacks of matrices."""
   integers, scalars, (scale, *arrays) = leaf_lib.operands(leaf)
   stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
   # Scales are few: one of each column for each of their rows.
   scale = jnp.repeat(stack(scale), plan.m.columns // scale.shape[-1], axis=-1)
-  return [integers, scalars], [scale, *map(stack, arrays)]
+  factors = []
+  for x in leaf.moments:
+    if isinstance(x, Factors):
+      # Of each tile in one row: a column of numbers would fill a register for eight of them.
+      factors += [x.row.reshape(plan.m.stack, -1, plan.tile), stack(x.ratio)]
+  return [integers, scalars], factors, [scale, *map(stack, arrays)]
 
 
 def _shapes(plan: _Plan, operands: list[jax.Array]) -> tuple[Any, list[Any]]:
@@ -313,10 +341,10 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
   plan = _plan(step, rounding, leaf)
   if plan is None:
     raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
-  _, operands = jax.eval_shape(functools.partial(_operands, plan), leaf)
+  _, factors, operands = jax.eval_shape(functools.partial(_operands, plan), leaf)
   columns, results = _shapes(plan, operands)
-  moved = _moved([columns, *operands, *results])
-  return moved + (_moved([*operands, columns]) if plan.finds else 0)
+  read = [columns, *factors, *operands]
+  return _moved([*read, *results]) + (_moved(read) if plan.finds else 0)
 
 
 def by_panels(
@@ -336,15 +364,17 @@ def by_panels(
   plan = _plan(step, rounding, leaf)
   if plan is None:
     return step_lib.by_layers(step, rounding, leaf)
-  scalars, operands = _operands(plan, leaf)
+  scalars, factors, operands = _operands(plan, leaf)
   columns, results = _shapes(plan, operands)
   largest = jnp.zeros(columns.shape, jnp.float32)
   if plan.finds:
-    (found,) = _call(_find, plan, scalars, operands, [columns], {}, interpret)
+    (found,) = _call(_find, plan, scalars, factors, operands, [columns], {}, interpret)
     largest = jnp.broadcast_to(leaf_lib.largest_proposal(leaf, found), largest.shape)
-  in_place = {3: 0, 4: 1} | {6 + k: 2 + k for k in range(len(results) - 2)}
+  begin = 3 + plan.factors  # Of scale, codes, gradient and moments.
+  in_place = {0: 0, 1: 1} | {3 + k: 2 + k for k in range(len(results) - 2)}
+  in_place = {begin + k: to for k, to in in_place.items()}
   scale, qvalue, *moments = _call(
-    _update, plan, scalars, [largest, *operands], results, in_place, interpret
+    _update, plan, scalars, factors, [largest, *operands], results, in_place, interpret
   )
   scale = scale[..., :: plan.m.columns // leaf.weight.scale.shape[-1]]
   new, new_moments = leaf_lib.results(leaf, scale, qvalue, moments, largest[..., :1])

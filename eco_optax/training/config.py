@@ -29,7 +29,7 @@ def defaults() -> config_dict.ConfigDict:
   config.schedule_aware = True  # The rule follows the learning rate; False is the paper's rule.
   config.stochastic_after = 1.0  # Share of the steps after which *_rtn rounds stochastically.
   config.residual = "float32"  # Of mw_*: float32, int16, bfloat16, int12 or int8.
-  # What moments are stored in, see eco_optax.low_bit_moments.
+  # What moments are stored in, see eco_optax.low_bit_moments; nu may be factored.
   config.moments = {"mu": "float32", "nu": "float32"}
   config.format = "FP8"  # Of the quantized linear weights: a preset of eco_optax.
   config.activation_format = "FP8_TOKEN"  # Of their inputs; "none" leaves them float.

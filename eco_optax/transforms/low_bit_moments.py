@@ -129,12 +129,12 @@ def low_bit_moments(
   mu: MomentDtype = "float8_e4m3fn",
   nu: SecondMomentDtype = "float8_e4m3fn",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Keeps the moments of any optimizer in 8 or 16 bits between its steps.
+  r"""Keeps the moments of any optimizer in 8 or 16 bits between its steps, or second ones factored.
 
   A step reads the moments as float32, and rounds what the optimizer leaves there stochastically,
   so that small changes survive in the mean: those of a slow average, and the quantization errors
   that `error_feedback_to_momentum` puts there. With FP8 weights and 8-bit moments, training
-  without master weights takes 3.1 bytes per parameter instead of 9.
+  without master weights takes 3.1 bytes per parameter instead of 9, or with `nu="factored"` 2.1.
 
   Codes of matrices are in blocks of 32 rows with scales of powers of two (MXFP8, MXINT8); INT8
   codes of parameters that are not packed, such as an embedding, in blocks of up to 128 along the
@@ -147,7 +147,12 @@ def low_bit_moments(
       `error_feedback_to_momentum(optax.adamw(…), …)`, `optax.MultiSteps(…)`, `optax.adam(…)`.
     mu: what momenta and other first moments are stored in: `"float8_e4m3fn"`, `"int8"`,
       `"float8_e5m2"`, `"bfloat16"`, or `"float32"` to leave them as they are.
-    nu: what second moments are stored in.
+    nu: what second moments are stored in; or `"factored"`: of a matrix the means of its rows and
+      columns, in float32, and no more. A step reads their product over the mean of the matrix, and
+      keeps the means of what the optimizer made of it. Matrices are the last two axes, each layer,
+      head or expert by itself, of packed parameters, and of others where both have 128 elements or
+      more, as of embeddings. Others, such as stacks of norms' scales, stay float32. There is no
+      rounding; the last places of means depend on how a matrix is split over devices.
 
   Returns:
     A `GradientTransformationExtraArgs` whose state has the state of `inner` with such moments in
@@ -166,7 +171,8 @@ def low_bit_moments(
 
   References:
     Dettmers et al, `8-bit Optimizers via Block-wise Quantization
-    <https://arxiv.org/abs/2110.02861>`_, 2021.
+    <https://arxiv.org/abs/2110.02861>`_, 2021. Shazeer and Stern, `Adafactor
+    <https://arxiv.org/abs/1804.04235>`_, 2018 (factored second moments).
   """
   check_moment_dtypes(mu, nu)
 

@@ -16,6 +16,7 @@ from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import by_layers, definition
 from eco_optax.optimizers import adamw, sgd
 from eco_optax.transforms import stored_moments
+from eco_optax.transforms.factored import factored
 
 # No fused multiply-adds; and as in conftest.py, programs that take longer to compile than to run.
 EXACT = (
@@ -49,10 +50,15 @@ def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in
     moment_keys = tuple(rounding.stream_key(5, 7, name) for name in ("mu", "nu")[: len(moments)])
     bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
+    is_factored = moments_in == "factored"
+    dtype = "float8_e4m3fn" if is_factored else moments_in
+    second = moments[-1]
     moments = tuple(
-      stored_moments.store(x, kind, moments_in, bits, True, stored_moments.block_axis(format))
+      stored_moments.store(x, kind, dtype, bits, True, stored_moments.block_axis(format))
       for x, kind in zip(moments, kinds, strict=True)
     )
+    if is_factored:  # As a kernel gets it.
+      moments = moments[0], factored(second).factors()
   return Leaf(
     step.scalars(*(jnp.float32(x) for x in scalars)),
     rounding.stream_key(3, 7, "w"),
@@ -122,6 +128,8 @@ def main():
     ("sgd", "MXFP8", "int8"),
     ("adamw", "INT8", "int8"),
     ("adamw", "FP8", "bfloat16"),
+    ("adamw", "FP8", "factored"),
+    ("adamw", "NVFP4", "factored"),
   ]
   differ = []
   devices = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))

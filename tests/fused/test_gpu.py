@@ -46,7 +46,7 @@ def test_interpreted_kernels_equal_the_definition_to_the_bit():
 
 
 @pytest.mark.parametrize("format", fused_leaves.FORMATS)
-@pytest.mark.parametrize("moments_in", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("moments_in", ["float32", "bfloat16", "float8_e4m3fn", "factored"])
 def test_every_format_has_a_kernel(format, moments_in):
   own = planned(fused_leaves.FORMATS[format], (11264, 4096), moments_in)
   assert own.height * own.width <= 32 * own.warps * 16
@@ -115,7 +115,7 @@ def compiled_for_an_h100(leaf, how, implementation=dispatch.take_step, **options
   return lowered.compile(options)
 
 
-@pytest.mark.parametrize("moments_in", ["float32", "float8_e4m3fn"])
+@pytest.mark.parametrize("moments_in", ["float32", "float8_e4m3fn", "factored"])
 @pytest.mark.parametrize("format", ["FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4"])
 def test_kernels_compile_for_an_h100_and_work_in_place(format, moments_in):
   shape, preset = (4096, 14336), fused_leaves.FORMATS[format]
@@ -123,8 +123,8 @@ def test_kernels_compile_for_an_h100_and_work_in_place(format, moments_in):
   compiled = compiled_for_an_h100(leaf, "stochastic")
   assert "gpu.triton" in compiled.as_text()
   used, size = compiled.memory_analysis(), shape[0] * shape[1]
-  of_moment = 4 if moments_in == "float32" else 1
-  assert used.alias_size_in_bytes >= size * (2 * of_moment + preset.bits / 8)
+  of_moments = {"float32": 8, "float8_e4m3fn": 2, "factored": 1}[moments_in]
+  assert used.alias_size_in_bytes >= size * (of_moments + preset.bits / 8)
   # Scales of two launches are made anew.
   assert used.temp_size_in_bytes / size < 0.8
 
@@ -223,6 +223,7 @@ def on_the_host(kernels):
     (gpu_leaves.ROWS, "nearest", (4, 352), "float32", gpu.Tuning(row=128, chunk=128)),
     (eco.FP8, "stochastic", (2, 64, 64), "bfloat16", gpu.TUNED),
     (eco.INT4, "stochastic", (64, 64), "float8_e4m3fn", gpu.TUNED),
+    (eco.INT4, "stochastic", (2, 64, 64), "factored", gpu.TUNED),
     (eco.MXFP8, "stochastic", (64, 64), "float32", gpu.TUNED),
     (eco.NVFP4, "stochastic", (64, 64), "float32", gpu.TUNED),
     (eco.FP8_BLOCK128, "nearest", (128, 128), "float32", gpu.TUNED),
@@ -279,6 +280,7 @@ def on_gpu():
     *(("adamw", name, "float32", "nearest", (3, 512, 256)) for name in fused_leaves.FORMATS),
     *(("adamw", name, "bfloat16", "stochastic", (3, 512, 256)) for name in ("FP8", "MXFP8")),
     *(("adamw", name, "float8_e4m3fn", "stochastic", (1024, 768)) for name in ("FP8", "INT4")),
+    *(("adamw", name, "factored", "stochastic", (1024, 768)) for name in ("FP8", "NVFP4")),
     *(("sgd", name, "float32", "stochastic", (1024, 768)) for name in ("FP8", "NVFP4")),
   ],
 )

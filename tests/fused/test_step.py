@@ -305,7 +305,11 @@ def compile_for(where, leaf):
 @pytest.mark.parametrize(
   # Gradient, codes and moments; then scales of 32 rows, in float32 in the kernel and around it.
   ("moments_in", "once", "scales"),
-  [("float8_e4m3fn", 2 + 2 + 4, 2.0), ("bfloat16", 2 + 2 + 8, 0.02)],
+  [
+    ("float8_e4m3fn", 2 + 2 + 4, 2.0),
+    ("bfloat16", 2 + 2 + 8, 0.02),
+    ("factored", 2 + 2 + 2, 1.0),
+  ],
 )
 def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once, scales):
   shape = (4096, 16384)
@@ -352,8 +356,10 @@ def test_kernels_compile_for_several_tpus(compile_lib, tpus, spec, moments_in, w
   [
     (eco.adamw(1e-3), 4 + 2 + 16, 0.02),
     (eco.low_bit_moments(eco.adamw(1e-3)), 4 + 2 + 4, 2.0),
+    # The gradient is read once more, for the new means.
+    (eco.low_bit_moments(eco.adamw(1e-3), nu="factored"), 2 * 4 + 2 + 2, 1.0),
   ],
-  ids=["float32 moments", "FP8 moments"],
+  ids=["float32 moments", "FP8 moments", "factored second moments"],
 )
 def test_layer_by_layer_leaves_stacks_whole_to_kernels(tpu, tx, once, scales):
   shape = (8, 1024, 4096)
