@@ -35,7 +35,6 @@ def get_config():
     expert_width=1408,
     shared_experts=2,
     dense_layers=1,
-    capacity_factor=2.0,
     balance_weight=0.001,
     remat="full",
     loss_chunks=16,

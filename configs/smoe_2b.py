@@ -29,7 +29,6 @@ def get_config():
     experts=32,
     experts_per_token=4,
     expert_width=2304,
-    capacity_factor=2.0,
     balance_weight=0.01,
     quantized="experts",
     remat="full",

@@ -170,8 +170,7 @@ def _backward(formats: _Formats, residuals: Any, dy: jax.Array) -> tuple:
     values, x_scale = _factor(x, formats.activation)  # Made again: cheaper than keeping them.
     values = _times(values, x_scale).astype(x.dtype)
     if formats.gradient is None:
-      kernel = _dense(w, x.dtype)
-      dx = jnp.matmul(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+      dx = _dot(dy, _dense(w, x.dtype), x.dtype, 1).astype(x.dtype)
     else:
       dx = _input_gradient(formats.gradient, dy, w, stream)
     dims = (tuple(range(x.ndim - 1)),) * 2

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eco_optax import trees
 from eco_optax.formats import Format
@@ -245,12 +246,18 @@ def _proposed_moments(step: Step, rounding: Rounding, leaf: Leaf) -> Moments:
 
 
 def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
-  """`definition` of a stack's layers one after another, so that no temporary is of its size."""
-  if leaf.layer is not None or leaf.weight.ndim < 3:
+  """`definition` of one matrix after another, so that no temporary is of the size of a stack.
+
+  First axes are gone through where all arrays have them: layers, and experts of a layer.
+  """
+  size, part = leaf.weight.shape[0], leaf.part
+  arrays = jax.tree.leaves((leaf.weight, leaf.moments, leaf.gradient))
+  if leaf.weight.ndim < 3 or any(x.shape[0] != size for x in arrays):
     return definition(step, rounding, leaf)
-  part, first = leaf.part, jnp.zeros([], jnp.int32)
+  first = jnp.zeros([], jnp.int32) if part is None else part.first[0]
+  if leaf.layer is not None:
+    first = first + leaf.layer.astype(jnp.int32) * np.int32(part.shape[0] if part else size)
   if part is not None:
-    first = part.first[0]
     part = dataclasses.replace(part, first=part.first[1:], shape=part.shape[1:])
 
   def one(i: jax.Array, layer: Any, gradient: jax.Array) -> tuple[QuantizedArray, Moments]:
@@ -258,6 +265,6 @@ def by_layers(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArra
     own = leaf._replace(
       layer=first + i, weight=weight, gradient=gradient, moments=moments, part=part
     )
-    return definition(step, rounding, own)
+    return by_layers(step, rounding, own)
 
   return stacks.each_layer(one, (leaf.weight, leaf.moments), leaf.gradient)

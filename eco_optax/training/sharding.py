@@ -23,7 +23,6 @@ AXES = ("data", "fsdp", "tensor", "expert")
 # The mesh axes that each logical axis is split over; other logical axes are not split.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp", "expert"),
-  "expert_batch": ("data", "fsdp"),  # Of rows that have been sent to their experts.
   "embed": ("fsdp",),
   "heads": ("tensor",),
   "mlp": ("tensor",),
@@ -103,6 +102,11 @@ def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partit
     parts = math.prod(mesh.shape[a] for a in mesh_axes)
     entries.append(mesh_axes if mesh_axes and size % parts == 0 else None)
   return PartitionSpec(*entries)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  """The mesh axes in an entry of a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -273,6 +277,55 @@ def gather(path: str, tree: Any) -> Any:
     return _gather(x, whole, own)
 
   return jax.tree_util.tree_map_with_path(gather_leaf, tree)
+
+
+def by_own_experts(
+  fn: Callable[..., Any], kernels: Any, primals: Any, *tokens: jax.Array
+) -> jax.Array:
+  """A function of experts and tokens, computed by each device for the experts that it has.
+
+  Devices that share the experts get each other's tokens, and their outputs are summed. All
+  gradients of kernels are summed outside, where they end in the parts that devices own.
+
+  Args:
+    fn: of the number of the device's first expert, the number of devices that share the experts,
+      kernels, primals and tokens; returns outputs of a shape like the tokens'.
+    kernels: a tree of arrays with a first axis of experts, which have no gradient.
+    primals: the same, which have one.
+    *tokens: arrays with a first axis of sequences.
+
+  Returns:
+    The outputs.
+  """
+  mesh = _mesh()
+  split = lambda axis, size: _names(_spec((axis,), (size,), mesh)[0])
+  if mesh is None or not (batch := split("batch", tokens[0].shape[0])):
+    return fn(0, 1, kernels, primals, *tokens)  # On one device, or of too few sequences to split.
+  number = jax.tree.leaves((kernels, primals))[0].shape[0]
+  owners = split("expert", number)
+  others = tuple(axis for axis in batch if axis not in owners)
+  devices, copies = (math.prod(mesh.shape[axis] for axis in axes) for axes in (owners, others))
+
+  def alone(own: jax.Array, kernels: Any, primals: Any, *tokens: jax.Array) -> jax.Array:
+    primals = jax.tree.map(lambda x: jnp.squeeze(x, 0), primals)
+    if not owners:
+      return fn(0, 1, kernels, primals, *tokens)
+    tokens = tuple(jax.lax.all_gather(x, owners, tiled=True) for x in tokens)
+    y = fn(own[0], devices, kernels, primals, *tokens)
+    return jax.lax.psum_scatter(y, owners, scatter_dimension=0, tiled=True)
+
+  # A copy of each primal for each device that has it: their gradients are summed by the compiler,
+  # which sums whole ones only where they are needed whole.
+  primals = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), primals)
+  by_owner, by_copy = PartitionSpec(owners), PartitionSpec(others, owners)
+  return jax.shard_map(
+    alone,
+    mesh=mesh,
+    in_specs=(by_owner, by_owner, by_copy, *[PartitionSpec(batch)] * len(tokens)),
+    out_specs=PartitionSpec(batch),
+    axis_names=set(AXES) if mesh.shape["tensor"] == 1 else set(AXES) - {"tensor"},
+    check_vma=False,
+  )(jnp.arange(number), kernels, primals, *tokens)
 
 
 def scatter(grads: Any) -> Any:

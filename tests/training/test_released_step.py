@@ -1,5 +1,7 @@
 """With `config.release` a run's steps are those without."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -24,8 +26,8 @@ def small(**changes):
 
 
 def train(config, steps=2):
-  sizes = config.mesh.to_dict() | {"fsdp": max(1, config.mesh.fsdp)}
-  mesh = sharding.make_mesh(sizes, jax.devices()[: sizes["fsdp"] * sizes["tensor"]])
+  sizes = {axis: max(1, size) for axis, size in config.mesh.items()}
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
   tx = methods.optimizer(config)
   with jax.set_mesh(mesh):
     state = step_lib.init_state(config, tx, mesh)
@@ -50,6 +52,14 @@ def train(config, steps=2):
       "schedule_aware": False,
     },
     {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
+    {
+      "model.experts": 4,
+      "model.experts_per_token": 2,
+      "model.expert_width": 32,
+      "accumulation": 2,
+      "model.remat": "full",
+      "mesh.expert": 2,
+    },
     {
       "accumulation": 2,
       "mesh.fsdp": 2,

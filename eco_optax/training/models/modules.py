@@ -1,7 +1,7 @@
 """The parts that Transformers are made of, in Flax NNX; all on one token stream, causal.
 
 Letters in names: B batch, L length, D model width, H query heads, G key-value heads, K head width,
-E experts, T experts per token, C capacity of an expert, N any number of rows.
+E experts, T experts per token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 import eco_optax as eco
-from eco_optax.training import sharding
+from eco_optax.training.models import experts
 from eco_optax.training.models.attention import attend
 from eco_optax.training.models.config import TransformerConfig
 from eco_optax.training.models.products import product
@@ -40,7 +40,10 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """x @ kernel, packed or float, plus a bias if asked for; with `experts`, one kernel for each."""
+  """x @ kernel, packed or float, plus a bias if asked for.
+
+  With `experts` there is one kernel for each, and one is put in the place of all to be called.
+  """
 
   def __init__(
     self,
@@ -60,11 +63,10 @@ class Linear(nnx.Module):
     self.formats = config.activation_format, config.gradient_format
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Shape (…, inputs) to (…, outputs); with experts, (B, E, C, inputs) to (B, E, C, outputs)."""
+    """Shape (…, inputs) to (…, outputs), by one kernel."""
     kernel = self.kernel.get_value()
     formats = self.formats if isinstance(kernel, eco.QuantizedArray) else ()
-    matmul = lambda x, w: eco.matmul(x, w, *formats)
-    y = matmul(x, kernel) if kernel.ndim == 2 else jax.vmap(matmul, (1, 0), 1)(x, kernel)
+    y = eco.matmul(x, kernel, *formats)
     if self.bias is None:
       return y
     bias = self.bias.get_value().astype(y.dtype)
@@ -193,9 +195,9 @@ class MLP(nnx.Module):
 class RoutedExperts(nnx.Module):
   """A weighted sum of the outputs of each token's best experts, plus shared experts.
 
-  A sequence's tokens go to buffers of `capacity` rows for each expert, in order of position. What
-  finds no row is dropped from the sum and counted; without a capacity factor every expert has a row
-  for every token, and nothing is ever dropped.
+  With a capacity factor, an expert takes the first `capacity` tokens of a sequence that choose it,
+  in order of position; what comes after is dropped from the sum and counted. Without one nothing is
+  ever dropped.
   """
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
@@ -206,18 +208,20 @@ class RoutedExperts(nnx.Module):
     if config.shared_experts:
       self.shared = MLP(config, config.shared_experts * config.expert_width, rngs)
 
-  def capacity(self, length: int) -> int:
-    """Rows of each expert's buffer for one sequence."""
-    config = self.config
+  def _kept(self, chosen_BxLTxE: jax.Array, expert_BxLT: jax.Array) -> jax.Array:
+    """Whether a choice is among the first of its expert's in its sequence."""
+    config, length = self.config, chosen_BxLTxE.shape[1] // self.config.experts_per_token
     if config.capacity_factor is None:
-      return length
+      return jnp.ones(expert_BxLT.shape, bool)
     rows = config.capacity_factor * length * config.experts_per_token / config.experts
-    return min(length, math.ceil(round(rows, 6)))  # 1.1 × 50 is a little more than 55.
+    capacity = math.ceil(round(rows, 6))  # 1.1 × 50 is a little more than 55.
+    before = jnp.sum((jnp.cumsum(chosen_BxLTxE, axis=1) - 1) * chosen_BxLTxE, axis=-1)
+    return before < capacity
 
   def __call__(self, x_BxLxD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Outputs like x, and the balance loss and share of dropped assignments of this layer."""
-    config, (B, L, D) = self.config, x_BxLxD.shape
-    E, T, C = config.experts, config.experts_per_token, self.capacity(L)
+    """Outputs like x, and the balance loss and share of dropped choices of this layer."""
+    config, (B, L, _) = self.config, x_BxLxD.shape
+    E, T = config.experts, config.experts_per_token
     # In float32, because a choice of experts is all or nothing.
     logits_BxLxE = product("bld,de->ble", x_BxLxD, self.router.get_value(), "highest")
     probability_BxLxE = jax.nn.softmax(logits_BxLxE, axis=-1)
@@ -227,22 +231,18 @@ class RoutedExperts(nnx.Module):
 
     expert_BxLT = expert_BxLxT.reshape(B, L * T)
     chosen_BxLTxE = (expert_BxLT[..., None] == jnp.arange(E)).astype(jnp.int32)
-    # The row of an assignment is the number of those before it that chose the same expert.
-    row_BxLT = jnp.sum((jnp.cumsum(chosen_BxLTxE, axis=1) - 1) * chosen_BxLTxE, axis=-1)
-    kept_BxLT = row_BxLT < C
-    slot_BxLT = jnp.where(kept_BxLT, expert_BxLT * C + row_BxLT, E * C)  # Out of bounds: dropped.
+    kept_BxLT = self._kept(chosen_BxLTxE, expert_BxLT)
+    expert_BxLxT = jnp.where(kept_BxLT, expert_BxLT, E).reshape(B, L, T)
 
-    token_LT = jnp.arange(L * T, dtype=jnp.int32) // T
-    scatter = lambda slot: jnp.full((E * C,), L, jnp.int32).at[slot].set(token_LT, mode="drop")
-    token_BxEC = jax.vmap(scatter)(slot_BxLT)  # L where a row stays empty.
-    gather = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
-    x_BxExCxD = gather(x_BxLxD, token_BxEC).reshape(B, E, C, D)
-    # Across an expert axis of the mesh, tokens go to their experts here and come back below.
-    x_BxExCxD = sharding.constrain(x_BxExCxD, "expert_batch", "expert", None, None)
-    y_BxExCxD = sharding.constrain(self.experts(x_BxExCxD), "expert_batch", "expert", None, None)
-    y_BxECxD = sharding.constrain(y_BxExCxD.reshape(B, E * C, D), "batch", None, None)
-    y_BxLxTxD = gather(y_BxECxD, slot_BxLT).reshape(B, L, T, D)
-    y_BxLxD = product("bltd,blt->bld", y_BxLxTxD, weight_BxLxT, "highest").astype(x_BxLxD.dtype)
+    definition, state = nnx.split(self.experts)
+
+    def expert(kernels: Any, x_RxD: jax.Array) -> jax.Array:
+      own = jax.tree.map(lambda x: x, state)  # Of its own, because filling it in changes it.
+      nnx.replace_by_pure_dict(own, kernels)
+      return nnx.merge(definition, own)(x_RxD)  # type: ignore[no-any-return]
+
+    kernels = nnx.to_pure_dict(state)
+    y_BxLxD = experts.apply(expert, kernels, x_BxLxD, expert_BxLxT, weight_BxLxT)
     if config.shared_experts:
       y_BxLxD = y_BxLxD + self.shared(x_BxLxD)
 
