@@ -86,10 +86,14 @@ def _with_arrays(like: Any, arrays: Arrays) -> Any:
 
 
 def by_size(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
-  """`by_rows` for large matrices, and for small ones the definition."""
+  """`by_rows`, and for a small matrix the definition.
+
+  Stacks, and layers of one, are changed in place by chunks alone.
+  """
   m = matrices(leaf)
-  is_small = m is not None and m.rows * m.columns <= _SMALL_MATRIX
-  return (by_layers if is_small else by_rows)(step, rounding, leaf)
+  if m is None or (matrix_numbers(leaf) is None and m.rows * m.columns <= _SMALL_MATRIX):
+    return by_layers(step, rounding, leaf)
+  return by_rows(step, rounding, leaf)
 
 
 def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:

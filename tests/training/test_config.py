@@ -109,7 +109,7 @@ def test_a_dry_run_takes_the_devices_it_is_given():
 def test_every_config_opens_with_its_command_its_machine_and_its_result(name):
   head = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
   command = f"python scripts/train.py --config=configs/{name}.py --workdir=runs/{name}"
-  assert head.split("\n\n")[1].startswith(command)
+  assert " ".join(head.split("\n\n")[1].split()).startswith(command)
   assert "\nMachine: " in head
   assert "\nResult: " in head
   # Every loss is in a file that the text names.

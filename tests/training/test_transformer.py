@@ -574,7 +574,7 @@ def test_experts_alone_or_all_linears_of_blocks_are_quantized(quantized, count):
     ({"dense_layers": 1}, "dense_layers 1 and quantized 'blocks' are of models with experts"),
     ({"quantized": "experts"}, "quantized 'experts' are of models with experts"),
     ({"activation": "relu"}, "activation 'relu' is none of silu, gelu"),
-    ({"quantized": "all"}, "quantized 'all' is none of blocks, experts"),
+    ({"quantized": "head"}, "quantized 'head' is none of blocks, experts, all"),
     ({"remat": "some"}, "remat 'some' is none of none, dots, full"),
   ],
 )
