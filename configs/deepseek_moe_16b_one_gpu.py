@@ -4,8 +4,8 @@ python scripts/train.py --config=configs/deepseek_moe_16b_one_gpu.py
   --workdir=runs/deepseek_moe_16b_one_gpu --config.init_from=deepseek-moe-16b-base
   --config.data.path=data/guanaco
 
-Machine: one GPU of 40 GB. The state takes 23.65 GiB and the step 30.78 GiB at
-the peak, as compiled for one H100 (results/one_gpu/deepseek_moe_16b_one_gpu.json).
+Machine: one GPU of 32 GB or more. The state takes 23.65 GiB and the step 28.91 GiB at the peak, as
+compiled for one H100 (results/one_gpu/deepseek_moe_16b_one_gpu.json).
 Result: not trained yet.
 
 deepseek_moe_16b.py with a byte for each weight's momentum, and row and column means of second
@@ -39,6 +39,7 @@ def get_config():
     quantized="all",
     vocabulary_parts=25,
     remat="full",
+    mlp_blocks=True,
     loss_chunks=16,
   )
   config.moments.update(mu="float8_e4m3fn", nu="factored")

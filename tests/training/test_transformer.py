@@ -368,6 +368,7 @@ def test_weights_weigh_targets(chunks):
     ("gemma", {"loss_chunks": 4}),
     ("mixed", {"remat": "dots", "loss_chunks": 4}),
     ("mixed", {"remat": "full"}),
+    ("deepseek", {"mlp_blocks": True}),
   ],
 )
 def test_chunks_of_the_loss_and_what_is_made_again_change_no_gradient(family, changes):
@@ -387,9 +388,12 @@ def test_chunks_that_do_not_divide_are_refused():
     transformer.loss(config, params, TOKENS)
 
 
-@pytest.mark.parametrize("family", ["llama", "smoe", "deepseek"])
-def test_gradients_through_codes_are_those_of_the_dense_view(family):
-  config, params = model(family, packed=True)
+@pytest.mark.parametrize(
+  ("family", "changes"),
+  [("llama", {}), ("llama", {"mlp_blocks": True}), ("smoe", {}), ("deepseek", {})],
+)
+def test_gradients_through_codes_are_those_of_the_dense_view(family, changes):
+  config, params = model(family, packed=True, **changes)
   (value, _), grads = gradients(config, params, dense=True)
   (code_value, _), code_grads = gradients(config, params, dense=False)
   np.testing.assert_allclose(value, code_value, rtol=1e-5)

@@ -75,6 +75,9 @@ class TransformerConfig:
   gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
   remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
+  # Whether MLPs without experts take up to 1,024 rows at a time, whose hidden channels the backward
+  # pass makes again: for long batches and wide MLPs.
+  mlp_blocks: bool = False
   separator: int = -1  # The token that ends documents, which attention stays in; -1: it does not.
   loss_chunks: int = 1  # Parts of a sequence whose logits are made, and made again, one by one.
 

@@ -192,6 +192,28 @@ class MLP(nnx.Module):
     return self.down(y)
 
 
+def _as_function(mlp: MLP) -> tuple[experts.Expert, Any]:
+  """An MLP as a function of kernels and rows, and its kernels."""
+  definition, state = nnx.split(mlp)
+
+  def fn(kernels: Any, x_RxD: jax.Array) -> jax.Array:
+    own = jax.tree.map(lambda x: x, state)  # Of its own, because filling it in changes it.
+    nnx.replace_by_pure_dict(own, kernels)
+    return nnx.merge(definition, own)(x_RxD)  # type: ignore[no-any-return]
+
+  return fn, nnx.to_pure_dict(state)
+
+
+def _dense(config: TransformerConfig, mlp: MLP, x_BxLxD: jax.Array) -> jax.Array:
+  """An MLP that takes every token: in blocks of rows it is one expert that all choose."""
+  if not config.mlp_blocks:
+    return mlp(x_BxLxD)
+  expert, kernels = _as_function(mlp)
+  kernels = jax.tree.map(lambda x: x[None], kernels)
+  one = (*x_BxLxD.shape[:2], 1)
+  return experts.apply(expert, kernels, x_BxLxD, jnp.zeros(one, jnp.int32), jnp.ones(one))
+
+
 class RoutedExperts(nnx.Module):
   """A weighted sum of the outputs of each token's best experts, plus shared experts.
 
@@ -234,17 +256,10 @@ class RoutedExperts(nnx.Module):
     kept_BxLT = self._kept(chosen_BxLTxE, expert_BxLT)
     expert_BxLxT = jnp.where(kept_BxLT, expert_BxLT, E).reshape(B, L, T)
 
-    definition, state = nnx.split(self.experts)
-
-    def expert(kernels: Any, x_RxD: jax.Array) -> jax.Array:
-      own = jax.tree.map(lambda x: x, state)  # Of its own, because filling it in changes it.
-      nnx.replace_by_pure_dict(own, kernels)
-      return nnx.merge(definition, own)(x_RxD)  # type: ignore[no-any-return]
-
-    kernels = nnx.to_pure_dict(state)
+    expert, kernels = _as_function(self.experts)
     y_BxLxD = experts.apply(expert, kernels, x_BxLxD, expert_BxLxT, weight_BxLxT)
     if config.shared_experts:
-      y_BxLxD = y_BxLxD + self.shared(x_BxLxD)
+      y_BxLxD = y_BxLxD + _dense(config, self.shared, x_BxLxD)
 
     # 1 when every expert gets the same share of a sequence, more the less even they are.
     share_BxE = jnp.mean(chosen_BxLTxE.astype(jnp.float32), axis=1)
@@ -287,5 +302,5 @@ class Block(nnx.Module):
     if self.routed:
       y_BxLxD, aux = self.moe(h_BxLxD)
     else:
-      y_BxLxD = self.mlp(h_BxLxD)
+      y_BxLxD = _dense(self.config, self.mlp, h_BxLxD)
     return x_BxLxD + (self.mlp_post_norm(y_BxLxD) if after else y_BxLxD), aux
