@@ -221,7 +221,7 @@ def _pull(
   split: Collection[Any],
   cotangents: list[Any],
 ) -> dict[Any, Any]:
-  """Cotangents of what is differentiated, those of shared operands summed in float32."""
+  """Cotangents of the primals. Those of shared operands are summed in float32."""
   if not split:
     return jax.vjp(lambda primals: fn(primals, operands), primals)[1](cotangents)[0]
   shared = {k: x for k, x in primals.items() if k not in split}
@@ -301,7 +301,7 @@ def _forward_of_scan(
   first_carry, first_stack = p["num_consts"], p["num_consts"] + p["num_carry"]
   released = pick(loss.parameters, piece.released)
 
-  # Operands by their place in the equation, those of released stacks apart.
+  # Operands are numbered by their place in the equation. Released stacks are kept apart.
   variables = {i: x for i, x in enumerate(eqn.invars) if not isinstance(x, core.Literal)}
   place = {x: i for i, x in variables.items()}
   places = {path: [place.get(x) for x in own.variables] for path, own in released.items()}
@@ -329,7 +329,7 @@ def _forward_of_scan(
     return jnp.moveaxis(value, 0, 1) if i in split and i >= first_stack else value
 
   def of_operand(i: int, x: jax.Array) -> jax.Array:
-    """The cotangent of the equation's operand from that of the loops' operand."""
+    """Turns the cotangent of the loops' operand into that of the equation's operand."""
     if i in split and variables[i] not in loss.split:
       return jnp.sum(x, 0)
     return jnp.moveaxis(x, 0, 1) if i in split and i >= first_stack else x
@@ -515,7 +515,7 @@ class _Change(NamedTuple):
 
   factor: np.float32  # Of the gradients that change.
   same: frozenset[str]  # Leaves whose gradients stay.
-  same_layer: frozenset[str]  # Stacks of which the first layer's gradient stays.
+  same_layer: frozenset[str]  # Stacks whose first layer's gradient stays.
 
   def gradient(self, path: str, grad: Any) -> Any:
     """The other gradient of a leaf."""
@@ -682,10 +682,10 @@ def value_and_step(
   again. Parameters of an unrolled model are stepped one layer after another; `jax.checkpoint` each
   layer. What the loss uses in several places, such as a tied embedding, is stepped at the end.
 
-  The numbers are those of the ordinary step, but for the order of sums. Gradients that are not
-  finite skip the step of their own layer, or of the leaves that are stepped with them, bit for
-  bit, where the ordinary step would skip all or nothing; the optimizer's count of steps goes on. A
-  loss that is not finite changes nothing.
+  The step gives the numbers of the ordinary step, except that sums may be in another order.
+  Gradients that are not finite skip the step of their own layer, or of the leaves that are stepped
+  with them, bit for bit, where the ordinary step would skip all or nothing. The optimizer still
+  counts the step. A loss that is not finite changes nothing.
 
   Args:
     fn: a scalar function of parameters and further arguments, as in `value_and_grad`. It is traced.

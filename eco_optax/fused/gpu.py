@@ -288,7 +288,7 @@ class _Program(NamedTuple):
   plan: _Plan
   integers: Any  # See `leaf.operands`.
   scalars: Any
-  factors: tuple[Any, ...]  # Of moments that are read only.
+  factors: tuple[Any, ...]  # Of moments that are only read.
   scale: Any
   qvalue: Any
   gradient: Any

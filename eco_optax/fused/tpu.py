@@ -148,7 +148,7 @@ class _Panel(NamedTuple):
 
   integers: Any  # See `leaf.operands`.
   scalars: Any
-  factors: tuple[Any, ...]  # Of moments that are read only; those of a tile's rows are one row.
+  factors: tuple[Any, ...]  # Of moments that are only read; a tile's row factors form one row.
   scale: Any
   qvalue: Any
   gradient: Any

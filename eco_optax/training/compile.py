@@ -367,7 +367,7 @@ def _table(text: str, name: str) -> dict[str, str]:
 
 
 def _sources(text: str) -> dict[str, str]:
-  """File and line of each stack frame, those of this package where it calls others."""
+  """File and line of each stack frame: of this package's own code, where it calls others."""
   files, places = _table(text, "FileNames"), _table(text, "FileLocations")
   number = lambda name, entry: re.search(rf"{name}=(\d+)", entry)[1]  # type: ignore[index]
   frames = {
