@@ -50,6 +50,11 @@ def pytest_collection_finish():
   gc.freeze()
 
 
+def pytest_make_parametrize_id(val, argname):
+  """Names bytes by their argument: what is in them tells a reader nothing, and a gzip file a time."""
+  return argname if isinstance(val, bytes) else None
+
+
 # Modules with tests of half a minute: they come first, so that no worker is left alone with one.
 _LONG = ("test_notebooks.py", "test_faults.py", "test_step.py", "test_distributed.py")
 
