@@ -51,7 +51,7 @@ def pytest_collection_finish():
 
 
 def pytest_make_parametrize_id(val, argname):
-  """Names bytes by their argument: what is in them tells a reader nothing, and a gzip file a time."""
+  """Names bytes by their argument: they tell a reader nothing, and gzip writes the time into them."""
   return argname if isinstance(val, bytes) else None
 
 
