@@ -51,7 +51,7 @@ def pytest_collection_finish():
 
 
 def pytest_make_parametrize_id(val, argname):
-  """Names bytes by their argument: they tell a reader nothing, and gzip writes the time into them."""
+  """Names bytes by their argument, for gzip writes the time into what it compresses."""
   return argname if isinstance(val, bytes) else None
 
 
