@@ -368,12 +368,18 @@ def _probe(
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
   for path, (usual, at_ten, at_large) in reports.items():
     message = _refusal(path, usual) or _refusal(path, at_large)
-    j, other = (np.asarray(report.by_momentum[path]) for report in (usual, at_ten))
-    # Where an update is clipped element by element it is 0.
-    if not message and np.any((other != 0) & ~np.isclose(j, other, rtol=0.05, atol=0)):
+    j, j_at_ten, j_at_large = (np.asarray(report.by_momentum[path]) for report in reports[path])
+    # The derivative of a clip is 0 or what it is without.
+    if not message and np.any((j_at_ten != 0) & ~np.isclose(j, j_at_ten, rtol=0.05, atol=0)):
       message = (
         "the update is not linear in its momentum (its derivative changes with it), so a"
         " quantization error put in it would not come back in full"
+      )
+    if not message and np.any((j != 0) & ((j_at_ten == 0) | (j_at_large == 0))):
+      message = (
+        "the update is clipped behind the momentum, and where it is clipped a quantization error"
+        " in the momentum is lost. Clip gradients instead, before the optimizer, as in"
+        " optax.chain(optax.clip(1.0), optax.adamw(schedule)), or leave the clip out"
       )
     if message:
       raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
@@ -481,7 +487,7 @@ def _refusal(path: str, report: _Report) -> str | None:
       "the update is not element-wise in its momentum (a norm, a trust ratio or a matrix function"
       " follows it), so a quantization error cannot be paid back through it"
     )
-  if report.is_large:  # Where an update is clipped element by element, the rest says nothing.
+  if report.is_large:  # Where an update is clipped element by element `probe` says so.
     return None
   if not np.any(report.decay[path]):
     return (
