@@ -341,12 +341,13 @@ def fault(case: Case) -> str | None:
         faults.append(f"{path}: frozen, and moved")
       return
     want64 = np.asarray(want, np.float64)
+    dense = lambda x: np.asarray(x.dequantize() if is_quantized(x) else x, np.float64)
+    value, moved = dense(new), np.abs(want64 - dense(old))
     if not is_quantized(new):
-      if not np.allclose(np.asarray(new, np.float64), want64, rtol=1e-2, atol=STEPS * RATE / 8):
+      near = STEPS * RATE / 8 + 1e-2 * np.abs(want64) + case.spread * moved
+      if not np.all(np.abs(value - want64) <= near):
         faults.append(f"{path}: a float leaf goes another way")
       return
-    value = np.asarray(new.dequantize(), np.float64)
-    moved = np.abs(want64 - np.asarray(old.dequantize(), np.float64))
     limit = case.slack * np.maximum(grid_step(old), grid_step(new)) + case.spread * moved + 1e-6
     off = np.abs(value - want64) / limit
     if not np.all(off <= 1):
