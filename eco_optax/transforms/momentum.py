@@ -368,7 +368,9 @@ def _probe(
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
   for path, (usual, at_ten, at_large) in reports.items():
     message = _refusal(path, usual) or _refusal(path, at_large)
-    j, j_at_ten, j_at_large = (np.asarray(report.by_momentum[path]) for report in reports[path])
+    j, j_at_ten, j_at_large = (
+      np.asarray(report.by_momentum[path]) for report in (usual, at_ten, at_large)
+    )
     # The derivative of a clip is 0 or what it is without.
     if not message and np.any((j_at_ten != 0) & ~np.isclose(j, j_at_ten, rtol=0.05, atol=0)):
       message = (
