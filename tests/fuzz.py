@@ -46,9 +46,9 @@ FORMATS = {
 NAMES = ("kernel", "bias", "mu", "nu", "count", "step", "trace", "w", "0", "error", "inner")
 SHAPES = ((32, 8), (3, 32, 8), (64, 4), (2, 3, 32, 4))
 VECTORS = ((8,), (), (0, 4), (5,))
-# Share of its way that a weight may go too far where the second moment is kept in FP8: four standard
-# deviations. With b2 = 0.999 the moment v of step k should grow by v / k, which is less than FP8's
-# spacing of about v / 12, so that it grows by a whole spacing now and then: after K steps its
+# Share of its way that a weight may go too far where the second moment is kept in FP8, as four
+# standard deviations. With b2 = 0.999 the moment v of step k should grow by v / k, which is below
+# FP8's spacing of about v / 12, so that it grows by a whole spacing now and then: after K steps its
 # variance is v² / 24, that of its root a quarter.
 FP8_SPREAD = 4 * (1 / 24) ** 0.5 / 2
 
