@@ -52,7 +52,7 @@ def gemma(path: str, leaf: Any) -> int | tuple[int, ...]:
 
   `attn_vec_einsum` is `(heads, head width, width)` and summed over two axes. `q_einsum`,
   `kv_einsum` and `qkv_einsum` are `(…, width, head width)`, as usual. `gating_einsum` is `(2,
-  width, hidden width)` or, in later models, `(2, hidden width, width)`, of which the smaller is
+  width, hidden width)` or, in later models, `(2, hidden width, width)`, where the smaller is
   summed over. `input_embedding`, `(tokens, width)`, is summed over its width where it makes logits.
 
   Args:

@@ -25,7 +25,7 @@ def _norm(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-  """The ratio, NaN where there is nothing to compare with."""
+  """The ratio; NaN where the divisor is zero."""
   return numerator / jnp.where(denominator > 0, denominator, jnp.nan)
 
 
@@ -78,7 +78,7 @@ def fraction_moved(old_params: Any, new_params: Any) -> jax.Array:
 
 
 def error_similarity(previous: Any, current: Any) -> tuple[jax.Array, jax.Array]:
-  """How alike two consecutive quantization errors are, which the paper's derivation rests on.
+  """Similarity of two consecutive quantization errors, which the paper's derivation assumes.
 
   Args:
     previous: a tree of float32 errors.
@@ -128,7 +128,7 @@ def lost_injection(proposed: Any, injection: Any, stored: Any) -> jax.Array:
 def kept_injection(proposed: Any, injection: Any, stored: Any) -> jax.Array:
   """How much of an injection a momentum holds once it is stored: 1 is all of it.
 
-  Rounding to nearest swallows what is small, so that this falls below 1; stochastic rounding keeps
+  Rounding to nearest loses small parts, so that this falls below 1; stochastic rounding keeps
   it in the mean, whatever noise `lost_injection` finds beside it.
 
   Args:

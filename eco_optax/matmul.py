@@ -78,9 +78,9 @@ def _factor(x: jax.Array, format: Format | None) -> tuple[jax.Array, jax.Array |
 def _dot(values: jax.Array, kernel: jax.Array, dtype: Any, kernel_axis: int = 0) -> jax.Array:
   """The product of activations and a kernel, codes or floats, over one axis of the kernel.
 
-  Two factors of float8 codes go to the compiler as they are, which takes float8 units where the
+  Two factors of float8 codes go to the compiler unconverted, which takes float8 units where the
   machine has them and widens the codes, exactly, where not; int8 codes have integer sums. All other
-  pairs are multiplied in `dtype`, that of the activations. Sums are float32.
+  pairs are multiplied in `dtype`, the activations'. Sums are float32.
 
   Returns:
     bfloat16 where that is `dtype`, else float32, still to be multiplied by the scales. Units for
@@ -214,10 +214,10 @@ def matmul(
     w: a kernel of shape `(in, out)`, packed or float. Inside `value_and_grad(…, dense=False)` a
       packed kernel collects its gradient.
     activation_format: of the activations, such as `eco.FP8_TOKEN` (one scale per token); always
-      rounded to nearest. None leaves them as they are.
+      rounded to nearest. None leaves them unchanged.
     gradient_format: of the cotangents that the input's gradient is made of, `eco.FP8_E5M2_TOKEN` or
       `eco.FP8_TOKEN`; w is then packed, with one scale per channel (of outputs or inputs) or per
-      matrix, in float8 or 4 bits. None leaves them as they are. NVIDIA's GPUs have no product of
+      matrix, in float8 or 4 bits. None leaves them unchanged. NVIDIA's GPUs have no product of
       E5M2 by E5M2: for `eco.FP8_E5M2` weights take `eco.FP8_TOKEN`.
     gradient_key: a PRNG key or an integer, a new one for every step and layer: cotangents are then
       rounded stochastically, and dx is its own mean without rounding. None rounds to nearest.

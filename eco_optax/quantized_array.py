@@ -177,7 +177,7 @@ def _guard_type(path: str) -> Any:
 
 
 def as_update(path: str, leaf: Any) -> Any:
-  """A packed leaf as the update that replaces another; other leaves as they are.
+  """A packed leaf as the update that replaces another; other leaves unchanged.
 
   Arithmetic on codes and scales would be wrong, and nothing in them can tell. An update has a guard
   beside them, an array of a type that has no arithmetic: JAX raises a `TypeError` that names the
@@ -192,7 +192,7 @@ def as_update(path: str, leaf: Any) -> Any:
 
 
 def as_parameter(leaf: Any) -> Any:
-  """A packed update as a parameter; other leaves as they are."""
+  """A packed update as a parameter; other leaves unchanged."""
   return dataclasses.replace(leaf, guard=None, role="parameter") if is_quantized(leaf) else leaf
 
 
@@ -540,7 +540,7 @@ def quantize(
     key: a PRNG key or an integer, for stochastic rounding.
 
   Returns:
-    The tree with the chosen leaves as QuantizedArray; the others as they are.
+    The tree with the chosen leaves as QuantizedArray; the others unchanged.
 
   Raises:
     ValueError: naming the leaf, if a chosen leaf is not of floats or the format does not fit it; or

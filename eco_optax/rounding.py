@@ -269,7 +269,7 @@ def mixed(element: jax.Array, offset: jax.Array | None = None) -> jax.Array:
   Args:
     element: uint32 indices in their matrix, row after row.
     offset: uint32 below the lowest bit that is not zero in any `element`, to be added to them: for
-      elements side by side of which the first is told.
+      elements side by side, by their first.
 
   Returns:
     uint32 of element's shape, or of offset's.
@@ -310,7 +310,7 @@ def counter_bits(
     key: uint32 of shape (2,), see `stream_key`.
     shape: of the wanted array.
     layer: index along the first axis of the stack that the wanted array is one layer of, if it is:
-      then the bits are those that the whole stack would give that layer.
+      then the bits equal the whole stack's for that layer.
 
   Returns:
     uint32 array of `shape`.

@@ -1,4 +1,4 @@
-"""What is known of SGD with momentum under quantization: closed forms, bounds and a simulator.
+"""SGD with momentum under quantization: closed forms, bounds and a simulator.
 
 Momentum is in the paper's form, m̃ = β m + (1 − β) g and u = −η m̃, see `sgdm`. The simulator runs
 the package's own transforms, so what it finds holds for them and not for a copy of their formulas.

@@ -48,7 +48,7 @@ def select(choose_old: jax.Array, old: PyTree, new: PyTree) -> PyTree:
 def owners(state: dict[str, Any], params: Collection[str]) -> dict[str, str | None]:
   """The parameter that each leaf of an optimizer's state belongs to.
 
-  A state keeps moments in trees like that of the parameters: below such a tree's path there is
+  A state keeps moments in trees like the parameters': below such a tree's path there is
   nothing but paths of parameters. A parameter may be called as a field of the state is, `mu` or
   `count`, and so may what it is in; counters, integers without an axis, belong to none.
 

@@ -297,6 +297,8 @@ RAISES_ALONE = {
   # Step sizes from inner products over the whole tree.
   "momo": lambda: contrib.momo(RATE, beta=0.5),
   "momo_adam": lambda: contrib.momo_adam(RATE, b1=0.5),
+  # Weights' distance from where they began is scaled, and their errors with it.
+  "mechanize": lambda: contrib.mechanize(optax.adam(RATE, b1=0.5)),
   # What follows the momentum mixes elements.
   "clipped adam": lambda: optax.chain(optax.adam(RATE), optax.clip_by_global_norm(1.0)),
   "clipped tightly": lambda: optax.chain(optax.adam(RATE), optax.clip_by_global_norm(1e-3)),

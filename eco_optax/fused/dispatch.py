@@ -80,7 +80,7 @@ _take_step_p.multiple_results = True
 
 
 def on_one_device(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
-  """The step of a leaf, or of a device's part of it: one program for all leaves that are alike."""
+  """The step of a leaf, or of a device's part of it: one program for leaves of the same kind."""
   flat, treedef = jax.tree.flatten(leaf)
   results = _compiled(step=step, rounding=rounding, treedef=treedef)(*flat)
   return jax.tree.unflatten(jax.tree.structure(leaf.results), results)

@@ -49,7 +49,7 @@ Group = tuple[int, int]  # Rows and columns that share a scale.
 
 
 class Tuning(NamedTuple):
-  """What is free to choose; None for what was fastest on an H200, see results/gpu."""
+  """Free choices; None takes the fastest on an H200, see results/gpu."""
 
   elements: int | None = None  # Of a tile, for each thread.
   chunk: int | None = None  # Elements of a tile, but for rows in registers.
@@ -214,7 +214,7 @@ def plan(
     if width > tuning.row or (width - columns) * 8 > columns:
       best = _READ_TWICE
       width = min(tuning.chunk or best[1], width)
-      # The largest tile of which there are whole ones, if it is not much smaller.
+      # The largest tile that divides the rows, if it is not much smaller.
       width = next((n for n in (width, width // 2, width // 4) if columns % n == 0), width)
       turns = -(-columns // width)
     # Several short rows together.
@@ -357,7 +357,7 @@ class _Program(NamedTuple):
     return rounding_lib.element_bits(key, elements, number)
 
   def spread(self, scale: jax.Array, group: Group) -> jax.Array:
-    """Scales as they are stored, with the axes of `_Groups.split`."""
+    """Stored scales, with the axes of `_Groups.split`."""
     if scale.dtype == jnp.uint8:
       scale = _from_byte(scale)
     if group[1] == 1:  # (blocks, columns)
@@ -628,8 +628,8 @@ def _call(
     plan: what for.
     kernel: of it.
     programs: how many.
-    given: what is only read.
-    changed: what is changed in place; after `given` among the operands.
+    given: arrays that are only read.
+    changed: arrays that are changed in place; after `given` among the operands.
     new: shapes of results that are made.
 
   Returns:
@@ -797,7 +797,7 @@ def by_tiles(
 def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
   """What the kernels load from memory and store there for a leaf (of shapes, or of arrays).
 
-  What is read a second time from the caches does not count.
+  A second read that the caches serve does not count.
   """
   own = plan(step, rounding, leaf)
   if own is None:

@@ -207,8 +207,8 @@ def _stochastic_e4m3(roots: bool, exact: bool = False) -> str:
 
   From the smallest normal code on, a code is the upper bits of the value's own, and a dither in the
   bits below carries into them as `rounding.code_bits` has it: that keeps 21 of 24 significant bits,
-  so of the dither's 27 bits only the upper 20 meet any. What is left converts exactly, and where it
-  carried beyond the largest code, comes back to it. What is smaller is rare, and takes the way of
+  so of the dither's 27 bits only the upper 20 meet any. The rest converts exactly, and where it
+  carried beyond the largest code, comes back to it. Smaller values are rare, and take the way of
   `rounding.code_bits`.
 
   Args:

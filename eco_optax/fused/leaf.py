@@ -214,8 +214,8 @@ def operands(leaf: Leaf) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
 
   Returns:
     int32 numbers (first row and column, numbers of the matrices, keys of the random bits), the
-    step's float32 scalars, and arrays: scales in float32, codes, gradient, and those that moments
-    are stored in, of codes the scales first, without factors.
+    step's float32 scalars, and arrays: scales in float32, codes, gradient, and stored moments, with
+    the scales of codes before them, without factors.
   """
   first = jnp.stack([jnp.asarray(x, jnp.int32) for x in origin(leaf)[:2]])
   numbers = matrix_numbers(leaf)
@@ -271,7 +271,7 @@ def results(
     leaf: the old.
     scale: float32, of the weight.
     qvalue: its codes; these and those of moments may be given as bytes.
-    moments: the arrays they are stored in, but for those that are read only.
+    moments: the arrays they are stored in, without the read-only ones.
     largest: the largest proposal of each matrix, which scales of scales follow.
   """
   typed = lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)

@@ -31,7 +31,7 @@ def split_of(leaf: Leaf, sharding: Any) -> Split | None:
   if m is None:
     return None
   shape, granularity = leaf.weight.shape, leaf.weight.format.granularity
-  # The sharding of one layer is that of its stack, without the first axis.
+  # A layer has the sharding of its stack, without the first axis.
   entries = [*sharding.spec, *[None] * (len(shape) + (leaf.layer is not None))]
   entries = entries[leaf.layer is not None :][: len(shape)]
   if PartitionSpec.UNCONSTRAINED in entries:

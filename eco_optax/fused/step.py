@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What is known of a step before its numbers are."""
+  """The static part of a step: known before any number is."""
 
   step: Step
   rounding: Rounding
@@ -134,7 +134,7 @@ def settle(
     unit: the `tensor_scale` of a two-level format.
 
   Yields:
-    What is to be stored, one after another, so that a kernel need not keep it: the weight's codes,
+    The results, one after another, so that a kernel need not keep them: the weight's codes,
     with scales as stored, and each moment, None for one that is read only.
   """
   random = bits(0) if plan.rounding == "stochastic" else None
@@ -153,7 +153,7 @@ def settle(
 def settle_others(
   plan: Plan, proposal: Proposal, bits: Callable[[int], jax.Array]
 ) -> Iterator[Codes | jax.Array | None]:
-  """What is to be stored of the moments after the first, which no error changes."""
+  """The stored moments after the first, which no error changes."""
   others = zip(plan.moments[1:], proposal.moments[1:], strict=True)
   for k, (how, moment) in enumerate(others, 2):
     yield how.write(moment, functools.partial(bits, k), plan.how)
@@ -162,7 +162,7 @@ def settle_others(
 def arrays(
   stored: Stored, moment: Codes | jax.Array | None, pack: Callable[[jax.Array, Format], jax.Array]
 ) -> tuple[jax.Array, ...]:
-  """What is written of a moment: its scales and packed codes, or itself."""
+  """A moment as written: its scales and packed codes, or the array itself."""
   if moment is None:
     return ()
   if not isinstance(moment, Codes):

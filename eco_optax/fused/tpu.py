@@ -3,7 +3,7 @@
 One program takes a panel, all rows of 128 columns of a matrix, and works through it tile by tile.
 Where a scale depends on all rows a first loop over the tiles finds the largest proposals, and where
 it depends on other columns too, or on rows that other devices have, a kernel before does. The
-arithmetic is that of `step.definition`, by the same functions.
+arithmetic is `step.definition`'s, by the same functions.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def applies(leaf: Leaf) -> bool:
 
 
 def _unpack(stored: jax.Array, format: Format) -> jax.Array:
-  """int32 codes from what is stored: two to a byte if they have four bits."""
+  """int32 codes from the stored array: two to a byte if they have four bits."""
   return pltpu.bitcast(stored, jnp.int4 if format.bits == 4 else jnp.int8).astype(jnp.int32)
 
 

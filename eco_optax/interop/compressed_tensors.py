@@ -226,7 +226,7 @@ def formats(
 
 
 def formats_of(told: json_fields.Fields) -> tuple[Format, Format | None] | None:
-  """The same, adding what is wrong to `told.problems`; None if there is anything."""
+  """The same, adding faults to `told.problems`; None if there are any."""
   before = len(told.problems)
   method, groups = told.take("quant_method", TEXT), told.take("config_groups", OBJECT, {})
   if method != "compressed-tensors" or len(groups) != 1:

@@ -571,7 +571,7 @@ def _differences(
 def family(config: TransformerConfig, kind: str | None) -> str:
   """The kind of model that a config is, or the one asked for.
 
-  It is one that says the model again: what is written for it is read to have the same fields.
+  It describes the model exactly: written out and read back it has the same fields.
 
   Raises:
     ValueError: naming, for each kind, what it has not.

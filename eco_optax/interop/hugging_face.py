@@ -50,7 +50,7 @@ class _Place(NamedTuple):
   end: str = "weight"  # Of the tensor's name, behind the module's.
 
   def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Indices of the leading axes, and the names of what is there."""
+    """Indices of the leading axes, and the names of the tensors there."""
     for i, layer in enumerate(self.layers or range(self.parts or 1)):
       for expert in range(self.experts or 1):
         index = ((i,) if self.layers or self.parts else ()) + ((expert,) if self.experts else ())
@@ -179,7 +179,7 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   Args:
     folder: of the checkpoint.
     target: parameters, or their shapes as from `jax.eval_shape`: a tree of arrays and packed
-      leaves, of which dtypes, formats and shardings are taken.
+      leaves, which give dtypes, formats and shardings.
     config: of the model, in agreement with `read_config(folder)`.
 
   Returns:
@@ -240,7 +240,7 @@ def _is_tied(tensors: _Tensors) -> bool:
 
 
 def _module(tensors: _Tensors, name: str) -> dict[str, np.ndarray]:
-  """Tensors of a module by what is behind its name."""
+  """Tensors of a module by the rest of their names."""
   ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale")
   return {end: tensors[f"{name}.{end}"] for end in ends if f"{name}.{end}" in tensors}
 
@@ -419,7 +419,7 @@ def save(
   Embedding and head are written as the values they stand for: servers look up float rows.
 
   Args:
-    folder: that there is not yet; it appears once it is whole.
+    folder: must not exist; created atomically.
     params: of the model, on devices that this process can read.
     config: of the model; its activation_format is how the served model rounds activations.
     kind: one of `config_json.FAMILIES`; None takes the first that the model fits.
@@ -508,7 +508,7 @@ def _on_host(leaf: Any, layer: int | None) -> Any:
 def _saved(
   leaf: Any, place: _Place, dtype: np.dtype, packed: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors of one parameter, of which one layer at a time is on the host."""
+  """The tensors of one parameter, one layer of them at a time on the host."""
   if place.parts:
     parts = [_on_host(leaf, i) for i in range(place.parts)]
     rows = [x.dequantize() if is_quantized(x) else x for x in parts]

@@ -34,7 +34,7 @@ REQUIRED = object()
 
 
 class Fields:
-  """An object of JSON; `problems` collects what is wrong, in words that name the entry.
+  """An object of JSON; `problems` collects faults, in words that name the entry.
 
   `finish` reports every entry that was neither taken, expected nor ignored: such an entry may
   change the meaning of the others.

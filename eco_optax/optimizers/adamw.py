@@ -171,7 +171,7 @@ def adamw(
   if not callable(weight_decay):
     closed = _closed_form(learning_rate, b1, b2, eps, eps_root, nesterov)
   return build.without_master_weights(
-    optimizer, closed, learning_rate, max_norm, keep_error,
+    optimizer, closed, learning_rate, max_norm, keep_error, momentum=b1,
     format=format, where=where, rounding=rounding, seed=seed, fused=fused, decay=weight_decay,
     mask=mask,
   )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from eco_optax.formats import Format
@@ -53,6 +54,11 @@ def injection_per_error(
   return error_feedback.inject(jnp.ones([], jnp.float32), j, steps)
 
 
+def _decays(momentum: Any) -> bool:
+  """Whether a decay rate is a number above 0 and below 1."""
+  return isinstance(momentum, (float, np.floating)) and bool(0 < momentum < 1)
+
+
 def without_master_weights(
   optimizer: optax.GradientTransformation,
   closed: Optimizer | None,
@@ -60,6 +66,7 @@ def without_master_weights(
   max_norm: float | None,
   keep_error: bool,
   *,
+  momentum: Any = None,
   format: Format | None,
   where: Where | None,
   rounding: Rounding,
@@ -75,6 +82,8 @@ def without_master_weights(
     learning_rate: the optimizer's.
     max_norm: clips the gradients' global norm, if given.
     keep_error: as in `error_feedback_to_momentum`.
+    momentum: decay rate of the momentum of an optimizer that is known to suit the rule, with its
+      learning rate behind the momentum; else the optimizer is tried.
     format: as in `quantize_params`.
     where: as in `quantize_params`.
     rounding: as in `quantize_params`.
@@ -82,13 +91,14 @@ def without_master_weights(
     fused: as in `eco_optax.adamw`.
     **decay: `decay` and `mask` as in `fuse`.
   """
-  # Clipped before the momentum, never after: the momentum also holds what is owed to the weights.
+  # Clipped before the momentum, never after: the momentum also holds the weights' errors.
   if max_norm is not None:
     optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
   quantizer = quantize_params(format, where, rounding, seed)
-  general = error_feedback.error_feedback_to_momentum(
-    optimizer, quantizer, learning_rate, keep_error
-  )
+  general = error_feedback.build(
+    optimizer, quantizer, learning_rate, keep_error,
+    is_known=_decays(momentum) and not isinstance(learning_rate, jax.core.Tracer),
+  )  # fmt: skip
   if closed is None or keep_error or learning_rate is None:
     return general
   return fuse(general, closed, rounding, seed, max_norm, fused=fused, **decay)

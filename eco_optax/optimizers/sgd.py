@@ -117,6 +117,6 @@ def sgd(
   optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
   closed = _closed_form(learning_rate, momentum, nesterov) if momentum else None
   return build.without_master_weights(
-    optimizer, closed, learning_rate, max_norm, keep_error,
+    optimizer, closed, learning_rate, max_norm, keep_error, momentum=momentum,
     format=format, where=where, rounding=rounding, seed=seed, fused=fused,
   )  # fmt: skip

@@ -70,7 +70,7 @@ class Trained:
       tokens = np.zeros((rows, length), np.int32)
       for row, window in zip(tokens, part, strict=False):
         row[: len(window)] = window
-      with jax.set_mesh(self.mesh):  # Not while the caller looks at what is yielded.
+      with jax.set_mesh(self.mesh):  # Not while the caller has a result.
         nats, greedy = jax.device_get(self._scores(self.params, jax.device_put(tokens, split)))
       for i, window in enumerate(part):
         yield nats[i, : len(window) - 1], greedy[i, : len(window) - 1]
@@ -110,7 +110,7 @@ class Trained:
       window = tokens[-length:]
       padded = np.zeros((1, length), np.int32)
       padded[0, : len(window)] = window
-      with jax.set_mesh(self.mesh):  # Not while the caller looks at what is yielded.
+      with jax.set_mesh(self.mesh):  # Not while the caller has a result.
         key = jax.random.fold_in(jax.random.key(seed), i)
         token = self._next_token(
           self.params,

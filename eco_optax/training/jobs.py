@@ -143,7 +143,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   """`app.run` for scripts whose users' mistakes end in one line, flags included.
 
   Args:
-    main: called with what the flags leave of the command line.
+    main: called with the arguments that are no flags.
   """
 
   def parse(arguments: Sequence[str]) -> list[str]:

@@ -156,7 +156,7 @@ def open_run(
   Args:
     config: of the run.
     folder: of this run alone.
-    held: closes what is opened: lock, signal handler, mesh, checkpoints and events.
+    held: closes lock, signal handler, mesh, checkpoints and events.
 
   Returns:
     The run, its state, and the number of steps it has made.
@@ -211,7 +211,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   """Pretrains a model, or goes on with it where its last checkpoint is.
 
   Args:
-    config: of the run, such as that of configs/stdlib_1m.py.
+    config: of the run, for example from configs/stdlib_1m.py.
     workdir: folder of this run alone, made if need be: run.json, metrics.jsonl, checkpoints, and
       in the end summary.json and loss.png.
 
@@ -267,7 +267,7 @@ def what_is_due(config: ml_collections.ConfigDict, step: int, is_asked_to_stop: 
 def at_boundary(
   run: Run, state: step_lib.State, step: int, rows: list[Any], due: set[str], eval_step: Any
 ) -> bool:
-  """Does what is due after a step, in the order log, evaluate, save, stop.
+  """Logs, evaluates, saves and stops, in this order, as due after a step.
 
   Args:
     run: that pauses here.

@@ -111,7 +111,7 @@ def _registry() -> list[Method]:
 
 
 METHODS: dict[str, Method] = {method.label: method for method in _registry()}
-# Those that `config.method` selects by itself, by that name.
+# The methods that `config.method` selects, by name.
 BY_NAME: dict[str, Method] = {
   method.name: method for method in METHODS.values() if set(method.changes) == {"method"}
 }
@@ -187,7 +187,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "radam": optax.scale_by_radam,
   "sgd": lambda b1, **unused: optax.trace(b1),
 }
-_FUSED = ("adamw", "nadamw")  # Those that `eco.adamw` fuses with the rule.
+_FUSED = ("adamw", "nadamw")  # Optimizers that `eco.adamw` fuses with the rule.
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

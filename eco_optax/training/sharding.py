@@ -206,7 +206,7 @@ def sum_groups(tree: Any) -> Any:
 
 
 def on_each_device(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-  """`fn` of a tree of whole, flat arrays, computed by every device alike.
+  """`fn` of a tree of whole, flat arrays, computed by every device.
 
   So a sum over elements adds in one order, whatever parts and memory layouts they come in.
   """

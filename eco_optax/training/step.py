@@ -130,12 +130,12 @@ def make_train_step(
 ) -> Any:
   """A jitted (state, batch) → (state, metrics) that donates its state.
 
-  A step whose loss or gradient is not finite leaves parameters and moments as they are, adds one to
+  A step whose loss or gradient is not finite leaves parameters and moments unchanged, adds one to
   `state.skipped`, and tells in the metric `bad_leaf` which leaf of the gradient is the first that
   is not finite, by its number in the order of `jax.tree.leaves(params)` with packed leaves as one;
   −1 where all are. The metric `bad_weight` tells the same of the parameters after the step: an
   update of finite gradients may still be too large for float32. With `config.release` and a clip by
-  layer, only those layers stay as they are whose gradients are not finite.
+  layer, only layers whose gradients are not finite stay unchanged.
 
   Args:
     config: of the run.
@@ -249,7 +249,7 @@ def make_train_step(
 
 
 def _in_parts(batch: Batch, parts: int) -> Batch:
-  """A batch with a first axis of parts, each of which takes rows from all devices."""
+  """A batch with a first axis of parts, each with rows of all devices."""
   return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, x.shape[1]), 0, 1), batch)
 
 

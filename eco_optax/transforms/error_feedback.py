@@ -19,7 +19,7 @@ momentum differs by P e / J, hence
 
     exact:         m ← m̃ − B P e_{t−1} / J + P' e_t / J',  J' and P' of the next step.
 
-If consecutive errors were alike, this rule would need no memory: m ← m̃ + (P'/J' − B P/J) e. With
+If consecutive errors were equal, this rule would need no memory: m ← m̃ + (P'/J' − B P/J) e. With
 rounding to nearest they are, and it comes to the same as the one above; with stochastic rounding
 they are not, and where J grows by more than 1/B from one step to the next, as in the first steps of
 a warm-up, it would take away what it owes.
@@ -60,7 +60,7 @@ SMALLEST_DERIVATIVE = np.float32(1e-30)
 # Steps ahead for which the schedule is asked.
 HORIZON = 128
 
-# The least that D may be, in units of what it is at a constant rate, J / (1 − B): of what is owed a
+# The least value of D, in units of its value at a constant rate, J / (1 − B): of a debt a
 # step pays (1 − B) / 0.75 at most, so that what was too small to move a weight does not move it for
 # the rates' fall alone.
 SHORTEST = 0.75
@@ -87,6 +87,15 @@ class Observation(NamedTuple):
   stored: Leaves  # m as it is kept, in its own dtype
 
 
+def dense_shapes(params: Any) -> Any:
+  """Shapes and dtypes of the dense view."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float32" if is_quantized(leaf) else leaf.dtype),
+    params,
+    is_leaf=is_quantized,
+  )
+
+
 def moved_paths(
   quantizer: optax.GradientTransformation, state: Any, params: Any
 ) -> tuple[str, ...]:
@@ -94,12 +103,8 @@ def moved_paths(
   moved: list[str] = []
 
   def trace(state: Any, params: Any) -> None:
-    updates = jax.tree.map(
-      lambda leaf: jnp.zeros_like(leaf.dequantize() if is_quantized(leaf) else leaf),
-      params,
-      is_leaf=is_quantized,
-    )
-    new_updates, _ = quantizer.update(updates, state, params)
+    updates = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dense_shapes(params))
+    new_updates, _ = run(quantizer, updates, state, params, Context(only_asks=True), {})
     trees.map_with_path(
       lambda path, leaf, old, new: moved.append(path) if new is not old else None,
       params,
@@ -172,7 +177,7 @@ def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = N
 
   Args:
     rates: that J follows, from step t on; the last is taken to stay.
-    decay: B, of which one element stands for all.
+    decay: B; one element stands for all.
     bias_count: t where the momentum's bias correction divides J by 1 − B^t.
 
   Returns:
@@ -224,8 +229,19 @@ def build(
   learning_rate: optax.ScalarOrSchedule | None,
   keep_error: bool,
   observe: Callable[[Observation], Any] | None = None,
+  is_known: bool = False,
 ) -> PackedTransformation:
-  """`error_feedback_to_momentum` whose update may also hand out what it did (`diagnostics`)."""
+  """`error_feedback_to_momentum`, with arguments for this package alone.
+
+  Args:
+    inner: as there.
+    quantizer: as there.
+    learning_rate: as there.
+    keep_error: as there.
+    observe: the update also hands out what this makes of what it did (`diagnostics`).
+    is_known: whether the optimizer is known to suit, with its rate behind the momentum, so that it
+      is not tried.
+  """
   require_stock(
     inner,
     "eco_optax.error_feedback_to_momentum",
@@ -244,7 +260,9 @@ def build(
     if not packed_quantizer:
       trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
     paths = moved_paths(quantizer, state, params)
-    dense = jax.eval_shape(dequantize, params)
+    if is_known:
+      return paths, ()
+    dense = dense_shapes(params)
     key = (paths, *((path, *spec) for path, spec in momentum_lib.miniature(dense).items()))
     if key not in probes:
       probes[key] = momentum_lib.probe(inner, dense, paths)
@@ -323,7 +341,7 @@ def build(
           p, p_next = decay_ratio(step.by_weight[path], ratio)
         old = last_error[path]
         injection[path], usable = inject_exactly(error[path], old, j, b, p, p_next, j_ratio)
-        # Without a step, what is owed stays owed.
+        # Without a step the debt stays.
         error[path] = jnp.where(usable, error[path], old)
       dtype = where.get(step.state)[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)

@@ -1,4 +1,4 @@
-"""FactoredMoment: a matrix that is not negative, of which only row and column means are kept."""
+"""FactoredMoment: a matrix without negative elements, stored as row and column means."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
   This holds those of one layer at a time: a loop over the first axis of packed leaves with three
   axes or more reads a layer's codes, gradients and moments and writes them back where they were.
   Stacks whose steps `inner` fuses it gets whole, since it holds no more itself, and moves less. The
-  result is that of `inner` on whole leaves, random bits included.
+  result equals `inner` on whole leaves, random bits included.
 
   Args:
     inner: an optimizer that treats each layer by itself, such as `error_feedback_to_momentum` over
@@ -101,7 +101,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     updates: Any, state: optax.OptState, params: Any, context: Context, **extra_args: Any
   ) -> tuple[Any, optax.OptState]:
     require_params(params)
-    if context.layer is not None:  # One layer of each stack: there is nothing to take apart.
+    if context.layer is not None:  # One layer of each stack: no stack to take apart.
       return run(inner, updates, state, params, context, extra_args)
     (weights, _), (grads, updates_treedef) = flatten(params), flatten(updates)
     states, treedef = flatten(state)

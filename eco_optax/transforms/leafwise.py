@@ -61,7 +61,7 @@ class Optimizer(NamedTuple):
     Args:
       grads: of these leaves.
       weights: packed or float.
-      states: that belong to them, and those that all leaves share.
+      states: their own, and the ones that all leaves share.
       context: of the step.
 
     Returns:

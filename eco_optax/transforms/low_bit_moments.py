@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class LowBitMomentsState(NamedTuple):
   """State of `low_bit_moments`."""
 
   step: jax.Array  # shape=(), dtype=jnp.int32. Steps taken; it numbers the random bits.
-  inner: optax.OptState  # With moments as they are stored.
+  inner: optax.OptState  # With stored moments.
 
 
 def _is_stored(x: Any, dtype: SecondMomentDtype, parameter: Any) -> bool:
@@ -87,10 +88,8 @@ class MomentStorage(NamedTuple):
         return x
       if dtype == "factored":
         return factored(x)
-      bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
-      if not is_quantized(weight):
-        return store(x, kind, dtype, bits)
-      return store(x, kind, dtype, bits, True, block_axis(weight.format))
+      axis = block_axis(weight.format) if is_quantized(weight) else None
+      return _store_at_random(x, self.key(path), layer, kind, dtype, axis)
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
@@ -114,6 +113,18 @@ class MomentStorage(NamedTuple):
       return read(x)
 
     return momentum_lib.map_moments(read_leaf, state, shapes_of(params))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _store_at_random(
+  x: jax.Array, key: jax.Array, layer: jax.Array | None, kind: Kind, dtype: str, axis: int | None
+) -> Any:
+  """A moment with a key for its random bits; axis is a packed parameter's, as in `store`.
+
+  Moments of one shape are traced once, and out of a step, as in `init`, compiled once.
+  """
+  bits = rounding_lib.counter_bits(key, x.shape, layer)
+  return store(x, kind, dtype, bits) if axis is None else store(x, kind, dtype, bits, True, axis)
 
 
 def _owners(state: Any, params: Any) -> Callable[[str], Any]:
@@ -152,7 +163,7 @@ def low_bit_moments(
     inner: any optimizer, stock or of this package, whole: `eco.adamw(…)`,
       `error_feedback_to_momentum(optax.adamw(…), …)`, `optax.MultiSteps(…)`, `optax.adam(…)`.
     mu: what momenta and other first moments are stored in: `"float8_e4m3fn"`, `"int8"`,
-      `"float8_e5m2"`, `"bfloat16"`, or `"float32"` to leave them as they are.
+      `"float8_e5m2"`, `"bfloat16"`, or `"float32"` to leave them unchanged.
     nu: what second moments are stored in; or `"factored"`: of a matrix the means of its rows and
       columns, in float32, and no more. A step reads their product over the mean of the matrix, and
       keeps the means of what the optimizer made of it. Matrices are the last two axes, each layer,

@@ -29,7 +29,7 @@ from eco_optax.transforms.packed import (
 
 Residual = Literal["float32", "bfloat16", "int16", "int12", "int8"]
 
-# Largest integer of those that count in parts of a step of the weight's own grid.
+# Largest integer of residuals, which count in parts of a step of the weight's own grid.
 _LARGEST = {"int16": 2**15 - 1, "int12": 2**11 - 1, "int8": 2**7 - 1}
 KINDS: tuple[Residual, ...] = ("float32", "bfloat16", "int16", "int12", "int8")
 

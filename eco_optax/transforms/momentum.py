@@ -39,7 +39,7 @@ _BIAS_CORRECTED = (
 # Fields that hold a mean or a sum of squares, or what else is not negative.
 _SECOND_FIELDS = ("nu", "nu_max", "v", "exp_avg_sq", "sum_of_squares")
 
-# Slower momenta, of which an update has more than one.
+# Slower momenta, of an update with more than one.
 _SLOW_FIELDS = ("m2",)
 
 Leaves = dict[str, jax.Array]  # Arrays by the `/`-joined path of their parameter.
@@ -139,7 +139,7 @@ class Momentum:
     """The state's nodes, their tree definition, and each path's owner: a node and its field.
 
     Of several momenta the last counts: it is the nearest to the update, so nothing downstream sees
-    what is added to it.
+    the additions to it.
     """
     nodes, treedef = jax.tree.flatten(
       state, is_leaf=lambda node: _momentum_field(node, self.shapes) is not None
@@ -276,6 +276,8 @@ def differentiate(
 _PROBE_STEPS = 64
 _STEPS_AT_A_POWER = 4
 _ACCUMULATED_STEPS = 1024
+# Of a weight's error in one step: ∂(θ + u)/∂θ is below 1 with weight decay, and about 1 else.
+_LARGEST_GROWTH = 1.5
 _LAST_POWER = 24  # Ahead of 2^24 = 16.8 million steps a schedule has begun.
 _REMEDY = (
   "Use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
@@ -402,6 +404,7 @@ class _Report(NamedTuple):
   updates: Leaves
   by_momentum: Leaves  # J
   decay: Leaves  # B
+  by_weight: Leaves  # P − 1
   one: Leaves  # A direction with a single nonzero element in each leaf.
   along_one: Leaves  # The derivative of the update in that direction.
   spreads: jax.Array  # Whether the direction reaches other state than the momentum.
@@ -421,7 +424,7 @@ def _try_out(
 
   @jax.jit
   def step(grads: Any, state: Any) -> tuple[Any, _Report]:
-    diagonal = differentiate(inner, where, grads, state, weights, extra_args)
+    diagonal = differentiate(inner, where, grads, state, weights, extra_args, by_weight=True)
     run = lambda m: inner.update(grads, where.put(state, m), weights, **extra_args)
     _, (along_one, state_tangent) = jax.jvp(run, (where.get(state),), (one,))
     pick = lambda tree: {path: leaf for path, leaf in flat(tree).items() if path in where.paths}
@@ -431,6 +434,7 @@ def _try_out(
       pick(diagonal.updates),
       diagonal.by_momentum,
       diagonal.decay,
+      diagonal.by_weight or {},
       one,
       pick(along_one),
       jnp.any(jnp.asarray(spreads)),
@@ -503,6 +507,12 @@ def _refusal(path: str, report: _Report) -> str | None:
     )
   if np.max(np.abs(report.decay[path])) >= 1:
     return "the momentum never decays, so nothing pays a quantization error back"
+  growth = np.max(1 + np.asarray(report.by_weight[path]))
+  if not growth <= _LARGEST_GROWTH:  # Nor where there is no derivative.
+    return (
+      "the update depends on the weight itself (as where contrib.mechanize scales the way gone so"
+      " far), so that it makes a quantization error grow"
+    )
   if report.spreads:
     return (
       "the momentum feeds another statistic of the optimizer (as the variance in AdaBelief), which"

@@ -35,16 +35,17 @@ class Context(NamedTuple):
   shardings: Any = None  # A tree of the parameters' NamedShardings.
   gradient_scale: jax.Array | None = None  # Gradients are multiplied by it before all else.
   moments: Any = None  # A `low_bit_moments.MomentStorage`, where the state is stored by one.
+  only_asks: bool = False  # Which leaves are moved: updates may have any values, if they are new.
 
   def scale(self, updates: Any) -> tuple[Any, Context]:
-    """Gradients times their scale, in their dtypes, and what is left to hand down."""
+    """Gradients times their scale, in their dtypes, and the context without it."""
     if self.gradient_scale is None:
       return updates, self
     return scale_gradients(updates, self.gradient_scale), self._replace(gradient_scale=None)
 
 
 class PackedTransformation(optax.GradientTransformationExtraArgs):
-  """A transformation that takes packed parameters as they are.
+  """A transformation that takes packed parameters.
 
   All others are stock transformations and must see float32 in place of a packed leaf.
   """
@@ -109,6 +110,8 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
       specs = lambda new: _specs_of_update(new, updates, state, params)
       with naming_masks():
         updates, state = explicit_axes.call(run, specs, updates, state, params, context, extra_args)
+      if context.only_asks:
+        return updates, state
       return trees.map_with_path(as_update, updates, is_leaf=is_quantized), state
 
     tx = super().__new__(cls, init_checked, update_with_context)
@@ -188,11 +191,11 @@ def run(
   context: Context,
   extra_args: dict[str, Any],
 ) -> tuple[Any, Any]:
-  """One update of a transformation, packed or stock, with what is handed down to it."""
+  """One update of a transformation, packed or stock, with the context for it."""
   if is_packed_transformation(tx):
     return tx.update(updates, state, params, context=context, **extra_args)  # type: ignore[call-arg]
   updates, context = context.scale(updates)
-  if any(x is not None for x in context):  # For transformations of this package in a stock chain.
+  if context != Context():  # For transformations of this package in a stock chain.
     extra_args = extra_args | {"context": context}
   return update_stock(optax.with_extra_args_support(tx), updates, state, params, extra_args)
 

@@ -61,7 +61,7 @@ def quantize_params(
   Args:
     format: for emulation, when parameters are floats: the updates are changed so that
       `optax.apply_updates` lands on the format's grid. Nothing is stored in low bits and the
-      trajectory is that of packed parameters. None leaves float leaves alone.
+      trajectory equals the packed one. None leaves float leaves alone.
     where: called with each leaf's `/`-joined path and the leaf; with `format`, the float leaves to
       round (None: those with at least two axes); without, the leaves promised to be packed.
     rounding: `"nearest"` or `"stochastic"`.
@@ -149,6 +149,8 @@ def quantize_params(
       leaf_format = chosen(path, leaf)
       if leaf_format is None:
         return update
+      if context.only_asks:
+        return leaf if is_quantized(leaf) else -update
       stored = dequantize(leaf)
       bits = None
       if rounding == "stochastic":

@@ -34,7 +34,7 @@ def write_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def each_layer(fn: Callable[[jax.Array, Any, Any], Any], stacks: Any, others: Any) -> Any:
-  """Replaces each layer of stacks, so that what is computed on the way is there for one at a time.
+  """Replaces each layer of stacks, with temporaries of one layer at a time.
 
   Args:
     fn: called with the index, int32, of a layer, and this layer of `stacks` and of `others`;

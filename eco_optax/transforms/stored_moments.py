@@ -112,12 +112,12 @@ def between_squares(y: jax.Array, step: jax.Array) -> jax.Array:
 def root_on_grid(y: jax.Array, x: jax.Array, dtype: np.dtype) -> jax.Array:
   """The roots y of x in units of their scale, ready for stochastic rounding to `dtype`."""
   y = between_squares(y, rounding_lib.grid_step(y, dtype))
-  # A step is divided by the root: what is not zero may not become so.
+  # A step is divided by the root: a value that is not zero may not become zero.
   return jnp.where(x > 0, jnp.maximum(y, np.float32(grid_smallest(dtype))), y)
 
 
 def root(x: jax.Array) -> jax.Array:
-  """What is stored of a second moment."""
+  """A second moment in few bits: codes of its square root."""
   return jnp.sqrt(jnp.maximum(x, 0))
 
 
@@ -205,7 +205,7 @@ class Stored(NamedTuple):
   def write(
     self, x: jax.Array, bits: Callable[[], jax.Array], how: Arithmetic = PLAIN
   ) -> Codes | jax.Array | None:
-    """What is stored of a moment's float32 values, rounded stochastically where it is in few bits.
+    """A moment's float32 values as stored, rounded stochastically where it is in few bits.
 
     Args:
       x: the values.

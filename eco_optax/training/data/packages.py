@@ -94,7 +94,7 @@ def _plain(text: str) -> str:
 def _descriptions(file: str, key: str) -> Callable[[Sequence[str], _Members], _Texts]:
   """The reference manual of each service: all its descriptions, a paragraph each.
 
-  What is short, or has been said before, is left out.
+  Short texts and repetitions are left out.
 
   Args:
     file: pattern of the names, whose first group is the service; the last of its files in the order
@@ -262,13 +262,13 @@ def fetch(
   Args:
     folder: of the archives, made if need be.
     packages: to have there.
-    show: is given lines on what is done.
+    show: is called with lines on progress.
 
   Returns:
     Their paths; each file's sha256 is its pin.
 
   Raises:
-    OSError: if pip cannot download one, or if what it downloads is not what is pinned.
+    OSError: if pip cannot download one, or downloads another than the pinned file.
   """
   folder.mkdir(parents=True, exist_ok=True)
   for number, package in enumerate(packages, 1):

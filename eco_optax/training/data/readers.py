@@ -39,7 +39,7 @@ class Tally:
   """What was left out of files, or is to be looked at: numbers, and the first of each kind."""
 
   def __init__(self, skip_bad: bool = False):
-    """`skip_bad` counts rows that cannot be read, each of which is an error otherwise."""
+    """`skip_bad` counts rows that cannot be read; without it each is an error."""
     self._skip_bad = skip_bad
     self.counts: dict[str, int] = {}
     self.first: dict[str, str] = {}
@@ -51,7 +51,7 @@ class Tally:
       self.first.setdefault(kind, why)
 
   def bad(self, error: ValueError) -> None:
-    """Raises or counts what is wrong with a row."""
+    """Raises or counts a row's fault."""
     if not self._skip_bad:
       raise ValueError(f"{error}; or --skip_bad leaves such rows out, and counts them") from error
     self.add("bad rows", str(error))
@@ -177,7 +177,7 @@ def read(
     format: a key of `FORMATS`.
     path: of the file.
     field: what holds the text, where the format has names: a key of JSON or a column of Parquet.
-    tally: counts what is left out; without, the first row that cannot be read is an error.
+    tally: counts rows left out; without, the first row that cannot be read is an error.
 
   Yields:
     Documents in the order of the file.
@@ -392,7 +392,7 @@ _UNCLOSED = re.compile(f"{_OPENED}[{''.join(_QUOTES)}]")
 
 
 def _replies(text: str, place: str) -> tuple[list[tuple[int, int]], str]:
-  """What is trained on in a chat, and why that is in doubt, if it is.
+  """The parts of a chat that are trained on, and a doubt about them, if there is one.
 
   A turn begins with `### Human:` or `### Assistant:`, and replies are trained on. Marks between
   quotation marks, on one line and right after the first, are quoted. All others begin a turn, as
@@ -434,7 +434,7 @@ def _whole(path: pathlib.Path, _: str) -> Iterator[Document | ValueError]:
 
 
 def _parquet(path: pathlib.Path, field: str) -> Iterator[Document | ValueError]:
-  """A column of Parquet, of which a few rows at a time are in memory."""
+  """A column of Parquet, with a few rows at a time in memory."""
   parquet = need("pyarrow.parquet", "--format=parquet")
   again = "it is not Parquet, or is damaged or cut short: fetch it again"
   try:

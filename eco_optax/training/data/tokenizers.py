@@ -148,7 +148,7 @@ def _bytes() -> Tokenizer:
 def _bytes_in_json() -> str:
   """The tokenizer.json of bytes."""
   library = need("tokenizers", "a tokenizer of bytes for others to load")
-  # Byte-level models write bytes as characters: printable ones as they are, others from 256 on.
+  # Byte-level models write bytes as characters: printable ones unchanged, others from 256 on.
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]
   vocabulary = {chr(byte): byte for byte in printable}
@@ -194,7 +194,7 @@ def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
       f"{path} is not a tokenizer.json of Hugging Face's tokenizers, or is damaged ({error}):"
       " fetch it again"
     ) from error
-  # A text is encoded as it is: whole, and with what looks like a special token as characters.
+  # A text is encoded whole, and text that looks like a special token as characters.
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True
@@ -235,7 +235,7 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> str:
   """Trains a byte-level BPE, the same from the same texts.
 
   Args:
-    texts: to learn merges from, all of which are in memory at once.
+    texts: to learn merges from, all in memory at once.
     vocabulary: number of tokens, `SMALLEST_BPE` or more: short texts give fewer.
 
   Returns:

@@ -154,7 +154,7 @@ def chunked(
 ) -> jax.Array:
   """The same as `plain` with the logits of one block at a time, (B, G, R, C, C) in float32.
 
-  Blocks of which nothing is seen are left out: those behind the queries, and those before the
+  Blocks that no query sees are left out: the ones behind the queries, and before the
   window. The backward pass makes the blocks again, with the sums that the forward pass keeps.
 
   Args:
@@ -307,7 +307,7 @@ chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _on_nvidia() -> bool:
-  """Whether what is traced is for NVIDIA GPUs: those of the mesh in use, or this machine's."""
+  """Whether the program is for NVIDIA GPUs, of the mesh in use or of this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   # Before JAX 0.10 a mesh's device did not say its platform, and it was one of this process's.
   if device is None or not hasattr(device, "platform"):

@@ -66,7 +66,7 @@ class TransformerConfig:
   normalize_expert_weights: bool = False  # Whether those of a token sum to 1.
   balance_weight: float = 0.0  # Of the load-balancing loss.
 
-  # What is: linear layers of blocks, of experts alone, or all: blocks, embedding and head.
+  # Linear layers of blocks, of experts alone, or all: blocks, embedding and head.
   quantized: str = "blocks"
   # With `all`, parts of the vocabulary in which embedding and head are stored; the loss makes the
   # logits of one at a time, and `release` the gradient.

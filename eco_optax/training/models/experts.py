@@ -96,7 +96,7 @@ def cut(expert_NxT: jax.Array, weight_NxT: jax.Array, experts: int, sizes: _Size
 
 
 def _with_primal(kernel: Any, primal: Any) -> Any:
-  """A kernel whose gradient is that of `primal`, which a float one is itself."""
+  """A kernel whose gradient goes to `primal`; a float kernel is its own."""
   return primal if kernel is None else dataclasses.replace(kernel, sink=primal)
 
 
@@ -108,7 +108,7 @@ def _apart(kernels: Any) -> tuple[list[Any], list[Any], Any]:
 
 
 class _How(NamedTuple):
-  """What is computed, without arrays."""
+  """The static part of the computation."""
 
   expert: Expert
   treedef: Any  # Of the kernels.

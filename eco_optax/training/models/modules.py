@@ -56,7 +56,7 @@ class Linear(nnx.Module):
     bias: bool = False,
     experts: tuple[int, ...] = (),
   ):
-    # What is added to the residual stream starts small, because 2 × layers of it add up.
+    # Additions to the residual stream start small, because 2 × layers of them add up.
     scale = INIT_SCALE / math.sqrt(2 * config.layers) if writes_residual else INIT_SCALE
     self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs)))
     self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
@@ -79,7 +79,7 @@ def rotation(config: TransformerConfig, length: int, is_global: bool = True) -> 
   Args:
     config: of the model.
     length: L, in tokens.
-    is_global: of which layers.
+    is_global: one flag per layer.
   """
   base = config.rope_base if is_global else config.local_rope_base
   factor = config.rope_factor if is_global else config.local_rope_factor

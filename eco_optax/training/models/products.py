@@ -20,7 +20,7 @@ def product(spec: str, x: jax.Array, y: jax.Array, precision: str | None = None)
     spec: as `jnp.einsum` takes it; every letter is in two of its three terms at least, and in none
       twice.
     x: of any float dtype.
-    y: of any float dtype; where it is not that of x, both are widened for the product, and the
+    y: of any float dtype; where it differs from x's, both are widened for the product, and the
       wider one is rounded to the other's for the gradients.
     precision: as `jnp.einsum` takes it.
 

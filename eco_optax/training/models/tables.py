@@ -89,7 +89,7 @@ def _rows_backward(dtype: Any, residuals: tuple, grad_BxLxD: jax.Array) -> tuple
   part_RxD, sink, row_BxL = residuals
   if sink is None:
     return None, None, None
-  # The zeros wait for what is added, or they are there before it.
+  # The zeros wait for the first addend, or they would exist before it.
   zero, grad_BxLxD = jax.lax.optimization_barrier((jnp.float32(0), grad_BxLxD))
   zeros = jnp.full(part_RxD.shape, zero)
   # A frequent token's gradient is a sum of thousands, in which bfloat16 would lose most.

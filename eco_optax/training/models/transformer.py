@@ -120,7 +120,7 @@ def _lookup_forward(embedding_VxD: jax.Array, tokens_BxL: jax.Array, dtype: Any)
 def _lookup_backward(dtype: Any, residuals: tuple, grad_BxLxD: jax.Array) -> tuple:
   del dtype
   embedding_VxD, tokens_BxL = residuals
-  # The gradient's zeros wait for what is added, or they are there for all of the backward pass.
+  # The gradient's zeros wait for the first addend, or they would exist all the backward pass.
   zero, grad_BxLxD = jax.lax.optimization_barrier((jnp.float32(0), grad_BxLxD))
   # A frequent token's gradient is a sum of thousands, in which bfloat16 would lose most.
   zeros = jnp.full_like(embedding_VxD, zero)
@@ -259,7 +259,7 @@ def loss(
   tokens_BxM: jax.Array,
   weight_BxL: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """What is minimized: mean cross-entropy of next tokens, and the weighted balance loss.
+  """The objective: mean cross-entropy of next tokens, and the weighted balance loss.
 
   Args:
     config: of the model.
@@ -291,7 +291,7 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
 
   Six for each weight that a token meets (its own experts only, the head, not the embedding), and
   12 × heads × head width × positions of the window for each layer, as in Chowdhery et al, `PaLM
-  <https://arxiv.org/abs/2204.02311>`_, 2022, appendix B. What is made again is not counted.
+  <https://arxiv.org/abs/2204.02311>`_, 2022, appendix B. Recomputation is not counted.
   """
   shapes = jax.eval_shape(lambda: init(config, 0))
   total = float(config.vocabulary * config.width)
