@@ -44,7 +44,7 @@ def train(steps=100):
   params = {"up": draw(2, (16, 64)), "down": draw(3, (64, 4))}
   plain = optax.adamw(1e-2, weight_decay=0.0)
   params, opt_state, before = run(plain, params, plain.init(params), steps)
-  without_copy = eco.adamw(1e-2, weight_decay=0.0)  # Its state holds that of `optax.adamw`.
+  without_copy = eco.adamw(1e-2, weight_decay=0.0)  # Its state holds `optax.adamw`'s.
   params, opt_state, during = run(without_copy, *to_eco(without_copy, params, opt_state), steps)
   params, opt_state, after = run(plain, *from_eco(params, opt_state), steps)
   return before + during + after, params

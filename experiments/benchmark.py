@@ -706,7 +706,7 @@ def plot(results: pathlib.Path) -> None:
   """Draws bytes at rest, bytes moved and times as bars.
 
   `benchmark.png` has the ways that were timed on a GPU, or all where there was none;
-  `benchmark_cpu.png` those that were timed on a CPU.
+  `benchmark_cpu.png` the ones timed on a CPU.
 
   Args:
     results: the folder with `benchmark/*.json`.

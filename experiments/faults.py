@@ -272,7 +272,7 @@ def _until_step(bench: Bench, name: str, step: int, process: subprocess.Popen) -
 def _is_saving(bench: Bench, name: str) -> bool:
   """Whether a checkpoint is being written."""
   folder = bench.folder / name / "checkpoints"
-  with contextlib.suppress(FileNotFoundError):  # Of what is renamed or removed meanwhile.
+  with contextlib.suppress(FileNotFoundError):  # Files renamed or removed meanwhile.
     return any(
       path.is_dir() and "damaged" not in path.name and not (path / "commit_success.txt").exists()
       for path in folder.iterdir()

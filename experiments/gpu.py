@@ -84,7 +84,7 @@ def _many_steps(step: Callable[[Any, Any, Any], Any], kept: Any, grads: Any, siz
   """Milliseconds of a step among many of one program, so that the host does not count.
 
   Args:
-    step: (what is kept, gradients, number of the step) → what is kept.
+    step: (carry, gradients, number of the step) → carry.
     kept: to begin with; it is used up.
     grads: of every step.
     size: weights.
@@ -339,7 +339,7 @@ def _formats() -> dict[str, Any]:
 
 
 def ways() -> dict[str, Callable[[], Way | None]]:
-  """What is compared, by name; the first is the unit of ratios."""
+  """The compared optimizers, by name; the first is the unit of ratios."""
   formats, f8 = _formats(), "float8_e4m3fn"
   rows = formats["rows"]
   return {
@@ -530,7 +530,7 @@ def _difference(found: Any, wanted: Any) -> Row:
 
 
 def arithmetic(size: int) -> Rows:
-  """Functions of `gpu_math` against those that they stand for, to the bit, on random bits."""
+  """Functions of `gpu_math` against the functions they replace, to the bit, on random bits."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -758,7 +758,7 @@ def _training_step(config: Any, steps: int) -> Row:
 
 
 def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Callable[[int], Rows]:
-  """Steps of a config's model on random tokens, by what is changed in it."""
+  """Steps of a config's model on random tokens, by the change to the config."""
 
   def rows(size: int) -> Rows:
     import runpy
@@ -877,7 +877,7 @@ def queue(
     seconds: there are.
     size: weights of a step.
     names: of entries, or all.
-    again: whether those that are done run again.
+    again: whether finished entries run again.
     command: that runs an entry whose name is appended to it as `--entry=`.
 
   Returns:

@@ -30,7 +30,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "To compile for ahead of time.
 _SIZE = flags.DEFINE_integer("size", 2**24, "Elements per array; a multiple of 4096.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds of a timing.")
 _CONFIG = jobs.define_config("config", None)  # Of a run whose checkpoints are timed.
-_SAVES = flags.DEFINE_integer("saves", 10, "Checkpoints, of which the median counts.")
+_SAVES = flags.DEFINE_integer("saves", 10, "Checkpoints; the median counts.")
 _RESULTS = jobs.define_path("results", str(_ROOT / "results"), "Where figures go.")
 
 

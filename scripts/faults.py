@@ -16,7 +16,7 @@ from experiments import faults
 
 _WORKDIR = jobs.define_path("workdir", "runs/faults", "Folder of the runs.")
 _OUT = jobs.define_path("out", "results/faults", "Folder of faults.json and faults.md.")
-_ONLY = flags.DEFINE_multi_string("only", [], "Names of faults; all if none is given.")
+_ONLY = flags.DEFINE_multi_string("only", [], "Names of faults; all by default.")
 _SOAK = flags.DEFINE_float("soak", 0, "Minutes to kill and continue runs, and nothing else.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which runs are killed.")
 

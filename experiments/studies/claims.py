@@ -1,6 +1,6 @@
 """The paper's seven runs and ours beyond them, at several learning rates and seeds: what decides.
 
-Every method has its own best learning rate, as a user would find it; those that decide a claim are
+Every method has its own best learning rate, as a user would find it; methods that decide a claim are
 run there with more seeds, and the best without memory, beside their baselines, for more tokens.
 """
 
@@ -22,7 +22,7 @@ LEARNING_RATES = (2e-3, 6e-4, 6e-3)
 SEEDS = (0, 1, 2)
 LONGER = 4  # Times the tokens, for the methods that matter most.
 
-# Those that round weights; the one that does not is in no format.
+# Methods that round weights; the other one is in no format.
 METHODS = {label: method for label, method in methods.METHODS.items() if method.rounding}
 # Methods that take another's best learning rate, for they differ in storage alone.
 TUNED_AS = {
@@ -96,7 +96,7 @@ def _cells() -> Iterable[tuple[str, str]]:
 
 
 def runs(rows: Rows, steps: int) -> list[Run]:
-  """The runs that are wanted once `rows` are finished, those that say most first.
+  """The runs wanted once `rows` are finished, the most telling first.
 
   Args:
     rows: finished runs.

@@ -11,7 +11,7 @@ import ml_collections
 
 from eco_optax.training import loop, methods, metrics, report
 
-# Those that round weights and store everything else in float32; the first is the reference.
+# Methods that round weights and store the rest in float32; the first is the reference.
 METHODS: dict[str, dict[str, Any]] = {
   method.label: method.changes | {"schedule_aware": method.schedule_aware}
   for method in methods.METHODS.values()
@@ -29,7 +29,7 @@ def compare(
 
   Args:
     config: of all runs, before what each changes.
-    workdir: one folder per run is made in it; a run that is complete there is not run again.
+    workdir: holds one folder per run; a complete run is not run again.
     results: folder for comparison.json, comparison.md and comparison.png.
     runs: changes to the config by name; None takes `METHODS`.
 

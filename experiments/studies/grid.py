@@ -9,7 +9,7 @@ small learning rates η and gradient noise of variance s² that means:
   E‖∇f‖² = (Δ/2) Σ H_ii E|m_i|. No learning rate is in that: it neither grows as 1/η, as under white
   noise, nor falls. It is high where the momentum is full of gradient noise, and low where many
   weights share a gradient: then the errors of some are made good by others.
-- ECO's weights follow those that are still to be reached, θ = θ̂ + D m: from θ̂ they move by
+- ECO's weights follow their targets, θ = θ̂ + D m: from θ̂ they move by
   (1 − B)(θ − θ̂) on average, and of the two points around θ each is taken as often as if θ itself
   had been rounded. So ECO settles where master weights with stochastic rounding do, at
   E‖∇f‖² = Σ H_ij² Δ²/6, and η s²/2 Σ H_ii of gradient noise; not at the 1/(1 − β²) times as much

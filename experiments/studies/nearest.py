@@ -2,9 +2,9 @@
 
 An update u ≪ Δ, half a step of the grid, is lost by rounding to nearest unless it is remembered.
 Master weights sum updates and move after Δ/u steps. The memory-free rule has one number to hold
-both what is owed and the velocity. In a step that moves no weight, the error is the whole proposal,
-e = −η m̃, of which the rule makes m = m̃ + (1 − 1/β) e / η = m̃ / β: the next m̃ is this one plus
-(1 − β) g. So what is owed grows by η (1 − β) g per step, 1 − β of what master weights add.
+both the debt and the velocity. In a step that moves no weight, the error is the whole proposal,
+e = −η m̃, which the rule turns into m = m̃ + (1 − 1/β) e / η = m̃ / β: the next m̃ is this one plus
+(1 − β) g. So the debt grows by η (1 − β) g per step, 1 − β of what master weights add.
 Once a weight moves it keeps pace, since m is then left at 0.44 of a step of the grid for β = 0.9;
 at a turn of the gradient that is undone, again 1/(1 − β) times slower than with master weights.
 What follows from that, and is tried here:

@@ -6,8 +6,8 @@ make updates large beside the grid, so that little is lost; INT4's grid is coars
 What to expect: an error that is injected comes back over about 1 / (1 − β) steps, whichever the
 optimizer, because the rule divides by the optimizer's own derivative, and stored weights are then
 where rounding the weights of plain training would put them (`grid`), whatever β. So gaps to master
-weights should be alike, and none. Naive removal's noise is Δ times the mean |update|, of which
-gradient noise makes √((1 − β) / (1 + β)): a smaller β should cost it, and it alone.
+weights should be zero for all. Naive removal's noise is Δ times the mean |update|, to which
+gradient noise adds √((1 − β) / (1 + β)): a smaller β should cost it, and it alone.
 """
 
 from __future__ import annotations

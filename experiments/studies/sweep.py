@@ -75,7 +75,7 @@ def missing(
 def mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
   """The mean, its standard error over the values, and how many there are.
 
-  The mean of none is NaN, as is the error of one; the mean is infinite if a value is.
+  The mean of no value is NaN, and so is the error of one; the mean is infinite if a value is.
   """
   if not values:
     return math.nan, math.nan, 0
@@ -103,7 +103,7 @@ def compared(
     references: of the runs to hold them against, in the same order of seeds.
 
   Returns:
-    The mean over the seeds that there are, and of the differences where both have finished.
+    The mean over finished seeds, and of differences where both have finished.
   """
   own, others = losses(rows, names), losses(rows, references)
   mean, error, count = mean_and_error([x for x in own if x is not None])
