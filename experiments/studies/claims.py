@@ -1,6 +1,6 @@
 """The paper's seven runs and ours beyond them, at several learning rates and seeds: what decides.
 
-Every method has its own best learning rate, as a user would find it; methods that decide a claim are
+Every method has its own best learning rate, as a user would find it; methods that decide claims are
 run there with more seeds, and the best without memory, beside their baselines, for more tokens.
 """
 
