@@ -68,6 +68,9 @@ def defaults() -> config_dict.ConfigDict:
   # per number, "none" is `dtype`.
   config.kept_format = "none"
 
+  # In which `release` sums the gradients of matrices over devices; float32 takes twice the traffic.
+  config.reduce_dtype = "bfloat16"
+
   # Groups of sequences whose gradients are computed separately and summed in order: any number of
   # devices that divides the groups trains the same weights, bit for bit. Each device then holds a
   # whole gradient. 0: gradients are summed in the fastest order.
@@ -188,6 +191,7 @@ RANGES: dict[str, _Check] = {
   "model.vocabulary_parts": _positive,
   "dtype": _one_of(*_DTYPES),
   "gradient_dtype": _one_of(*_DTYPES),
+  "reduce_dtype": _one_of(*_DTYPES),
   "batch_size": _positive,
   "length": _positive,
   "steps": _positive,

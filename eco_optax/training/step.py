@@ -37,6 +37,18 @@ def accumulation(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
   return max(fits, default=wanted)
 
 
+def sums_once(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:
+  """Whether a released step sums each gradient over the devices once, and gathers codes once.
+
+  Otherwise the compiler does so for each micro-batch: of models with routed experts, which devices
+  share and whose balance is that of all tokens; on meshes that split products over `tensor`; and
+  where a micro-batch has not the same number of sequences for each device.
+  """
+  rows = config.batch_size // accumulation(config, mesh)
+  is_even = rows % mesh.size == 0
+  return mesh.size > 1 and is_even and mesh.shape["tensor"] == 1 and not config.model.experts
+
+
 class State(NamedTuple):
   """Everything a step changes."""
 
@@ -217,6 +229,8 @@ def make_train_step(
     accumulation=parts if parts > 1 else None,
     kept_format=lambda path: kept_format if transformer.is_block(path) else None,
     shardings=in_place.params,
+    batch_axes=sharding.RULES["batch"] if sums_once(config, mesh) else None,
+    reduce_dtype=jnp.dtype(config.reduce_dtype),
   )
 
   def released(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
