@@ -108,8 +108,8 @@ class DataParallel(NamedTuple):
 
 def data_parallel(
   shardings: Sequence[NamedSharding], batch_axes: Sequence[str], reduce_dtype: Any
-) -> DataParallel | None:
-  """How the devices of a mesh share examples; None if there is one device.
+) -> DataParallel:
+  """How the devices of a mesh share examples.
 
   Args:
     shardings: of parameters.
@@ -134,4 +134,4 @@ def data_parallel(
     if kind == AxisType.Explicit:
       raise ValueError(f"batch_axes need axes of type Auto, but mesh axis {axis!r} is Explicit")
   axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
-  return DataParallel(mesh, axes, jnp.dtype(reduce_dtype)) if axes else None
+  return DataParallel(mesh, axes, jnp.dtype(reduce_dtype))

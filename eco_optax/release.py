@@ -729,10 +729,10 @@ def _arrays(args: Any, parts: int | None, devices: DataParallel | None) -> dict[
   if not arrays or any(not shape[axis:] or shape[axis] % devices.count for shape in shapes):
     raise ValueError(
       f"batch_axes take arguments whose arrays all have an axis {axis} of examples, as many for"
-      f" each of {devices.count} devices, got shapes {shapes}: reshape them, and close the loss over"
-      " what all examples share"
+      f" each of {devices.count} devices, got shapes {shapes}: reshape them, and close the loss"
+      " over what all examples share"
     )
-  return {i: devices.split(x if parts else x[None]) for i, x in arrays.items()}
+  return {i: devices.split(x[None] if parts is None else x) for i, x in arrays.items()}
 
 
 def value_and_step(

@@ -1,12 +1,14 @@
 """Gradient release makes the ordinary step's numbers, and refuses what it cannot do."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eco_optax as eco
 
@@ -260,6 +262,95 @@ def test_micro_batches_are_one_batch(model, max_norm):
     np.testing.assert_allclose(np.max(value[1], axis=0), want[1], rtol=1e-5)
     np.testing.assert_allclose(report.norm, want_report.norm, rtol=1e-5)
   assert_same(ours, theirs)
+
+
+def on_mesh(params, sizes=(2, 2)):
+  """Parameters on a mesh, kernels and embedding split over its second axis."""
+  mesh = jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+  def place(x):
+    split = "fsdp" if x.ndim > 1 and x.shape[-1] % sizes[1] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), split))
+
+  shardings = jax.tree.map(place, params)
+  return jax.device_put(params, shardings), shardings
+
+
+@pytest.mark.parametrize(
+  ("model", "optimizer", "dense", "accumulation"),
+  [
+    ("scanned", "FP8 moments", False, 2),
+    ("unrolled", "any optimizer", True, None),
+  ],
+)
+def test_devices_that_sum_gradients_once_make_the_ordinary_step(
+  model, optimizer, dense, accumulation
+):
+  fn, is_stacked = MODELS[model]
+  fn = functools.partial(fn, matmul=jnp.matmul if dense else eco.matmul)
+  params, tokens = make(is_stacked)
+  tx = OPTIMIZERS[optimizer]()
+  placed, shardings = on_mesh(params)
+  ours, theirs = (placed, tx.init(placed)), (params, tx.init(params))
+  how = {"shardings": shardings, "accumulation": accumulation, "max_norm": 0.25}
+  how |= {"batch_axes": ("data", "fsdp"), "reduce_dtype": jnp.float32, "has_aux": True}
+  step = jax.jit(eco.value_and_step(fn, tx, dense, **how))
+  whole = jax.jit(eco.value_and_step(fn, tx, dense, has_aux=True, max_norm=0.25))
+  examples = tokens.reshape(-1, tokens.shape[-1])
+  for _ in range(2):
+    value, *ours, report = step(*ours, tokens if accumulation else examples)
+    want, *theirs, want_report = whole(*theirs, examples)
+    np.testing.assert_allclose(value[0], want[0], rtol=1e-5)
+    assert value[1].shape[: 2 if accumulation else 1] == ((2, 4) if accumulation else (4,))
+    largest = np.max(value[1], axis=(0, 1) if accumulation else 0)
+    np.testing.assert_allclose(largest, want[1], rtol=1e-5)
+    np.testing.assert_allclose(report.norm, want_report.norm, rtol=1e-5)
+  assert_same(ours, theirs)
+
+
+def test_devices_sum_in_bfloat16_by_default():
+  params, tokens = make(is_stacked=True)
+  placed, shardings = on_mesh(params)
+  tx = eco.sgd(1.0, momentum=0.9)  # Whose momentum of a first step is the gradient, and an error.
+  how = {"shardings": shardings, "batch_axes": ("data", "fsdp"), "accumulation": 2}
+  loss = lambda params, tokens: scanned(params, tokens)[0]
+  grads = {}
+  for dtype in (jnp.bfloat16, jnp.float32):
+    dtypes = {} if dtype == jnp.bfloat16 else {"reduce_dtype": dtype}
+    step = jax.jit(eco.value_and_step(loss, tx, **how, **dtypes))
+    state = step(placed, tx.init(placed), tokens)[2]
+    grads[dtype] = optax.tree.get(state, "trace")["embedding"]
+  found, want = (np.asarray(grads[dtype], np.float64) for dtype in (jnp.bfloat16, jnp.float32))
+  error = np.linalg.norm(found - want) / np.linalg.norm(want)
+  assert 1e-5 < error < 2**-7  # Four summands, of eight bits each.
+
+
+def test_collectives_are_outside_the_loop_over_micro_batches():
+  compile_lib = pytest.importorskip("eco_optax.training.compile")
+  params, _ = make(is_stacked=True, format=eco.INT8)
+  placed, shardings = on_mesh(params)
+  tx, parts = eco.sgd(1.0, momentum=0.9), 8
+  args = placed, tx.init(placed), jnp.zeros((parts, 4, 8), jnp.int32)
+  loss = lambda params, tokens: scanned(params, tokens)[0]
+
+  def lower(batch_axes):
+    how = {"shardings": shardings, "accumulation": parts, "batch_axes": batch_axes}
+    return jax.jit(eco.value_and_step(loss, tx, **how), donate_argnums=(0, 1)).lower(*args)
+
+  lowered = lower(("data", "fsdp"))
+  found = compile_lib.collectives(lowered.compile().as_text())
+  left = compile_lib.collectives(lower(None).compile().as_text())
+  counts = lambda found: [entry["count"] for dtypes in found.values() for entry in dtypes.values()]
+  assert max(counts(found)) < parts * LAYERS < max(counts(left))
+  # Codes of each layer, forward and back.
+  assert found["all-gather"]["s8"] == {"count": 2 * LAYERS, "bytes": 2 * LAYERS * WIDTH**2}
+  # Of each layer kernel and scale, and the embedding as it is looked up. Its transpose belongs to
+  # no parameter, and is summed whole. CPUs widen what they sum.
+  assert found["reduce-scatter"]["f32"]["count"] == 2 * LAYERS + 1
+  pattern = r'"stablehlo.(reduce_scatter|all_reduce)".*?\}\) : \(tensor<([x\d]+)x(\w+)>'
+  sums = re.findall(pattern, lowered.as_text(), re.DOTALL)
+  assert sums
+  assert all(dtype == ("bf16" if "x" in shape else "f32") for _, shape, dtype in sums)
 
 
 def test_losses_with_carries_constants_and_two_stacks():

@@ -38,15 +38,13 @@ def accumulation(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
 
 
 def sums_once(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:
-  """Whether a released step sums each gradient over the devices once, and gathers codes once.
+  """Whether a released step gathers a layer's codes and sums its gradient once for all of a batch.
 
-  Otherwise the compiler does so for each micro-batch: of models with routed experts, which devices
-  share and whose balance is that of all tokens; on meshes that split products over `tensor`; and
-  where a micro-batch has not the same number of sequences for each device.
+  Otherwise the compiler does both for each micro-batch: of models with routed experts, which
+  devices may share and whose balance is that of all tokens, and on meshes that split products over
+  `tensor`.
   """
-  rows = config.batch_size // accumulation(config, mesh)
-  is_even = rows % mesh.size == 0
-  return mesh.size > 1 and is_even and mesh.shape["tensor"] == 1 and not config.model.experts
+  return mesh.size > 1 and mesh.shape["tensor"] == 1 and not config.model.experts
 
 
 class State(NamedTuple):

@@ -70,6 +70,15 @@ def train(config, steps=2):
       "moments.mu": "float8_e4m3fn",
       "moments.nu": "factored",
     },
+    {
+      "accumulation": 2,
+      "batch_size": 16,
+      "mesh.data": 2,
+      "mesh.fsdp": 2,
+      "model.remat": "full",
+      "reduce_dtype": "float32",
+    },
+    {"mesh.fsdp": 2, "model.quantized": "all", "method": "eco_rtn", "reduce_dtype": "float32"},
   ],
   ids=lambda changes: ", ".join(changes),
 )
