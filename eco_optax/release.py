@@ -216,8 +216,9 @@ class _Seen(NamedTuple):
 
   squares: dict[str, jax.Array]  # float32, by path: the gradients' squared norms.
   skipped: jax.Array  # bool: whether the parameters are not stepped.
-  weights: Leaves  # New ones; none if the visit is for the norms alone.
+  weights: Leaves  # New ones, of the parameters that the visit was given.
   states: Leaves
+  grads: Leaves  # Those that are kept until all are there.
 
 
 # (gradients, weights and states of parameters or of one layer of stacks, number of this layer)
@@ -527,7 +528,7 @@ def _backward(
     tape: of the forward pass.
     cotangent: of the loss.
     visit: of gradients that are complete.
-    weights: by path.
+    weights: by path, those that the visits change.
     states: by path of a parameter, its leaves of the optimizer's state.
 
   Returns:
@@ -535,7 +536,7 @@ def _backward(
   """
   loss, variable = tape.loss, tape.loss.jaxpr.outvars[0]
   cotangents: _Values = {variable: cotangent} if variable in loss.active else {}
-  all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {})
+  all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {}, {})
   zeros = lambda x: jnp.zeros_like(loss.primal(tape.shapes[x]))
   own = lambda paths: {k: x for path in paths for k, x in states[path].items()}
 
@@ -545,6 +546,7 @@ def _backward(
       all_seen.skipped + jnp.sum(seen.skipped, dtype=jnp.int32),
       all_seen.weights | seen.weights,
       all_seen.states | seen.states,
+      all_seen.grads | seen.grads,
     )
 
   pieces = list(zip(loss.pieces, tape.backwards, loss.complete, strict=True))
@@ -561,7 +563,7 @@ def _backward(
       variables = {path: loss.parameters[path].variables[-1] for path in paths}
       grads = {path: cotangents.pop(x, None) for path, x in variables.items()}
       grads |= {path: zeros(variables[path]) for path, g in grads.items() if g is None}
-      seen = visit(grads, pick(weights, paths), own(paths), None)
+      seen = visit(grads, pick(weights, weights.keys() & paths), own(paths), None)
       # The gradients are of no more use before anything goes on.
       rest, seen = jax.lax.optimization_barrier((list(cotangents.values()), seen))
       cotangents, all_seen = dict(zip(cotangents, rest, strict=True)), joined(seen)
@@ -749,6 +751,7 @@ def value_and_step(
   shardings: Any = None,
   batch_axes: Sequence[str] | None = None,
   reduce_dtype: Any = jnp.bfloat16,
+  keep_gradients: bool = False,
 ) -> Callable[..., Any]:
   """A training step that never holds more than one layer's gradient.
 
@@ -794,6 +797,10 @@ def value_and_step(
       last micro-batch. `aux` has a further axis, of devices. None leaves it to the compiler, which
       gathers and sums for each micro-batch.
     reduce_dtype: of the gradients of two axes and more that `batch_axes` have summed over devices.
+    keep_gradients: takes all steps at the end, as the ordinary step does, so that an exact clip
+      needs no first backward pass. Each device then holds its part of all gradients, those of
+      packed parameters in the wider one of `gradient_dtype` and `reduce_dtype`. On a mesh that
+      splits parameters these parts are small. A gradient that is not finite skips the whole step.
 
   Returns:
     A function `step(params, state, *args, gradient_scale=None, **kwargs)` that returns `(value,
@@ -826,7 +833,10 @@ def value_and_step(
     raise ValueError(f"clip must be 'exact' or 'layer', got {clip!r}")
   if max_norm is not None:
     require_scalar("max_norm", max_norm)
+  if keep_gradients and clip == "layer":
+    raise ValueError("clip='layer' and keep_gradients exclude each other: leave one of them out")
   checked: set[Any] = set()
+  kept_dtype = max(map(jnp.dtype, (gradient_dtype, reduce_dtype)), key=lambda x: x.itemsize)
   sink_dtype = jnp.float32 if dense else gradient_dtype
 
   def step(
@@ -879,7 +889,7 @@ def value_and_step(
     split = list(arrays.values()), parts, devices, specs
     loss = _cut(closed, weights, dense, sink_dtype, is_stack, *split)
     of_scan = kept_format if callable(kept_format) else lambda path: kept_format
-    tape = _compute(loss, is_exact or bool(parts), of_scan)
+    tape = _compute(loss, (is_exact and not keep_gradients) or bool(parts), of_scan)
     outputs = list(tape.outputs)
     cotangent = jnp.ones_like(outputs[0])
     if loss.jaxpr.outvars[0] in loss.split:
@@ -905,29 +915,42 @@ def value_and_step(
       context = Context(layer, shardings, own)
       updates, new_states = optimizer.step(grads, weights, shared | states, context)
       new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in weights.items()}
-      return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states))
+      return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states), {})
+
+    kept = lambda path, g: g.astype(kept_dtype) if is_quantized(weights[path]) else g
+
+    def keep(grads: Leaves, given: Leaves, states: Leaves, layer: Any) -> _Seen:
+      """Leaves all steps to be taken at the end; skipped are all of them, or none."""
+      grads, squares = seen(grads, layer)
+      return _Seen(squares, jnp.ones([], bool), {}, {}, {k: kept(k, g) for k, g in grads.items()})
 
     def one_pass(scale: jax.Array, weights: Leaves, states: Leaves) -> _Seen:
       by_owner = {path: pick(states, owned[path]) for path in weights}
       return _backward(tape, cotangent, functools.partial(visit, scale), weights, by_owner)
 
     released = {path for piece in loss.pieces for path in piece.released}
-    used = pick(weights, released.union(*loss.complete))
+    used = {} if keep_gradients else pick(weights, released.union(*loss.complete))
     used_states = pick(states, [x for path in used for x in owned[path]])
-    if is_exact:
+    if keep_gradients:
+      done = _backward(tape, cotangent, keep, {}, {path: {} for path in weights})
+      norm = _norm(done.squares)
+      scale = _scale(_clipped(scale, norm, max_norm), norm)
+      done = done._replace(skipped=jnp.where(jnp.isfinite(scale), 0, done.skipped))
+    elif is_exact:
       axes = {path: weights[path].shape[:1] if path in released else () for path in used}
       squares = {path: jnp.zeros(shape, jnp.float32) for path, shape in axes.items()}
-      start = _Seen(squares, jnp.zeros([], jnp.int32), used, used_states)
+      start = _Seen(squares, jnp.zeros([], jnp.int32), used, used_states, {})
       done, scale = _two_passes(one_pass, start, scale, max_norm)
     else:
       done = one_pass(scale, used, used_states)
 
-    # What the loss does not use, and what all parameters share, such as the count of steps.
-    unused = pick(weights, [path for path in weights if path not in used])
-    zeros = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in unused.items()}
-    rest = pick(states, [x for path in (None, *unused) for x in owned[path]])
-    updates, new_states = optimizer.step(zeros, unused, rest, Context(None, shardings, scale))
-    new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in unused.items()}
+    # What has not been stepped, such as what the loss does not use, and what all parameters share,
+    # such as the count of steps.
+    others = pick(weights, [path for path in weights if path not in used])
+    grads = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in others.items()} | done.grads
+    rest = pick(states, [x for path in (None, *others) for x in owned[path]])
+    updates, new_states = optimizer.step(grads, others, rest, Context(None, shardings, scale))
+    new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in others.items()}
     new_weights, new_states = done.weights | new_weights, done.states | new_states
     squares = {path: done.squares.get(path, jnp.zeros([], jnp.float32)) for path in weights}
     norms = {path: jnp.sqrt(x) for path, x in squares.items()}

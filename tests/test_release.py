@@ -277,14 +277,14 @@ def on_mesh(params, sizes=(2, 2)):
 
 
 @pytest.mark.parametrize(
-  ("model", "optimizer", "dense", "accumulation"),
+  ("model", "optimizer", "dense", "accumulation", "keep_gradients"),
   [
-    ("scanned", "FP8 moments", False, 2),
-    ("unrolled", "any optimizer", True, None),
+    ("scanned", "FP8 moments", False, 2, False),
+    ("unrolled", "any optimizer", True, None, True),
   ],
 )
 def test_devices_that_sum_gradients_once_make_the_ordinary_step(
-  model, optimizer, dense, accumulation
+  model, optimizer, dense, accumulation, keep_gradients
 ):
   fn, is_stacked = MODELS[model]
   fn = functools.partial(fn, matmul=jnp.matmul if dense else eco.matmul)
@@ -294,6 +294,7 @@ def test_devices_that_sum_gradients_once_make_the_ordinary_step(
   ours, theirs = (placed, tx.init(placed)), (params, tx.init(params))
   how = {"shardings": shardings, "accumulation": accumulation, "max_norm": 0.25}
   how |= {"batch_axes": ("data", "fsdp"), "reduce_dtype": jnp.float32, "has_aux": True}
+  how |= {"keep_gradients": keep_gradients}
   step = jax.jit(eco.value_and_step(fn, tx, dense, **how))
   whole = jax.jit(eco.value_and_step(fn, tx, dense, has_aux=True, max_norm=0.25))
   examples = tokens.reshape(-1, tokens.shape[-1])
@@ -351,6 +352,33 @@ def test_collectives_are_outside_the_loop_over_micro_batches():
   sums = re.findall(pattern, lowered.as_text(), re.DOTALL)
   assert sums
   assert all(dtype == ("bf16" if "x" in shape else "f32") for _, shape, dtype in sums)
+
+
+def test_gradients_that_are_kept_are_stepped_all_or_not_at_all():
+  params, tokens = make(is_stacked=True)
+  tx = eco.adamw(1e-2, weight_decay=0.1)
+  ours = theirs = (params, tx.init(params))
+  how = {"has_aux": True, "max_norm": 0.25}
+  step = jax.jit(eco.value_and_step(scanned, tx, keep_gradients=True, **how))
+  twice = jax.jit(eco.value_and_step(scanned, tx, **how))
+  for i in range(2):
+    _, *ours, report = step(*ours, tokens[i])
+    _, *theirs, want = twice(*theirs, tokens[i])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), report, want)
+  assert_same(ours, theirs)
+
+  def fn(params, tokens):
+    kernels = params["stack"]["kernel"]
+    poison = jnp.ones(LAYERS).at[2].set(jnp.nan)
+    body = lambda x, own: (layer(x, own[0] | {"kernel": poisoned(own[0]["kernel"], own[1])}), None)
+    own = params["stack"] | {"kernel": kernels}, poison
+    return jnp.mean(jax.lax.scan(body, params["embedding"][tokens], own)[0] ** 2)
+
+  step = jax.jit(eco.value_and_step(fn, tx, keep_gradients=True))
+  _, *new, report = step(params, tx.init(params), tokens[0])
+  jax.tree.map(np.testing.assert_array_equal, tuple(new), (params, tx.init(params)))
+  assert report.skipped == LAYERS + 2
+  np.testing.assert_array_equal(np.isfinite(report.norms["stack/kernel"]), [1, 1, 0, 1])
 
 
 def test_losses_with_carries_constants_and_two_stacks():
@@ -487,6 +515,18 @@ def test_errors_name_the_remedy():
     run(lambda params, tokens: params["unused"], tokens)
   with pytest.raises(ValueError, match=r"accumulation=3 .* first axis of 3.*\(2, 4, 8\)"):
     run(scanned, tokens, has_aux=True, accumulation=3)
+  with pytest.raises(ValueError, match="clip='layer' and keep_gradients exclude each other"):
+    run(scanned, tokens, has_aux=True, clip="layer", keep_gradients=True)
+  with pytest.raises(ValueError, match="batch_axes needs the parameters' shardings"):
+    run(scanned, tokens, has_aux=True, batch_axes=("data",))
+  _, shardings = on_mesh(params)
+  how = {"has_aux": True, "shardings": shardings}
+  with pytest.raises(ValueError, match=r"batch_axes \('data',\) lack the mesh axis 'fsdp' of 2"):
+    run(scanned, tokens, batch_axes=("data",), **how)
+  with pytest.raises(ValueError, match=r"batch_axes \['rows'\] are none of the mesh's axes"):
+    run(scanned, tokens, batch_axes=("rows",), **how)
+  with pytest.raises(ValueError, match=r"axis 0 of examples.*each of 4 devices.*\(2, 4, 8\)"):
+    run(scanned, tokens, batch_axes=("data", "fsdp"), **how)
   with pytest.raises(ValueError, match="clip must be 'exact' or 'layer', got 'global'"):
     eco.value_and_step(scanned, tx, clip="global")
   with pytest.raises(ValueError, match="leaf 'count' holds int32, which has no gradient"):

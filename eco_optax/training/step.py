@@ -229,6 +229,7 @@ def make_train_step(
     shardings=in_place.params,
     batch_axes=sharding.RULES["batch"] if sums_once(config, mesh) else None,
     reduce_dtype=jnp.dtype(config.reduce_dtype),
+    keep_gradients=config.keep_gradients,
   )
 
   def released(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
