@@ -27,7 +27,7 @@ class DataParallel(NamedTuple):
   reduce_dtype: Any  # In which gradients of two axes and more cross the wire.
 
   @property
-  def count(self) -> int:
+  def size(self) -> int:
     """The number of devices."""
     return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
@@ -37,7 +37,7 @@ class DataParallel(NamedTuple):
 
   def split(self, x: jax.Array) -> jax.Array:
     """An array of shape (micro-batches, examples, …) as one that is split."""
-    x = x.reshape(x.shape[0], self.count, -1, *x.shape[2:])
+    x = x.reshape(x.shape[0], self.size, -1, *x.shape[2:])
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._split))
 
   def _context(self) -> Any:

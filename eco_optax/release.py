@@ -263,12 +263,12 @@ def _pull(
   """
   if not split:
 
-    def whole(operands: Any) -> dict[Any, Any]:
-      primals, operands, cotangents = operands
+    def whole(given: Any) -> dict[Any, Any]:
+      primals, operands, cotangents = given
       return jax.vjp(lambda primals: fn(primals, operands), primals)[1](cotangents)[0]
 
-    operands = primals, operands, cotangents
-    return devices.alike(whole, operands) if devices else whole(operands)
+    given = primals, operands, cotangents
+    return devices.alike(whole, given) if devices else whole(given)  # type: ignore[no-any-return]
 
   def each_part(shared: Any, own: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
     primals, operands = shared
@@ -728,10 +728,10 @@ def _arrays(args: Any, parts: int | None, devices: DataParallel | None) -> dict[
   if devices is None:
     return arrays
   axis = 0 if parts is None else 1
-  if not arrays or any(not shape[axis:] or shape[axis] % devices.count for shape in shapes):
+  if not arrays or any(not shape[axis:] or shape[axis] % devices.size for shape in shapes):
     raise ValueError(
       f"batch_axes take arguments whose arrays all have an axis {axis} of examples, as many for"
-      f" each of {devices.count} devices, got shapes {shapes}: reshape them, and close the loss"
+      f" each of {devices.size} devices, got shapes {shapes}: reshape them, and close the loss"
       " over what all examples share"
     )
   return {i: devices.split(x[None] if parts is None else x) for i, x in arrays.items()}
@@ -872,7 +872,9 @@ def value_and_step(
     if batch_axes is not None:
       devices = data_parallel(jax.tree.leaves(shardings), batch_axes, reduce_dtype)
     arrays = _arrays((args, kwargs), accumulation, devices)
-    parts = (accumulation or 1, devices.count) if devices else (accumulation,) if arrays else ()
+    parts: tuple[int, ...] = () if accumulation is None else (accumulation,)
+    if devices:
+      parts = (accumulation or 1, devices.size)
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
 
     def call(params: Any, arrays: dict[int, Any]) -> Any:
@@ -886,8 +888,8 @@ def value_and_step(
     if out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
       raise ValueError(f"the loss must be one real number, got {out}: sum it, or set has_aux")
     is_exact = max_norm is not None and clip == "exact"
-    split = list(arrays.values()), parts, devices, specs
-    loss = _cut(closed, weights, dense, sink_dtype, is_stack, *split)
+    traced = closed, weights, dense, sink_dtype
+    loss = _cut(*traced, is_stack, list(arrays.values()), parts, devices, specs)
     of_scan = kept_format if callable(kept_format) else lambda path: kept_format
     tape = _compute(loss, (is_exact and not keep_gradients) or bool(parts), of_scan)
     outputs = list(tape.outputs)

@@ -297,7 +297,7 @@ def validate(config: config_dict.ConfigDict) -> None:
 def _release_problems(config: config_dict.ConfigDict) -> list[str]:
   """What does not go together with `release`, or not without."""
   if not config.release:
-    needs = {"optimizer.clip": ("exact", config.optimizer.clip)}
+    needs: dict[str, tuple[Any, Any]] = {"optimizer.clip": ("exact", config.optimizer.clip)}
     needs["kept_format"] = ("none", config.kept_format)
     needs["keep_gradients"] = (False, config.keep_gradients)
     return [f"{key} {x!r} needs release" for key, (usual, x) in needs.items() if x != usual]
