@@ -563,7 +563,7 @@ def _backward(
       variables = {path: loss.parameters[path].variables[-1] for path in paths}
       grads = {path: cotangents.pop(x, None) for path, x in variables.items()}
       grads |= {path: zeros(variables[path]) for path, g in grads.items() if g is None}
-      seen = visit(grads, pick(weights, weights.keys() & paths), own(paths), None)
+      seen = visit(grads, pick(weights, [x for x in paths if x in weights]), own(paths), None)
       # The gradients are of no more use before anything goes on.
       rest, seen = jax.lax.optimization_barrier((list(cotangents.values()), seen))
       cotangents, all_seen = dict(zip(cotangents, rest, strict=True)), joined(seen)
@@ -931,7 +931,9 @@ def value_and_step(
       return _backward(tape, cotangent, functools.partial(visit, scale), weights, by_owner)
 
     released = {path for piece in loss.pieces for path in piece.released}
-    used = {} if keep_gradients else pick(weights, released.union(*loss.complete))
+    stepped = set() if keep_gradients else released.union(*loss.complete)
+    # In the order of the weights, so that all processes trace the same program.
+    used = {path: leaf for path, leaf in weights.items() if path in stepped}
     used_states = pick(states, [x for path in used for x in owned[path]])
     if keep_gradients:
       done = _backward(tape, cotangent, keep, {}, {path: {} for path in weights})
