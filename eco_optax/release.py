@@ -10,8 +10,10 @@ that steps each layer in place in its stack and hands the cotangent on.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 from eco_optax import dense_view, trees
+from eco_optax.data_parallel import DataParallel, data_parallel
 from eco_optax.formats import Format
 from eco_optax.quantized_array import is_quantized, quantize_array
 from eco_optax.transforms import leafwise
@@ -31,6 +35,7 @@ from eco_optax.transforms.stacks import as_stored, write_layer
 from eco_optax.updates import apply_updates, new_sink, require_floats
 
 _Values = dict[Any, Any]  # By variable of the loss's program.
+_Specs = dict[Any, PartitionSpec]
 
 
 class Report(NamedTuple):
@@ -48,6 +53,7 @@ class _Parameter(NamedTuple):
 
   value: Any  # Packed, without a sink, or float.
   variables: tuple[Any, ...]  # Of its arrays; the cotangent of the last is its gradient.
+  spec: PartitionSpec  # Of its gradient.
 
   def operands(self, value: Any, sink: jax.Array | None) -> list[Any]:
     """Values of the variables where the parameter, or one layer of it, is `value`."""
@@ -75,8 +81,15 @@ class _Loss(NamedTuple):
   complete: list[list[str]]  # Parameters whose gradients are complete once a piece is passed.
   active: set[Any]  # Variables that have cotangents, since they depend on parameters.
   sink_dtype: Any
-  parts: int | None  # Micro-batches, whose values stand along a first axis of
+  parts: tuple[int, ...]  # Micro-batches, and devices, whose values stand along first axes of
   split: set[Any]  # these variables.
+  devices: DataParallel | None
+
+  def specs(self, variables: dict[Any, Any], layers: Collection[Any] = ()) -> _Specs:
+    """How gradients of some variables, or of a layer of them, are split; by the names given."""
+    own = {x.variables[-1]: x.spec for x in self.parameters.values()}
+    specs = {name: own.get(x, PartitionSpec()) for name, x in variables.items()}
+    return {name: _of_layer(x) if name in layers else x for name, x in specs.items()}
 
   def primal(self, x: Any) -> Any:
     """What is differentiated in place of a value: a packed one's is its sink."""
@@ -99,6 +112,11 @@ def _with_primal(x: Any, primal: Any) -> Any:
   return dataclasses.replace(x, sink=primal) if is_quantized(x) else primal
 
 
+def _of_layer(spec: PartitionSpec) -> PartitionSpec:
+  """How a layer of a stack is split."""
+  return PartitionSpec(*spec[1:])
+
+
 def _is_float(x: Any) -> bool:
   return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
@@ -114,6 +132,9 @@ def _cut(
   sink_dtype: Any,
   is_stack: Callable[[str, int], bool],
   args: Sequence[Any],
+  parts: tuple[int, ...],
+  devices: DataParallel | None,
+  specs: dict[str, PartitionSpec],
 ) -> _Loss:
   """Cuts a loss into pieces.
 
@@ -123,14 +144,18 @@ def _cut(
     dense: whether it is of dense views.
     sink_dtype: of packed parameters' gradients.
     is_stack: whether the optimizer's state at the path of a parameter has so many layers.
-    args: further arguments, whose first axis is that of micro-batches; none if they are constants.
+    args: further arguments, whose first axes are `parts`; none if they are constants.
+    parts: numbers of micro-batches and of devices.
+    devices: that share each micro-batch.
+    specs: of gradients, by path.
   """
   jaxpr = closed.jaxpr
   values: _Values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   invars, parameters = iter(jaxpr.invars), {}
   for path, value in params.items():
     count = 1 if dense or not is_quantized(value) else len(jax.tree.leaves(value)) + 1
-    parameters[path] = _Parameter(value, tuple(next(invars) for _ in range(count)))
+    variables = tuple(next(invars) for _ in range(count))
+    parameters[path] = _Parameter(value, variables, specs.get(path, PartitionSpec()))
   values |= zip(invars, args, strict=True)
   uses = collections.Counter(_variables(jaxpr.eqns))
   uses.update(x for x in jaxpr.outvars if not isinstance(x, core.Literal))
@@ -181,8 +206,8 @@ def _cut(
   for path, number in first.items():
     if path not in pieces[number].released:
       complete[number].append(path)
-  parts = args[0].shape[0] if args else None
-  loss = _Loss(jaxpr, values, parameters, pieces, complete, active, sink_dtype, parts, split)
+  cut = jaxpr, values, parameters, pieces, complete, active
+  loss = _Loss(*cut, sink_dtype, parts, split, devices)
   return loss._replace(values=loss.with_weights(values, params))
 
 
@@ -191,8 +216,9 @@ class _Seen(NamedTuple):
 
   squares: dict[str, jax.Array]  # float32, by path: the gradients' squared norms.
   skipped: jax.Array  # bool: whether the parameters are not stepped.
-  weights: Leaves  # New ones; none if the visit is for the norms alone.
+  weights: Leaves  # New ones, of the parameters that the visit was given.
   states: Leaves
+  grads: Leaves  # Those that are kept until all are there.
 
 
 # (gradients, weights and states of parameters or of one layer of stacks, number of this layer)
@@ -206,12 +232,20 @@ _Backward = Callable[[_Values, Leaves, Leaves, _Visit], tuple[_Values, _Seen | N
 _Function = Callable[[dict[Any, Any], dict[Any, Any]], list[Any]]
 
 
-def _call(fn: _Function, operands: dict[Any, Any], split: Collection[Any]) -> list[Any]:
+def _call(
+  fn: _Function, operands: dict[Any, Any], split: Collection[Any], devices: DataParallel | None
+) -> list[Any]:
   """Outputs of a function, of one micro-batch after another where operands are split."""
   own = pick(operands, split)
   if not own:
-    return fn({}, operands)
-  return jax.lax.map(lambda own: fn({}, operands | own), own)  # type: ignore[no-any-return]
+    call = lambda operands: fn({}, operands)
+    return devices.alike(call, operands) if devices else call(operands)
+
+  def each_part(operands: dict[Any, Any], own: dict[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:
+    return {}, jax.lax.map(lambda own: fn({}, operands | own), own)
+
+  shared = {k: x for k, x in operands.items() if k not in split}
+  return (devices.each(each_part, {}, shared, own) if devices else each_part(shared, own))[1]
 
 
 def _pull(
@@ -220,22 +254,42 @@ def _pull(
   operands: dict[Any, Any],
   split: Collection[Any],
   cotangents: list[Any],
+  devices: DataParallel | None,
+  specs: _Specs,
 ) -> dict[Any, Any]:
-  """Cotangents of the primals. Those of shared operands are summed in float32."""
+  """Cotangents of the primals. Those of shared operands are summed in float32.
+
+  Over devices they are summed behind the last micro-batch, and split as the specs say.
+  """
   if not split:
-    return jax.vjp(lambda primals: fn(primals, operands), primals)[1](cotangents)[0]
-  shared = {k: x for k, x in primals.items() if k not in split}
 
-  def turn(totals: Any, part: Any) -> tuple[Any, Any]:
-    own_primals, own, cotangents = part
-    call = lambda primals: fn(primals, operands | own)
-    (found,) = jax.vjp(call, shared | own_primals)[1](cotangents)
-    totals = {k: total + found[k].astype(total.dtype) for k, total in totals.items()}
-    return totals, pick(found, own_primals)
+    def whole(given: Any) -> dict[Any, Any]:
+      primals, operands, cotangents = given
+      return jax.vjp(lambda primals: fn(primals, operands), primals)[1](cotangents)[0]
 
-  wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-  parts = {k: x for k, x in primals.items() if k in split}, pick(operands, split), cotangents
-  totals, found = jax.lax.scan(turn, {k: wide(x) for k, x in shared.items()}, parts)
+    given = primals, operands, cotangents
+    return devices.alike(whole, given) if devices else whole(given)  # type: ignore[no-any-return]
+
+  def each_part(shared: Any, own: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    primals, operands = shared
+
+    def turn(totals: Any, part: Any) -> tuple[Any, Any]:
+      own_primals, own, cotangents = part
+      call = lambda primals: fn(primals, operands | own)
+      (found,) = jax.vjp(call, primals | own_primals)[1](cotangents)
+      totals = {k: total + found[k].astype(total.dtype) for k, total in totals.items()}
+      return totals, pick(found, own_primals)
+
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    return jax.lax.scan(turn, {k: wide(x) for k, x in primals.items()}, own)
+
+  without = lambda values: {k: x for k, x in values.items() if k not in split}
+  shared = without(primals), without(operands)
+  own = {k: x for k, x in primals.items() if k in split}, pick(operands, split), cotangents
+  if devices is None:
+    totals, found = each_part(shared, own)
+  else:
+    totals, found = devices.each(each_part, pick(specs, shared[0]), shared, own)
   return totals | found
 
 
@@ -273,9 +327,10 @@ def _forward(
     def pull(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
       primals, operands = given(loss.with_weights(values, weights, piece.inputs))
       needed = [cotangents[outputs[i]] for i in felt]
-      return with_cotangents(_pull(fn_felt, primals, operands, split, needed)), None
+      how = split, needed, loss.devices, loss.specs(inputs)
+      return with_cotangents(_pull(fn_felt, primals, operands, *how)), None
 
-    return _call(fn, operands, split), pull
+    return _call(fn, operands, split, loss.devices), pull
 
   def split_outputs(primals: dict[int, Any]) -> tuple[list[Any], list[Any]]:
     found = fn(primals, operands)
@@ -316,6 +371,9 @@ def _forward_of_scan(
   is_split = any(x in loss.split for x in variables.values())
   # In the loops, all that layers hand on is split where anything is.
   split = {i for i, x in variables.items() if x in loss.split} | set(carries if is_split else ())
+  first = tuple(range(len(parts)))  # Axes.
+  specs = loss.specs(variables, stacks)
+  specs |= {number_of[path]: _of_layer(own.spec) for path, own in released.items()}
 
   def operand(i: int, values: _Values) -> Any:
     """What the loops take: layers first, then micro-batches."""
@@ -325,14 +383,14 @@ def _forward_of_scan(
     if is_quantized(value) and not keeps_codes:
       value = value.dequantize()
     if i in split and x not in loss.split:
-      return jnp.broadcast_to(value, (parts, *value.shape))
-    return jnp.moveaxis(value, 0, 1) if i in split and i >= first_stack else value
+      return jnp.broadcast_to(value, (*parts, *value.shape))
+    return jnp.moveaxis(value, len(first), 0) if i in split and i >= first_stack else value
 
   def of_operand(i: int, x: jax.Array) -> jax.Array:
     """Turns the cotangent of the loops' operand into that of the equation's operand."""
     if i in split and variables[i] not in loss.split:
-      return jnp.sum(x, 0)
-    return jnp.moveaxis(x, 0, 1) if i in split and i >= first_stack else x
+      return jnp.sum(x, first)
+    return jnp.moveaxis(x, 0, len(first)) if i in split and i >= first_stack else x
 
   n_carry = len(carries)
   floats = [i for i, x in enumerate(eqn.outvars) if _is_float(x.aval)]
@@ -362,7 +420,7 @@ def _forward_of_scan(
     rows, own_weights = x
     own_weights = as_stored(own_weights)
     operands = shared | dict(zip(carries, carry, strict=True)) | rows | own_weights
-    found = _call(layer, operands, split)
+    found = _call(layer, operands, split, loss.devices)
     return found[:n_carry], ([keep(x) for x in carry], found[n_carry:])
 
   shared = {i: operand(i, values) for i in consts}
@@ -371,7 +429,7 @@ def _forward_of_scan(
   start = [operand(i, values) for i in carries]
   how = {"length": p["length"], "reverse": p["reverse"]}
   last, (kept, ys) = jax.lax.scan(turn, start, (rows, weights), **how)
-  ys = [jnp.moveaxis(y, 1, 0) if is_split else y for y in ys]
+  ys = [jnp.moveaxis(y, 0, len(first)) if is_split else y for y in ys]
   made = dict(zip(eqn.outvars, [*last, *ys], strict=True))
 
   def backward(cotangents: _Values, weights: Leaves, states: Leaves, visit: _Visit) -> Any:
@@ -382,7 +440,7 @@ def _forward_of_scan(
     outs = [eqn.outvars[i] for i in floats]
     given = [cotangents[x] if x in cotangents else jnp.zeros_like(made[x]) for x in outs]
     n_felt = sum(i < n_carry for i in floats)
-    of_ys = [jnp.moveaxis(x, 0, 1) if is_split else x for x in given[n_felt:]]
+    of_ys = [jnp.moveaxis(x, len(first), 0) if is_split else x for x in given[n_felt:]]
     felt = [carries[i] for i in floats if i < n_carry]
 
     def turn(state: Any, x: Any) -> tuple[Any, Any]:
@@ -399,7 +457,8 @@ def _forward_of_scan(
       differentiated = [i for i in (*consts, *stacks) if i in active] + felt
       differentiated += number_of.values()
       primals = {k: loss.primal(operands[k]) for k in differentiated}
-      found = _pull(layer_felt, primals, operands, split, [*of_carry, *of_ys])
+      cotangents = [*of_carry, *of_ys]
+      found = _pull(layer_felt, primals, operands, split, cotangents, loss.devices, specs)
       # The state of the layer is not read before its gradient is there.
       found, number = jax.lax.optimization_barrier((found, number))
       grads = {path: found[i] for path, i in number_of.items()}
@@ -469,7 +528,7 @@ def _backward(
     tape: of the forward pass.
     cotangent: of the loss.
     visit: of gradients that are complete.
-    weights: by path.
+    weights: by path, those that the visits change.
     states: by path of a parameter, its leaves of the optimizer's state.
 
   Returns:
@@ -477,7 +536,7 @@ def _backward(
   """
   loss, variable = tape.loss, tape.loss.jaxpr.outvars[0]
   cotangents: _Values = {variable: cotangent} if variable in loss.active else {}
-  all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {})
+  all_seen = _Seen({}, jnp.zeros([], jnp.int32), {}, {}, {})
   zeros = lambda x: jnp.zeros_like(loss.primal(tape.shapes[x]))
   own = lambda paths: {k: x for path in paths for k, x in states[path].items()}
 
@@ -487,6 +546,7 @@ def _backward(
       all_seen.skipped + jnp.sum(seen.skipped, dtype=jnp.int32),
       all_seen.weights | seen.weights,
       all_seen.states | seen.states,
+      all_seen.grads | seen.grads,
     )
 
   pieces = list(zip(loss.pieces, tape.backwards, loss.complete, strict=True))
@@ -503,7 +563,7 @@ def _backward(
       variables = {path: loss.parameters[path].variables[-1] for path in paths}
       grads = {path: cotangents.pop(x, None) for path, x in variables.items()}
       grads |= {path: zeros(variables[path]) for path, g in grads.items() if g is None}
-      seen = visit(grads, pick(weights, paths), own(paths), None)
+      seen = visit(grads, pick(weights, [x for x in paths if x in weights]), own(paths), None)
       # The gradients are of no more use before anything goes on.
       rest, seen = jax.lax.optimization_barrier((list(cotangents.values()), seen))
       cotangents, all_seen = dict(zip(cotangents, rest, strict=True)), joined(seen)
@@ -613,7 +673,12 @@ def _two_passes(
 
 
 def _trace(
-  fn: Callable[..., Any], params: Any, args: Any, dense: bool, sink_dtype: Any
+  fn: Callable[..., Any],
+  params: Any,
+  args: Any,
+  dense: bool,
+  sink_dtype: Any,
+  devices: DataParallel | None,
 ) -> tuple[core.ClosedJaxpr, Any]:
   """The program of a loss, and the tree of its outputs.
 
@@ -623,6 +688,7 @@ def _trace(
     args: arrays by number, or their shapes.
     dense: whether the loss takes dense views.
     sink_dtype: of packed parameters' gradients.
+    devices: one of which computes it by itself; None leaves it to the compiler.
   """
 
   def view(x: Any) -> Any:
@@ -631,33 +697,44 @@ def _trace(
     sink = jax.eval_shape(lambda: new_sink(x, sink_dtype))
     return sink if dense else dataclasses.replace(x, sink=sink)
 
-  views = jax.tree.map(view, params, is_leaf=is_quantized)
+  views = jax.eval_shape(lambda x: x, (jax.tree.map(view, params, is_leaf=is_quantized), args))
+  if devices:  # Shapes that lie nowhere.
+    views = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), views)
   try:
-    closed, out_tree = dense_view.trace(
-      lambda operands: fn(*operands), jax.eval_shape(lambda x: x, (views, args))
-    )
+    with devices.tracing() if devices else contextlib.nullcontext():
+      closed, out_tree = dense_view.trace(lambda operands: fn(*operands), views)
+      closed = dense_view.inline(closed)
   except dense_view.NEEDS_VALUES as error:
     raise ValueError(
       "the loss needs the values of its arguments, as a Python `if` on one does, but gradient"
       f" release has to trace it: use eco.value_and_grad and the optimizer's update ({error})"
     ) from error
-  return dense_view.inline(closed), out_tree
+  return closed, out_tree
 
 
-def _arrays(args: Any, parts: int | None) -> dict[int, Any]:
-  """Arrays among the leaves of arguments, by number, where these have a first axis of parts."""
-  if parts is None:
+def _arrays(args: Any, parts: int | None, devices: DataParallel | None) -> dict[int, Any]:
+  """Arrays among the leaves of arguments, by number, as they are split; none if they are not."""
+  if parts is None and devices is None:
     return {}
   is_array = lambda x: isinstance(x, (jax.Array, np.ndarray))
   arrays = {i: x for i, x in enumerate(jax.tree.leaves(args)) if is_array(x)}
-  if not arrays or any(x.ndim == 0 or x.shape[0] != parts for x in arrays.values()):
-    shapes = [x.shape for x in arrays.values()]
+  shapes = [x.shape for x in arrays.values()]
+  if parts is not None and (not arrays or any(shape[:1] != (parts,) for shape in shapes)):
     raise ValueError(
       f"accumulation={parts} takes arguments whose arrays all have a first axis of {parts}"
       f" micro-batches, got shapes {shapes}: reshape them, and close the loss over what all"
       " micro-batches share"
     )
-  return arrays
+  if devices is None:
+    return arrays
+  axis = 0 if parts is None else 1
+  if not arrays or any(not shape[axis:] or shape[axis] % devices.size for shape in shapes):
+    raise ValueError(
+      f"batch_axes take arguments whose arrays all have an axis {axis} of examples, as many for"
+      f" each of {devices.size} devices, got shapes {shapes}: reshape them, and close the loss"
+      " over what all examples share"
+    )
+  return {i: devices.split(x[None] if parts is None else x) for i, x in arrays.items()}
 
 
 def value_and_step(
@@ -672,6 +749,9 @@ def value_and_step(
   accumulation: int | None = None,
   kept_format: Format | Callable[[str], Format | None] | None = None,
   shardings: Any = None,
+  batch_axes: Sequence[str] | None = None,
+  reduce_dtype: Any = jnp.bfloat16,
+  keep_gradients: bool = False,
 ) -> Callable[..., Any]:
   """A training step that never holds more than one layer's gradient.
 
@@ -709,6 +789,18 @@ def value_and_step(
       path that says so for the scan over it.
     shardings: a tree of the parameters' NamedShardings on a mesh. Gradients are summed into the
       parts that devices own, and each device does the step of its own part.
+    batch_axes: names of the mesh's axes that examples are split over, all of them with several
+      devices. The first axis of all arrays among the further arguments, or the second with
+      `accumulation`, is then one of examples, of whose values the loss must be the mean. Each
+      device computes with its own examples by itself: it gathers the codes of a layer once for the
+      forward pass and once for the backward pass, and the devices sum a gradient once, behind the
+      last micro-batch. `aux` has a further axis, of devices. None leaves it to the compiler, which
+      gathers and sums for each micro-batch.
+    reduce_dtype: of the gradients of two axes and more that `batch_axes` have summed over devices.
+    keep_gradients: takes all steps at the end, as the ordinary step does, so that an exact clip
+      needs no first backward pass. Each device then holds its part of all gradients, those of
+      packed parameters in the wider one of `gradient_dtype` and `reduce_dtype`. On a mesh that
+      splits parameters these parts are small. A gradient that is not finite skips the whole step.
 
   Returns:
     A function `step(params, state, *args, gradient_scale=None, **kwargs)` that returns `(value,
@@ -741,7 +833,10 @@ def value_and_step(
     raise ValueError(f"clip must be 'exact' or 'layer', got {clip!r}")
   if max_norm is not None:
     require_scalar("max_norm", max_norm)
+  if keep_gradients and clip == "layer":
+    raise ValueError("clip='layer' and keep_gradients exclude each other: leave one of them out")
   checked: set[Any] = set()
+  kept_dtype = max(map(jnp.dtype, (gradient_dtype, reduce_dtype)), key=lambda x: x.itemsize)
   sink_dtype = jnp.float32 if dense else gradient_dtype
 
   def step(
@@ -763,16 +858,23 @@ def value_and_step(
       arrays = jax.tree.leaves(pick(states, owned[path]))
       return all(x.ndim and x.shape[0] == layers for x in arrays)
 
+    places = {path: x.qvalue if is_quantized(x) else x for path, x in places.items()}
+    specs = {path: place.spec for path, place in places.items()}
+
     def placed(path: str, grad: jax.Array, layer: Any) -> jax.Array:
       """A gradient as its parameter is split over devices."""
       if path not in places:
         return grad
-      place = places[path].qvalue if is_quantized(places[path]) else places[path]
-      spec = place.spec if layer is None else place.spec[1:]
-      own = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
-      return jax.lax.with_sharding_constraint(grad, own)
+      spec = specs[path] if layer is None else _of_layer(specs[path])
+      return jax.lax.with_sharding_constraint(grad, NamedSharding(places[path].mesh, spec))
 
-    arrays = _arrays((args, kwargs), accumulation)
+    devices = None
+    if batch_axes is not None:
+      devices = data_parallel(jax.tree.leaves(shardings), batch_axes, reduce_dtype)
+    arrays = _arrays((args, kwargs), accumulation, devices)
+    parts: tuple[int, ...] = () if accumulation is None else (accumulation,)
+    if devices:
+      parts = (accumulation or 1, devices.size)
     arg_leaves, args_treedef = jax.tree.flatten((args, kwargs))
 
     def call(params: Any, arrays: dict[int, Any]) -> Any:
@@ -780,26 +882,27 @@ def value_and_step(
       own_args, own_kwargs = jax.tree.unflatten(args_treedef, filled)
       return fn(params, *own_args, **own_kwargs)
 
-    one = {i: jax.eval_shape(lambda x: x[0], x) for i, x in arrays.items()}
-    closed, out_tree = _trace(call, params, one, dense, sink_dtype)
+    one = {i: jax.eval_shape(lambda x: x[(0,) * len(parts)], x) for i, x in arrays.items()}
+    closed, out_tree = _trace(call, params, one, dense, sink_dtype, devices)
     out = closed.out_avals[0]
     if out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
       raise ValueError(f"the loss must be one real number, got {out}: sum it, or set has_aux")
     is_exact = max_norm is not None and clip == "exact"
-    loss = _cut(closed, weights, dense, sink_dtype, is_stack, list(arrays.values()))
+    traced = closed, weights, dense, sink_dtype
+    loss = _cut(*traced, is_stack, list(arrays.values()), parts, devices, specs)
     of_scan = kept_format if callable(kept_format) else lambda path: kept_format
-    tape = _compute(loss, is_exact or accumulation is not None, of_scan)
+    tape = _compute(loss, (is_exact and not keep_gradients) or bool(parts), of_scan)
     outputs = list(tape.outputs)
     cotangent = jnp.ones_like(outputs[0])
     if loss.jaxpr.outvars[0] in loss.split:
-      cotangent = cotangent / np.asarray(accumulation, cotangent.dtype)
+      cotangent = cotangent / np.asarray(math.prod(parts), cotangent.dtype)
       outputs[0] = jnp.mean(outputs[0])
     scale = _scale(1.0 if gradient_scale is None else gradient_scale, outputs[0])
 
     def seen(grads: Leaves, layer: Any) -> tuple[Leaves, dict[str, jax.Array]]:
       """Gradients as the optimizer gets them, and their squared norms."""
       # Sums over micro-batches stay in float32.
-      is_cast = lambda path: is_quantized(weights[path]) and accumulation is None
+      is_cast = lambda path: is_quantized(weights[path]) and not parts
       cast = lambda path, g: g.astype(gradient_dtype) if is_cast(path) else g
       grads = {path: placed(path, cast(path, g), layer) for path, g in grads.items()}
       return grads, {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in grads.items()}
@@ -814,32 +917,52 @@ def value_and_step(
       context = Context(layer, shardings, own)
       updates, new_states = optimizer.step(grads, weights, shared | states, context)
       new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in weights.items()}
-      return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states))
+      return _Seen(squares, ~jnp.isfinite(own), new_weights, pick(new_states, states), {})
+
+    kept = lambda path, g: g.astype(kept_dtype) if is_quantized(weights[path]) else g
+
+    def keep(grads: Leaves, given: Leaves, states: Leaves, layer: Any) -> _Seen:
+      """Leaves all steps to be taken at the end; skipped are all of them, or none."""
+      grads, squares = seen(grads, layer)
+      return _Seen(squares, jnp.ones([], bool), {}, {}, {k: kept(k, g) for k, g in grads.items()})
 
     def one_pass(scale: jax.Array, weights: Leaves, states: Leaves) -> _Seen:
       by_owner = {path: pick(states, owned[path]) for path in weights}
       return _backward(tape, cotangent, functools.partial(visit, scale), weights, by_owner)
 
     released = {path for piece in loss.pieces for path in piece.released}
-    used = pick(weights, released.union(*loss.complete))
+    stepped = set() if keep_gradients else released.union(*loss.complete)
+    # In the order of the weights, so that all processes trace the same program.
+    used = {path: leaf for path, leaf in weights.items() if path in stepped}
     used_states = pick(states, [x for path in used for x in owned[path]])
-    if is_exact:
+    if keep_gradients:
+      done = _backward(tape, cotangent, keep, {}, {path: {} for path in weights})
+      norm = _norm(done.squares)
+      scale = _scale(_clipped(scale, norm, max_norm), norm)
+      done = done._replace(skipped=jnp.where(jnp.isfinite(scale), 0, done.skipped))
+    elif is_exact:
       axes = {path: weights[path].shape[:1] if path in released else () for path in used}
       squares = {path: jnp.zeros(shape, jnp.float32) for path, shape in axes.items()}
-      start = _Seen(squares, jnp.zeros([], jnp.int32), used, used_states)
+      start = _Seen(squares, jnp.zeros([], jnp.int32), used, used_states, {})
       done, scale = _two_passes(one_pass, start, scale, max_norm)
     else:
       done = one_pass(scale, used, used_states)
 
-    # What the loss does not use, and what all parameters share, such as the count of steps.
-    unused = pick(weights, [path for path in weights if path not in used])
-    zeros = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in unused.items()}
-    rest = pick(states, [x for path in (None, *unused) for x in owned[path]])
-    updates, new_states = optimizer.step(zeros, unused, rest, Context(None, shardings, scale))
-    new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in unused.items()}
+    # What has not been stepped, such as what the loss does not use, and what all parameters share,
+    # such as the count of steps.
+    others = pick(weights, [path for path in weights if path not in used])
+    grads = {path: jnp.zeros_like(loss.primal(leaf)) for path, leaf in others.items()} | done.grads
+    rest = pick(states, [x for path in (None, *others) for x in owned[path]])
+    updates, new_states = optimizer.step(grads, others, rest, Context(None, shardings, scale))
+    new_weights = {path: apply_updates(leaf, updates[path]) for path, leaf in others.items()}
     new_weights, new_states = done.weights | new_weights, done.states | new_states
     squares = {path: done.squares.get(path, jnp.zeros([], jnp.float32)) for path in weights}
     norms = {path: jnp.sqrt(x) for path, x in squares.items()}
+    if devices and accumulation is None:
+      outputs[1:] = [
+        jnp.squeeze(x, 0) if out in loss.split else x
+        for x, out in zip(outputs[1:], loss.jaxpr.outvars[1:], strict=True)
+      ]
     return (
       jax.tree.unflatten(out_tree, outputs),
       jax.tree.unflatten(treedef, [new_weights[path] for path in weights]),

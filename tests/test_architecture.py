@@ -11,6 +11,7 @@ LEVELS = (
     "explicit_axes",
     "flax_state",
     "contraction",
+    "data_parallel",
     "formats",
     "rounding",
     "trees",

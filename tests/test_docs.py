@@ -98,6 +98,26 @@ def test_tables_of_pages_are_the_results(page, name):
   assert table.strip() in (DOCS / page).read_text()
 
 
+@pytest.mark.parametrize(
+  ("config", "devices", "step", "report"),
+  [
+    ("llama_800m", "16 × TPU v5p", "ordinary", ""),
+    ("llama_800m", "16 × TPU v5p", "released, exact clip", "_release"),
+    ("llama_800m", "16 × TPU v5p", "released, exact clip, gradients kept", "_release_kept"),
+    ("llama_800m", "16 × TPU v5p", "released, clip by layer", "_release_layer"),
+    ("gemma3_1b", "16 × TPU v6e", "ordinary", ""),
+    ("gemma3_1b", "16 × TPU v6e", "released, clip by layer", "_release_layer"),
+  ],
+)
+def test_traffic_between_devices_is_that_of_the_reports(config, devices, step, report):
+  found = json.loads((ROOT / f"results/compile/{config}_eco_sr{report}.json").read_text())
+  kinds = found["collectives_per_device"].values()
+  traffic = sum(entry["bytes"] for dtypes in kinds for entry in dtypes.values()) / 1e9
+  peak = found["bytes_per_device"]["peak"] / 2**30
+  row = f"| {config} | {devices} | {step} | {traffic:.1f} GB | {peak:.2f} GiB |"
+  assert row in (DOCS / "pretraining.md").read_text()
+
+
 def test_pages_have_the_summary_of_the_claims():
   from experiments.studies import claims, sweep
 

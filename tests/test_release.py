@@ -1,12 +1,14 @@
 """Gradient release makes the ordinary step's numbers, and refuses what it cannot do."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eco_optax as eco
 
@@ -262,6 +264,123 @@ def test_micro_batches_are_one_batch(model, max_norm):
   assert_same(ours, theirs)
 
 
+def on_mesh(params, sizes=(2, 2)):
+  """Parameters on a mesh, kernels and embedding split over its second axis."""
+  mesh = jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+  def place(x):
+    split = "fsdp" if x.ndim > 1 and x.shape[-1] % sizes[1] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), split))
+
+  shardings = jax.tree.map(place, params)
+  return jax.device_put(params, shardings), shardings
+
+
+@pytest.mark.parametrize(
+  ("model", "optimizer", "dense", "accumulation", "keep_gradients"),
+  [
+    ("scanned", "FP8 moments", False, 2, False),
+    ("unrolled", "any optimizer", True, None, True),
+  ],
+)
+def test_devices_that_sum_gradients_once_make_the_ordinary_step(
+  model, optimizer, dense, accumulation, keep_gradients
+):
+  fn, is_stacked = MODELS[model]
+  fn = functools.partial(fn, matmul=jnp.matmul if dense else eco.matmul)
+  params, tokens = make(is_stacked)
+  tx = OPTIMIZERS[optimizer]()
+  placed, shardings = on_mesh(params)
+  ours, theirs = (placed, tx.init(placed)), (params, tx.init(params))
+  how = {"shardings": shardings, "accumulation": accumulation, "max_norm": 0.25}
+  how |= {"batch_axes": ("data", "fsdp"), "reduce_dtype": jnp.float32, "has_aux": True}
+  how |= {"keep_gradients": keep_gradients}
+  step = jax.jit(eco.value_and_step(fn, tx, dense, **how))
+  whole = jax.jit(eco.value_and_step(fn, tx, dense, has_aux=True, max_norm=0.25))
+  examples = tokens.reshape(-1, tokens.shape[-1])
+  for _ in range(2):
+    value, *ours, report = step(*ours, tokens if accumulation else examples)
+    want, *theirs, want_report = whole(*theirs, examples)
+    np.testing.assert_allclose(value[0], want[0], rtol=1e-5)
+    assert value[1].shape[: 2 if accumulation else 1] == ((2, 4) if accumulation else (4,))
+    largest = np.max(value[1], axis=(0, 1) if accumulation else 0)
+    np.testing.assert_allclose(largest, want[1], rtol=1e-5)
+    np.testing.assert_allclose(report.norm, want_report.norm, rtol=1e-5)
+  assert_same(ours, theirs)
+
+
+def test_devices_sum_in_bfloat16_by_default():
+  params, tokens = make(is_stacked=True)
+  placed, shardings = on_mesh(params)
+  tx = eco.sgd(1.0, momentum=0.9)  # Whose momentum of a first step is the gradient, and an error.
+  how = {"shardings": shardings, "batch_axes": ("data", "fsdp"), "accumulation": 2}
+  loss = lambda params, tokens: scanned(params, tokens)[0]
+  grads = {}
+  for dtype in (jnp.bfloat16, jnp.float32):
+    dtypes = {} if dtype == jnp.bfloat16 else {"reduce_dtype": dtype}
+    step = jax.jit(eco.value_and_step(loss, tx, **how, **dtypes))
+    state = step(placed, tx.init(placed), tokens)[2]
+    grads[dtype] = optax.tree.get(state, "trace")["embedding"]
+  found, want = (np.asarray(grads[dtype], np.float64) for dtype in (jnp.bfloat16, jnp.float32))
+  error = np.linalg.norm(found - want) / np.linalg.norm(want)
+  assert 1e-5 < error < 2**-7  # Four summands, of eight bits each.
+
+
+def test_collectives_are_outside_the_loop_over_micro_batches():
+  compile_lib = pytest.importorskip("eco_optax.training.compile")
+  params, _ = make(is_stacked=True, format=eco.INT8)
+  placed, shardings = on_mesh(params)
+  tx, parts = eco.sgd(1.0, momentum=0.9), 8
+  args = placed, tx.init(placed), jnp.zeros((parts, 4, 8), jnp.int32)
+  loss = lambda params, tokens: scanned(params, tokens)[0]
+
+  def lower(batch_axes):
+    how = {"shardings": shardings, "accumulation": parts, "batch_axes": batch_axes}
+    return jax.jit(eco.value_and_step(loss, tx, **how), donate_argnums=(0, 1)).lower(*args)
+
+  lowered = lower(("data", "fsdp"))
+  found = compile_lib.collectives(lowered.compile().as_text())
+  left = compile_lib.collectives(lower(None).compile().as_text())
+  counts = lambda found: [entry["count"] for dtypes in found.values() for entry in dtypes.values()]
+  assert max(counts(found)) < parts * LAYERS < max(counts(left))
+  # Codes of each layer, forward and back.
+  assert found["all-gather"]["s8"] == {"count": 2 * LAYERS, "bytes": 2 * LAYERS * WIDTH**2}
+  # Of each layer kernel and scale, and the embedding as it is looked up. Its transpose belongs to
+  # no parameter, and is summed whole. CPUs widen what they sum.
+  assert found["reduce-scatter"]["f32"]["count"] == 2 * LAYERS + 1
+  pattern = r'"stablehlo.(reduce_scatter|all_reduce)".*?\}\) : \(tensor<([x\d]+)x(\w+)>'
+  sums = re.findall(pattern, lowered.as_text(), re.DOTALL)
+  assert sums
+  assert all(dtype == ("bf16" if "x" in shape else "f32") for _, shape, dtype in sums)
+
+
+def test_gradients_that_are_kept_are_stepped_all_or_not_at_all():
+  params, tokens = make(is_stacked=True)
+  tx = eco.adamw(1e-2, weight_decay=0.1)
+  ours = theirs = (params, tx.init(params))
+  how = {"has_aux": True, "max_norm": 0.25}
+  step = jax.jit(eco.value_and_step(scanned, tx, keep_gradients=True, **how))
+  twice = jax.jit(eco.value_and_step(scanned, tx, **how))
+  for i in range(2):
+    _, *ours, report = step(*ours, tokens[i])
+    _, *theirs, want = twice(*theirs, tokens[i])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), report, want)
+  assert_same(ours, theirs)
+
+  def fn(params, tokens):
+    kernels = params["stack"]["kernel"]
+    poison = jnp.ones(LAYERS).at[2].set(jnp.nan)
+    body = lambda x, own: (layer(x, own[0] | {"kernel": poisoned(own[0]["kernel"], own[1])}), None)
+    own = params["stack"] | {"kernel": kernels}, poison
+    return jnp.mean(jax.lax.scan(body, params["embedding"][tokens], own)[0] ** 2)
+
+  step = jax.jit(eco.value_and_step(fn, tx, keep_gradients=True))
+  _, *new, report = step(params, tx.init(params), tokens[0])
+  jax.tree.map(np.testing.assert_array_equal, tuple(new), (params, tx.init(params)))
+  assert report.skipped == LAYERS + 2
+  np.testing.assert_array_equal(np.isfinite(report.norms["stack/kernel"]), [1, 1, 0, 1])
+
+
 def test_losses_with_carries_constants_and_two_stacks():
   """Integers and constants in the carry, weights that all layers share, a scan from the end."""
   params, tokens = make(is_stacked=True)
@@ -396,6 +515,18 @@ def test_errors_name_the_remedy():
     run(lambda params, tokens: params["unused"], tokens)
   with pytest.raises(ValueError, match=r"accumulation=3 .* first axis of 3.*\(2, 4, 8\)"):
     run(scanned, tokens, has_aux=True, accumulation=3)
+  with pytest.raises(ValueError, match="clip='layer' and keep_gradients exclude each other"):
+    run(scanned, tokens, has_aux=True, clip="layer", keep_gradients=True)
+  with pytest.raises(ValueError, match="batch_axes needs the parameters' shardings"):
+    run(scanned, tokens, has_aux=True, batch_axes=("data",))
+  _, shardings = on_mesh(params)
+  how = {"has_aux": True, "shardings": shardings}
+  with pytest.raises(ValueError, match=r"batch_axes \('data',\) lack the mesh axis 'fsdp' of 2"):
+    run(scanned, tokens, batch_axes=("data",), **how)
+  with pytest.raises(ValueError, match=r"batch_axes \['rows'\] are none of the mesh's axes"):
+    run(scanned, tokens, batch_axes=("rows",), **how)
+  with pytest.raises(ValueError, match=r"axis 0 of examples.*each of 4 devices.*\(2, 4, 8\)"):
+    run(scanned, tokens, batch_axes=("data", "fsdp"), **how)
   with pytest.raises(ValueError, match="clip must be 'exact' or 'layer', got 'global'"):
     eco.value_and_step(scanned, tx, clip="global")
   with pytest.raises(ValueError, match="leaf 'count' holds int32, which has no gradient"):

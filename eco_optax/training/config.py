@@ -68,6 +68,12 @@ def defaults() -> config_dict.ConfigDict:
   # per number, "none" is `dtype`.
   config.kept_format = "none"
 
+  # In which `release` sums the gradients of matrices over devices; float32 takes twice the traffic.
+  config.reduce_dtype = "bfloat16"
+  # Whether `release` keeps each device's part of all gradients and takes all steps at the end: an
+  # exact clip then goes backwards once. On a mesh that splits parameters these parts are small.
+  config.keep_gradients = False
+
   # Groups of sequences whose gradients are computed separately and summed in order: any number of
   # devices that divides the groups trains the same weights, bit for bit. Each device then holds a
   # whole gradient. 0: gradients are summed in the fastest order.
@@ -188,6 +194,7 @@ RANGES: dict[str, _Check] = {
   "model.vocabulary_parts": _positive,
   "dtype": _one_of(*_DTYPES),
   "gradient_dtype": _one_of(*_DTYPES),
+  "reduce_dtype": _one_of(*_DTYPES),
   "batch_size": _positive,
   "length": _positive,
   "steps": _positive,
@@ -290,10 +297,13 @@ def validate(config: config_dict.ConfigDict) -> None:
 def _release_problems(config: config_dict.ConfigDict) -> list[str]:
   """What does not go together with `release`, or not without."""
   if not config.release:
-    needs = {"optimizer.clip": ("exact", config.optimizer.clip)}
+    needs: dict[str, tuple[Any, Any]] = {"optimizer.clip": ("exact", config.optimizer.clip)}
     needs["kept_format"] = ("none", config.kept_format)
+    needs["keep_gradients"] = (False, config.keep_gradients)
     return [f"{key} {x!r} needs release" for key, (usual, x) in needs.items() if x != usual]
   problems = []
+  if config.keep_gradients and config.optimizer.clip == "layer":
+    problems.append("keep_gradients and optimizer.clip 'layer' exclude each other: set one of them")
   if methods.of(config).rounding is None:
     problems.append(f"release steps packed weights, which method {config.method!r} has none of")
   if groups := config.reduction_groups:

@@ -6,7 +6,6 @@ mesh they do nothing, and everything runs on one device.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import math
 import re
@@ -148,10 +147,6 @@ def check_sharded(tree: Any, mesh: Mesh, limit_bytes: int) -> None:
     )
 
 
-# Inside `group_by_group` a device is by itself, with whole parameters.
-_by_itself = contextvars.ContextVar("by_itself", default=False)
-
-
 def group_by_group(fn: Callable[..., Any]) -> Callable[..., Any]:
   """`fn(params, batch)` for one group of a batch after another, groups split over devices.
 
@@ -167,11 +162,7 @@ def group_by_group(fn: Callable[..., Any]) -> Callable[..., Any]:
   """
 
   def alone(params: Any, batch: Any) -> Any:
-    token = _by_itself.set(True)
-    try:
-      return jax.lax.map(lambda group: fn(params, group), batch)
-    finally:
-      _by_itself.reset(token)
+    return jax.lax.map(lambda group: fn(params, group), batch)
 
   def over_groups(params: Any, batch: Any) -> Any:
     if (mesh := _mesh()) is None:
@@ -222,11 +213,10 @@ def on_each_device(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _mesh() -> Any:
-  """The mesh in use while tracing, or None."""
+  """The mesh in use while tracing; None also where a device is by itself, in a `shard_map`."""
   mesh = jax.sharding.get_abstract_mesh()
-  if _by_itself.get():
-    return None
-  return None if mesh.empty or set(AXES) - set(mesh.axis_names) else mesh
+  is_alone = set(mesh.axis_types) == {AxisType.Manual}
+  return None if mesh.empty or is_alone or set(AXES) - set(mesh.axis_names) else mesh
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

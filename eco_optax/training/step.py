@@ -37,6 +37,16 @@ def accumulation(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
   return max(fits, default=wanted)
 
 
+def sums_once(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:
+  """Whether a released step gathers a layer's codes and sums its gradient once for all of a batch.
+
+  Otherwise the compiler does both for each micro-batch: of models with routed experts, which
+  devices may share and whose balance is that of all tokens, and on meshes that split products over
+  `tensor`.
+  """
+  return mesh.size > 1 and mesh.shape["tensor"] == 1 and not config.model.experts
+
+
 class State(NamedTuple):
   """Everything a step changes."""
 
@@ -217,6 +227,9 @@ def make_train_step(
     accumulation=parts if parts > 1 else None,
     kept_format=lambda path: kept_format if transformer.is_block(path) else None,
     shardings=in_place.params,
+    batch_axes=sharding.RULES["batch"] if sums_once(config, mesh) else None,
+    reduce_dtype=jnp.dtype(config.reduce_dtype),
+    keep_gradients=config.keep_gradients,
   )
 
   def released(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:

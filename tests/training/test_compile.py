@@ -1,5 +1,6 @@
 """Compiling ahead of time for TPUs, and reading the compiled program."""
 
+import collections
 import math
 import os
 import re
@@ -257,6 +258,23 @@ def test_a_step_compiles_for_tpus_and_weights_cross_the_wire_as_codes(step):
   assert "products f8e4m3fn" in text
   assert "large temporary" in text
   assert "all-gather f8e4m3fn" in text
+
+
+def test_a_released_step_sums_each_gradient_once_in_bfloat16(tpu):
+  config = small("eco_sr")
+  config.release, config.optimizer.clip, config.model.layers = True, "layer", 2
+  config.batch_size, config.accumulation = 16, 4
+  _, report = compile_lib.compile_step(config, tpu)
+  found, quantized = report["collectives_per_device"], report["quantized_parameters"]
+  # Kernels of both layers, forward and back, whatever the number of micro-batches.
+  assert found["all-gather"]["f8e4m3fn"] == {"count": 2 * 2 * 7, "bytes": 2 * quantized}
+  # One sum of their gradients, of the embedding's and of the head's.
+  sums = collections.Counter()
+  for kind in ("reduce-scatter", "all-reduce"):
+    sums.update({dtype: entry["bytes"] for dtype, entry in found.get(kind, {}).items()})
+  wanted = 2 * (quantized + 2 * 256 * 512)
+  assert wanted <= sums["bf16"] <= 1.1 * wanted
+  assert sums["f32"] + sums["s32"] < 0.01 * wanted  # Norms, and largest proposals of channels.
 
 
 def products(text):

@@ -70,11 +70,22 @@ def train(config, steps=2):
       "moments.mu": "float8_e4m3fn",
       "moments.nu": "factored",
     },
+    {
+      "accumulation": 2,
+      "batch_size": 16,
+      "mesh.data": 2,
+      "mesh.fsdp": 2,
+      "model.remat": "full",
+      "reduce_dtype": "float32",
+      "keep_gradients": True,
+    },
+    {"mesh.fsdp": 2, "model.quantized": "all", "method": "eco_rtn", "reduce_dtype": "float32"},
   ],
   ids=lambda changes: ", ".join(changes),
 )
 def test_a_released_step_is_the_ordinary_one(changes):
-  (ours, rows), (theirs, want) = (train(small(release=on, **changes)) for on in (True, False))
+  plain = {key: x for key, x in changes.items() if key != "keep_gradients"}
+  (ours, rows), (theirs, want) = map(train, (small(release=True, **changes), small(**plain)))
   for row, other in zip(rows, want, strict=True):
     assert row.keys() == other.keys()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), row, other)
@@ -112,6 +123,11 @@ def test_what_does_not_go_together_is_refused():
   for changes, message in (
     ({"optimizer.clip": "layer"}, "optimizer.clip 'layer' needs release"),
     ({"kept_format": "FP8_TOKEN"}, "kept_format 'FP8_TOKEN' needs release"),
+    ({"keep_gradients": True}, "keep_gradients True needs release"),
+    (
+      {"release": True, "keep_gradients": True, "optimizer.clip": "layer"},
+      "keep_gradients and optimizer.clip 'layer' exclude each other",
+    ),
     ({"release": True, "method": "bf16_mw"}, "release steps packed weights"),
     ({"release": True, "reduction_groups": 2}, "release and reduction_groups 2 exclude each other"),
   ):
