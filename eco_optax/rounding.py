@@ -263,7 +263,7 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
 @functools.partial(jax.jit, inline=True)
 def _mixed_key(low: Any, high: Any, leaf: Any, count: Any) -> jax.Array:
   """The key of `stream_key`, of four uint32 numbers."""
-  first = _mix(_mix(_mix(low ^ leaf) + high) + count)
+  first = _mix(_mix(_mix(jnp.asarray(low) ^ leaf) + high) + count)
   second = _mix(first + _UINT32(0x9E3779B9))
   return jnp.stack([first, second])
 
