@@ -145,12 +145,18 @@ class QuantizedArray:
       Array([[ 0., -7.],
              [ 1.,  3.]], dtype=float32)
     """
-    read = lambda x: x.apply_scale(x.codes.astype(jnp.float32)).astype(dtype)
+    read = functools.partial(_read, dtype=dtype)
     return explicit_axes.call(read, lambda y: explicit_axes.spec_like(y, self.qvalue), self)
 
   def apply_scale(self, y: jax.Array) -> jax.Array:
     """`y × scale` for float32 values of the tensor's shape."""
     return groups_of(self.format, y.shape).times(y, self.float_scale())
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _read(array: QuantizedArray, dtype: Any) -> jax.Array:
+  """The stored values, see `QuantizedArray.dequantize`."""
+  return array.apply_scale(array.codes.astype(jnp.float32)).astype(dtype)
 
 
 # A guard that was not set to zero.
@@ -202,15 +208,19 @@ def replaced(old: QuantizedArray, update: QuantizedArray) -> QuantizedArray:
   if update.guard is None:
     return new
 
-  def choose(new: Any, old: Any, guard: jax.Array) -> Any:
-    # A constant in a program that makes the update itself, so that no select is left of it.
-    alive = jax.random.key_data(guard)[..., 0] == _ALIVE
-    select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
-    return jax.tree.map(select, new, old)
-
+  choose = lambda new, old, guard: _chosen(new, old, jax.random.key_data(guard))
   old = dataclasses.replace(old, sink=new.sink)
   specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, old)
   return explicit_axes.call(choose, specs, new, old, update.guard)
+
+
+@functools.partial(jax.jit, inline=True)
+def _chosen(new: Any, old: Any, guard: jax.Array) -> Any:
+  """The new leaf, or the old one where the guard was set to zero."""
+  # A constant in a program that makes the update itself, so that no select is left of it.
+  alive = guard[..., 0] == _ALIVE
+  select = lambda x, y: jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, y)
+  return jax.tree.map(select, new, old)
 
 
 def times_scale(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -467,6 +477,9 @@ def scaled(
   return Scaled(y.reshape(x.shape), scale, factor)
 
 
+# One program where operations one by one would be compiled as twenty; and leaves that are alike are
+# traced once.
+@functools.partial(jax.jit, static_argnames=("format", "rounding"), inline=True)
 def quantize_array(
   x: jax.Array,
   format: Format,

@@ -5,6 +5,7 @@ Everything here is element-wise, so it fuses, shards and gives the same codes on
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from typing import Any
@@ -252,13 +253,17 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
     uint32 array of shape (2,).
   """
   if isinstance(seed, (int, np.integer)):
-    words = np.array([int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF], np.uint32)
-    low, high = jnp.asarray(words[0]), jnp.asarray(words[1])
+    low, high = np.array([int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF], np.uint32)
   else:
-    low, high = jnp.asarray(seed).astype(jnp.uint32), jnp.zeros([], jnp.uint32)
+    low, high = jnp.asarray(seed).astype(jnp.uint32), _UINT32(0)
   leaf = _UINT32(zlib.crc32(path.encode()))
-  count = jnp.asarray(step).astype(jnp.uint32)
-  first = _mix(_mix(_mix(low ^ leaf) + high) + count)
+  return _mixed_key(low, high, leaf, jnp.asarray(step).astype(jnp.uint32))
+
+
+@functools.partial(jax.jit, inline=True)
+def _mixed_key(low: Any, high: Any, leaf: Any, count: Any) -> jax.Array:
+  """The key of `stream_key`, of four uint32 numbers."""
+  first = _mix(_mix(_mix(jnp.asarray(low) ^ leaf) + high) + count)
   second = _mix(first + _UINT32(0x9E3779B9))
   return jnp.stack([first, second])
 
@@ -297,6 +302,7 @@ def element_bits(key: Any, element: jax.Array, matrix: jax.Array | None = None) 
   return (x ^ (x >> _UINT32(15))) * _SECOND
 
 
+@functools.partial(jax.jit, static_argnames="shape", inline=True)
 def counter_bits(
   key: jax.Array, shape: tuple[int, ...], layer: jax.Array | None = None
 ) -> jax.Array:

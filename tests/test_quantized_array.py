@@ -291,6 +291,19 @@ def test_packing_takes_any_length(dtype, shape):
   np.testing.assert_array_equal(codes_of(packed), wanted.codes)
 
 
+@pytest.mark.parametrize(("name", "rounding"), [("FP8", "stochastic"), ("NVFP4", "nearest")])
+def test_one_program_gives_the_bits_of_its_operations_one_by_one(name, rounding):
+  x = jnp.asarray(normal((2, 32, 16)) * np.geomspace(1e-6, 1e6, 16, dtype=np.float32))
+  make = lambda: eco.quantize(x, PRESETS[name], rounding=rounding, key=5)
+  found, values = make(), make().dequantize()
+  with jax.disable_jit():
+    wanted, wanted_values = make(), make().dequantize()
+  for a, b in zip(
+    jax.tree.leaves((found, values)), jax.tree.leaves((wanted, wanted_values)), strict=True
+  ):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 @pytest.mark.parametrize("name", ["FP8", "INT4", "NVFP4", "MXFP4"])
 def test_layers_of_a_stack_stand_alone(name):
   """scan, vmap and slicing over leading axes; the matrices of a stack share nothing."""

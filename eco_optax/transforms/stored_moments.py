@@ -246,6 +246,7 @@ def pack_like(old: Any, new: Codes | jax.Array | None) -> Any:
   return dataclasses.replace(old, qvalue=qvalue, scale=scale, odd=odd)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "dtype", "packed", "axis"), inline=True)
 def store(
   x: jax.Array, kind: Kind, dtype: str, bits: jax.Array, packed: bool = False, axis: int = -2
 ) -> Any:

@@ -37,14 +37,21 @@ FORMATS = {
 
 def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in="float32"):
   """A leaf in the middle of a training run, its moments stored in a dtype; one small program."""
-  return jax.jit(lambda: _make(step, format, shape, layer, gradient_dtype, moments_in))()
+  make = lambda drawn: _make(step, format, layer, gradient_dtype, moments_in, drawn)
+  return jax.jit(make)(_drawn(shape))
 
 
-def _make(step, format, shape, layer, gradient_dtype, moments_in):
-  keys = jax.random.split(jax.random.key(0), 4)
-  draw = lambda key, scale: scale * jax.random.normal(key, shape)
-  weight = eco.quantize({"w": draw(keys[0], 0.02)}, format)["w"]
-  moments = (draw(keys[1], 1e-3), draw(keys[2], 1e-3) ** 2)
+@functools.partial(jax.jit, static_argnums=0)
+def _drawn(shape):
+  """Four arrays of normal numbers and one of random bits, by one program for all leaves."""
+  *keys, last = jax.random.split(jax.random.key(0), 5)
+  return [jax.random.normal(key, shape) for key in keys], jax.random.bits(last, shape, jnp.uint32)
+
+
+def _make(step, format, layer, gradient_dtype, moments_in, drawn):
+  (weight, first, second, gradient), bits = drawn
+  weight = eco.quantize({"w": 0.02 * weight}, format)["w"]
+  moments = (1e-3 * first, (1e-3 * second) ** 2)
   if step.scalars is sgd.SgdScalars:
     scalars, moments = (0.5, 0.9, 1e-1, -3.0), moments[:1]
   else:
@@ -52,7 +59,6 @@ def _make(step, format, shape, layer, gradient_dtype, moments_in):
   moment_keys = ()
   if moments_in != "float32":
     moment_keys = tuple(rounding.stream_key(5, 7, name) for name in ("mu", "nu")[: len(moments)])
-    bits = jax.random.bits(keys[1], shape, jnp.uint32)
     kinds = ("first", "second")[: len(moments)]
     is_factored = moments_in == "factored"
     dtype = "float8_e4m3fn" if is_factored else moments_in
@@ -68,7 +74,7 @@ def _make(step, format, shape, layer, gradient_dtype, moments_in):
     rounding.stream_key(3, 7, "w"),
     None if layer is None else jnp.int32(layer),
     weight,
-    draw(keys[3], 1e-3).astype(gradient_dtype),
+    (1e-3 * gradient).astype(gradient_dtype),
     moments,
     moment_keys,
   )
@@ -118,39 +124,43 @@ def spread(leaf, sharding):
 # The matrices are small, but should have several tiles each.
 SMALL_TILES = gpu.Tuning(row=512, chunk=4096, width=32)
 
-# Kernels for GPUs have fewer ways through them.
-ON_TILES = ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4")
+# Kernels for GPUs have fewer ways through them, and gpu_leaves.py has more of these.
+ON_TILES = {
+  "nearest": ("FP8", "INT4", "FP8_BLOCK128", "MXFP8", "NVFP4"),
+  "stochastic": ("FP8", "FP8_BLOCK128"),
+}
+CASES = {  # Step, format and how moments are stored; how else than stochastically it rounds.
+  **{("adamw", name, "float32"): ("nearest",) for name in FORMATS},
+  ("nadamw", "FP8", "float32"): (),
+  ("sgd", "FP8", "float32"): ("nearest",),
+  ("nesterov", "FP8", "float32"): (),
+  ("adamw", "FP8", "float8_e4m3fn"): ("nearest",),
+  ("nadamw", "INT4", "float8_e5m2"): (),
+  ("sgd", "MXFP8", "int8"): ("nearest",),
+  ("adamw", "INT8", "int8"): (),
+  ("adamw", "FP8", "bfloat16"): (),
+  ("adamw", "FP8", "factored"): (),
+  ("adamw", "NVFP4", "factored"): ("nearest",),
+}
 
 
 def main():
   """Exits with what is not equal to the bit."""
-  cases = [("adamw", name, "float32") for name in FORMATS]
-  cases += [(name, "FP8", "float32") for name in STEPS if name != "adamw"]
-  cases += [
-    ("adamw", "FP8", "float8_e4m3fn"),
-    ("nadamw", "INT4", "float8_e5m2"),
-    ("sgd", "MXFP8", "int8"),
-    ("adamw", "INT8", "int8"),
-    ("adamw", "FP8", "bfloat16"),
-    ("adamw", "FP8", "factored"),
-    ("adamw", "NVFP4", "factored"),
-  ]
   differ = []
   devices = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
   of_layer, of_stack = (NamedSharding(devices, P(*lead, None, "x", "y")) for lead in ((), (None,)))
-  for name, preset, moments_in in cases:
+  for (name, preset, moments_in), hows in CASES.items():
     # One matrix to nearest; the matrices of a layer, with gradients in bfloat16, stochastically, on
     # four devices, each of which has half of the rows and of the columns.
-    for how, shape, layer, dtype in (
-      ("nearest", (640, 128), None, jnp.float32),
-      ("stochastic", (2, 512, 256), 5, jnp.bfloat16),
-    ):
+    for how in (*hows, "stochastic"):
+      layer = 5 if how == "stochastic" else None
+      shape, dtype = ((2, 512, 256), jnp.bfloat16) if layer else ((640, 128), jnp.float32)
       leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
       assert tpu.applies(leaf)
       wanted = run(definition, STEPS[name], how, leaf)
       others = [cpu.by_rows, by_interpreted_panels]
-      on_tiles = preset in ON_TILES and name in ("adamw", "sgd")
-      if on_tiles and (how == "stochastic" or moments_in == "float32"):
+      few_bits = moments_in not in ("float32", "bfloat16")
+      if name in ("adamw", "sgd") and preset in ON_TILES[how] and not few_bits:
         others.append(by_interpreted_tiles)
       for other in others:
         # Tiles take what is not split along the rows.
@@ -162,10 +172,12 @@ def main():
         if not equal(found, wanted):
           differ.append(f"{name} {preset} {moments_in} {how} {other.__name__}")
     # Where no kernel fits a stack goes layer by layer, on one device and on four.
-    leaf = leaf._replace(layer=None)
-    wanted = run(definition, STEPS[name], "stochastic", leaf)
+    placed = spread(leaf, of_layer)
+    if (name, preset) == ("adamw", "NVFP4"):  # A whole stack, its columns on two pairs of devices.
+      leaf, placed = leaf._replace(layer=None), spread(leaf, of_stack)._replace(layer=None)
+      wanted = run(definition, STEPS[name], "stochastic", leaf)
     split = functools.partial(on_mesh, sharding=of_stack, implementation=by_layers)
-    for other, own in ((by_layers, leaf), (split, spread(leaf, of_stack))):
+    for other, own in ((by_layers, leaf), (split, placed)):
       if not equal(run(other, STEPS[name], "stochastic", own), wanted):
         differ.append(f"{name} {preset} {moments_in} by layers")
   sys.exit("\n".join(differ) or None)

@@ -78,6 +78,9 @@ NARROW = dataclasses.replace(LLAMA, window=8, global_every=5, rope_interleaved=F
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 40)).astype(np.int32)
 
 
+init = jax.jit(transformer.init, static_argnums=(0, 1, 2))
+
+
 def shapes(config, format=None):
   return jax.eval_shape(lambda: transformer.init(config, 0, format))
 
@@ -191,9 +194,9 @@ def test_deepseek_moe_is_read_and_computes_what_it_is_defined_as(tmp_path):
   found = hugging_face.load(tmp_path / "deepseek", shapes(config), config)
   assert_same(found, jax.tree.map(jnp.asarray, params))
   wanted = numpy_transformer.forward(config, params, TOKENS[:1, :12])[0]
-  logits = transformer.apply(config, found, jnp.asarray(TOKENS[:1, :12]))
+  found = logits(config, found, TOKENS[:1, :12])
   # Float32 sums of products up to about 30.
-  np.testing.assert_allclose(logits, wanted, atol=2e-4)
+  np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
 @pytest.mark.parametrize("format", [eco.FP8, eco.INT4, eco.NVFP4, eco.Format("int8", (32, 32))])
@@ -260,7 +263,7 @@ EXPORTS = {
 def export(name, folder):
   config, kind, format, activations = EXPORTS[name]
   config = dataclasses.replace(config, activation_format=activations)
-  params = lively(transformer.init(config, 0, format))
+  params = lively(init(config, 0, format))
   hugging_face.save(folder, params, config, kind=kind if kind == "qwen2_moe" else None)
   return config, params
 
@@ -393,7 +396,7 @@ def test_incomplete_and_malformed_configs_are_one_line_that_names_file_and_key(n
 
 def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path):
   tied = dataclasses.replace(LLAMA, tied_embedding=True)
-  hugging_face.save(tmp_path / "out", transformer.init(tied, 0), tied)
+  hugging_face.save(tmp_path / "out", init(tied, 0), tied)
   load = lambda: hugging_face.load(tmp_path / "out", shapes(tied), tied)
   embedding = np.array(safetensors.read(tmp_path / "out")["model.embed_tokens.weight"])
   rewrite(tmp_path / "out", lambda x: x.update({"lm_head.weight": embedding}))
@@ -406,15 +409,15 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path):
 def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
   blocks = eco.Format("float8_e4m3fn", (32, 32))
   with pytest.raises(ValueError, match="channels have to change places"):
-    hugging_face.save(tmp_path / "out", transformer.init(LLAMA, 0, blocks), LLAMA)
+    hugging_face.save(tmp_path / "out", init(LLAMA, 0, blocks), LLAMA)
   with pytest.raises(ValueError, match="its FP8 is E4M3"):
-    hugging_face.save(tmp_path / "out", transformer.init(LLAMA, 0, eco.FP8_E5M2), LLAMA)
+    hugging_face.save(tmp_path / "out", init(LLAMA, 0, eco.FP8_E5M2), LLAMA)
   odd = dataclasses.replace(LLAMA, post_norms=True)
   with pytest.raises(ValueError, match="as llama: post_norms True and not False; as mistral"):
-    hugging_face.save(tmp_path / "out", transformer.init(odd, 0), odd)
+    hugging_face.save(tmp_path / "out", init(odd, 0), odd)
   (tmp_path / "there").mkdir()
   with pytest.raises(FileExistsError, match="name another folder"):
-    hugging_face.save(tmp_path / "there", transformer.init(LLAMA, 0), LLAMA)
+    hugging_face.save(tmp_path / "there", init(LLAMA, 0), LLAMA)
   assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -538,7 +541,7 @@ def test_transformers_computes_the_same_with_what_is_exported(tmp_path):
     if name == "deepseek":  # It has no class of its own there.
       continue
     config, params = export(name, tmp_path / name)
-    wanted[tmp_path / name] = np.asarray(transformer.apply(config, params, jnp.asarray(TOKENS)))
+    wanted[tmp_path / name] = logits(config, params, TOKENS)
     np.save(tmp_path / name / "tokens.npy", TOKENS)
     # Fused experts have no codes there, and micro-scaled ones become bfloat16 of themselves.
     if "qwen2_moe" in name or "mixtral" in name or "MX" in name or "NV" in name:

@@ -1,5 +1,7 @@
 """What transformers makes of checkpoints: `write FOLDER`, or `serve FOLDER …`.
 
+Without folders it takes them from its input, one a line, and says when one is done.
+
 A program that tests start, because torch and JAX are better off apart. `write` draws tiny models of
 each family, edits the config.json of some, and saves the logits that transformers computes with
 them then. `serve` loads what was exported and says its logits and what it writes by itself.
@@ -18,6 +20,7 @@ import transformers
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # Models are tiny: threads would only wait for each other.
 
 SIZES = {
   "hidden_size": 32,
@@ -219,5 +222,6 @@ def serve(folder):
 
 if __name__ == "__main__":
   command, *folders = sys.argv[1:]
-  for each in folders:
+  for each in folders or map(str.strip, sys.stdin):
     {"write": write, "serve": serve}[command](pathlib.Path(each))
+    print("done", each, flush=True)

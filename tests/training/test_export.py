@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from eco_optax.interop import hugging_face
 from eco_optax.training import config as config_lib
@@ -87,7 +88,8 @@ def fine_tuning(config, folder):
   config.optimizer.update(end_fraction=0.0, weight_decay=0.0)
   config.init_from = str(folder / "base")
   model = config_lib.model(config)
-  hugging_face.save(folder / "base", transformer.init(model, 7), model, kind="deepseek")
+  params = jax.jit(transformer.init, static_argnums=(0, 1))(model, 7)
+  hugging_face.save(folder / "base", params, model, kind="deepseek")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -158,8 +160,26 @@ def test_fine_tuning_lowers_the_loss_of_what_is_answered(run):
   assert after.loss < before.loss - 1
 
 
-@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is in the extra [interop]")
-def test_transformers_serves_the_same(run):
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+  """Has transformers serve a folder, in one process for all, because it takes seconds to start."""
+  if not HAS_TRANSFORMERS:
+    pytest.skip("transformers is in the extra [interop]")
+  side = ROOT / "tests" / "interop" / "transformers_side.py"
+  log = tmp_path_factory.mktemp("transformers") / "stderr"
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  command = [sys.executable, str(side), "serve"]
+  with log.open("w") as errors, subprocess.Popen(command, **pipes, stderr=errors, text=True) as own:
+
+    def serve(folder):
+      print(folder, file=own.stdin, flush=True)
+      assert f"done {folder}\n" in iter(own.stdout.readline, ""), log.read_text()[-3000:]
+
+    yield serve
+    own.stdin.close()
+
+
+def test_transformers_serves_the_same(run, serve):
   trained, out = run
   prompt = TEXTS[1][:17]
   tokens = np.random.default_rng(0).integers(0, trained.tokenizer.vocabulary, (2, 30))
@@ -167,11 +187,7 @@ def test_transformers_serves_the_same(run):
   (out / "prompt.txt").write_text(prompt)
   if trained.config.model.experts:
     (out / "dequantize").touch()  # Its experts are one tensor there, which has no codes.
-  side = ROOT / "tests" / "interop" / "transformers_side.py"
-  done = subprocess.run(
-    [sys.executable, str(side), "serve", str(out)], capture_output=True, text=True, check=False
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
+  serve(out)
   served = np.load(out / "served.npz")
   wanted = transformer.apply(trained.model, trained.params, jnp.asarray(tokens, jnp.int32))
   # The baseline computes in bfloat16 here and in float32 there.
@@ -191,32 +207,42 @@ def test_transformers_serves_the_same(run):
     assert (out / "served.txt").read_text().strip() == trained.tokenizer.decode(ours).strip()
 
 
-def test_the_command_says_what_it_made(run, tmp_path):
+@pytest.fixture(scope="module")
+def command():
+  """The `main` of scripts/export.py, to be called in this process."""
+  known = set(flags.FLAGS)
+  spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts" / "export.py")
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  yield script.main
+  for name in set(flags.FLAGS) - known:
+    delattr(flags.FLAGS, name)
+
+
+def test_the_command_says_what_it_made(run, command, tmp_path, capsys):
   trained, out = run
-  if trained.corpus["tokenizer"]["kind"] == "bytes":
+  kind, experts = trained.corpus["tokenizer"]["kind"], trained.config.model.experts
+  if kind == "bytes":
     pytest.skip("its text was replaced for the test")
-  command = [sys.executable, "scripts/export.py", f"--workdir={out.parent / 'run'}"]
-  done = subprocess.run(
-    [*command, f"--output={tmp_path / 'out'}", "--dtype=bfloat16"],
-    capture_output=True,
-    text=True,
-    check=False,
-    cwd=ROOT,
+  arguments = ["scripts/export.py", f"--workdir={out.parent / 'run'}"]
+  arguments.append(f"--output={tmp_path / 'out'}")
+  start = lambda *more: subprocess.run(
+    [sys.executable, *arguments, *more], capture_output=True, text=True, check=False, cwd=ROOT
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert f"{tmp_path / 'out'}: step {trained.step}, " in done.stdout
-  hint = "--kind=qwen2_moe" if trained.config.model.experts else "AutoModelForCausalLM"
-  assert hint in done.stdout
+  as_process = kind == "bpe" and not experts  # Once is enough.
+  if as_process:
+    done = start("--dtype=bfloat16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
+  else:
+    flags.FLAGS([*arguments, "--dtype=bfloat16"])
+    command([])
+    said = capsys.readouterr().out
+  assert f"{tmp_path / 'out'}: step {trained.step}, " in said
+  assert ("--kind=qwen2_moe" if experts else "AutoModelForCausalLM") in said
   told = json.loads((tmp_path / "out" / "config.json").read_text())
   assert told["torch_dtype"] == "bfloat16"
-  if trained.corpus["tokenizer"]["kind"] != "bpe":  # Once is enough.
-    return
-  again = subprocess.run(
-    [*command, f"--output={tmp_path / 'out'}"],
-    capture_output=True,
-    text=True,
-    check=False,
-    cwd=ROOT,
-  )
-  assert again.returncode != 0
-  assert "is there already: name another folder" in again.stderr
+  if as_process:
+    again = start()
+    assert again.returncode != 0
+    assert "is there already: name another folder" in again.stderr

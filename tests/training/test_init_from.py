@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
   """Float weights of another seed, and their folder."""
   folder = tmp_path_factory.mktemp("checkpoint") / "llama"
   model = config_lib.model(small(method="bf16_mw"))
-  params = transformer.init(model, 7)
+  params = jax.jit(transformer.init, static_argnums=(0, 1))(model, 7)
   hugging_face.save(folder, params, model)
   return folder, params
 
@@ -116,7 +116,9 @@ transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.arg
 """
 
 
-def test_everything_packed_and_released_is_fine_tuned_and_goes_on(tmp_path, monkeypatch):
+def test_everything_packed_and_released_is_fine_tuned_and_goes_on(
+  tmp_path, monkeypatch, traced_once
+):
   """What configs/llama3_8b.py does, with a small model that transformers made."""
   if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
     pytest.skip("needs torch and transformers")

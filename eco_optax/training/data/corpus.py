@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import pathlib
 import platform
@@ -105,6 +106,11 @@ def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Any]]:
       yield from _definitions(node, name)
 
 
+@functools.cache  # Studies start one run after another in a process.
+def _installed_library() -> Corpus:
+  return standard_library()
+
+
 def standard_library_dataset(root: str | None = None) -> shards.Dataset:
   """The same as bytes, ready to train on: document, 0, document, 0, …, document.
 
@@ -114,6 +120,6 @@ def standard_library_dataset(root: str | None = None) -> shards.Dataset:
   Returns:
     A dataset in memory.
   """
-  text = standard_library(root)
+  text = standard_library(root) if root else _installed_library()
   join = lambda documents: shards.TokenStream([np.frombuffer(b"\0".join(documents), np.uint8)])
-  return shards.Dataset(join(text.train), join(text.validation), 256, 0, text.manifest)
+  return shards.Dataset(join(text.train), join(text.validation), 256, 0, dict(text.manifest))
