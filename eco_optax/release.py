@@ -821,7 +821,9 @@ def value_and_step(
       return _backward(tape, cotangent, functools.partial(visit, scale), weights, by_owner)
 
     released = {path for piece in loss.pieces for path in piece.released}
-    used = pick(weights, released.union(*loss.complete))
+    # In the order of the tree: a set's would change from process to process, and the program too.
+    reached = released.union(*loss.complete)
+    used = {path: leaf for path, leaf in weights.items() if path in reached}
     used_states = pick(states, [x for path in used for x in owned[path]])
     if is_exact:
       axes = {path: weights[path].shape[:1] if path in released else () for path in used}
