@@ -932,7 +932,7 @@ def value_and_step(
 
     released = {path for piece in loss.pieces for path in piece.released}
     stepped = set() if keep_gradients else released.union(*loss.complete)
-    # In the order of the weights, so that all processes trace the same program.
+    # In the order of the tree: a set's would change from process to process, and the program too.
     used = {path: leaf for path, leaf in weights.items() if path in stepped}
     used_states = pick(states, [x for path in used for x in owned[path]])
     if keep_gradients:

@@ -87,6 +87,17 @@ SMALL: dict[str, Any] = {
   "checkpoint.keep": 3,
 }
 
+# Changes that make a run one with gradient release, and with all that this keeps in few bytes.
+RELEASED: dict[str, Any] = {
+  "release": True,
+  "kept_format": "FP8_TOKEN",
+  "optimizer__clip": "previous",
+  "accumulation": 2,
+  "model__quantized": "all",
+  "moments__mu": "float8_e4m3fn",
+  "moments__nu": "factored",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -316,6 +327,13 @@ def kill(bench: Bench, name: str, times: int, **kwargs: Any) -> tuple[int, int]:
 def _random_kills(bench: Bench) -> str:
   killed, during = kill(bench, "kills", 20)
   return f"killed {killed} times, {during} of them during a save; {bench.check_same_end('kills')}"
+
+
+def _kills_under_release(bench: Bench) -> str:
+  bench.finish("released", **RELEASED)
+  killed, during = kill(bench, "released-kills", 10, **RELEASED)
+  said = bench.check_same_end("released-kills", "released")
+  return f"killed {killed} times, {during} of them during a save; {said}"
 
 
 def _sigterm(bench: Bench) -> str:
@@ -579,6 +597,7 @@ def _flip_in(path: pathlib.Path) -> None:
 
 FAULTS: dict[str, Callable[[Bench], str]] = {
   "kill -9, 20 times": _random_kills,
+  "kill -9, 10 times, with gradient release": _kills_under_release,
   "SIGTERM": _sigterm,
   "half-written newest checkpoint": _half_written,
   "truncated files in the newest checkpoint": _truncated_files,

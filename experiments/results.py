@@ -12,6 +12,7 @@ from typing import Any
 from eco_optax.training import methods
 from experiments.studies import (
   claims,
+  clips,
   families,
   finetune,
   grid,
@@ -250,6 +251,7 @@ def _beyond(results: pathlib.Path) -> list[str]:
     ("scale", scale, "The paper's seven runs at its own size"),
     ("storage", storage, "What moments and residuals may be stored in"),
     ("nearest", nearest, "Rounding to nearest: what may be done about its dead zone"),
+    ("clips", clips, "Clips of the gradient, with gradient release and without"),
     ("optimizers", optimizers, "ECO over other optimizers"),
     ("finetune", finetune, "INT4 fine-tuning of a tiny DeepSeek-MoE on chats"),
   ):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is no
 from experiments import results
 from experiments.studies import (
   claims,
+  clips,
   comparison,
   families,
   finetune,
@@ -33,6 +34,7 @@ _SWEEPS = {
   "scale": (scale, "packages_30m"),
   "storage": (storage, "stdlib_1m"),
   "nearest": (nearest, "stdlib_1m"),
+  "clips": (clips, "stdlib_1m"),
   "optimizers": (optimizers, "stdlib_1m"),
   "finetune": (finetune, "deepseek_3m_chat"),
 }
@@ -42,8 +44,8 @@ _STUDY = flags.DEFINE_enum(
   ["methods", *_SWEEPS, "results"],
   "All methods on one config; the paper's claims, at several learning rates and seeds; ECO and"
   " master weights on a model of each family; the paper's seven runs at its own size; what moments"
-  " and residuals are stored in; rules for rounding to nearest; ECO over several optimizers; INT4"
-  " fine-tuning; or RESULTS.md alone, which all write.",
+  " and residuals are stored in; rules for rounding to nearest; clips of the gradient; ECO over"
+  " several optimizers; INT4 fine-tuning; or RESULTS.md alone, which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")

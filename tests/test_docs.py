@@ -77,13 +77,14 @@ def compiled(results):
     ("pretraining.md", "families"),
     ("results.md", "scale"),
     ("memory.md", "storage"),
+    ("memory.md", "peaks"),
     ("rounding.md", "nearest"),
     ("optimizers.md", "optimizers"),
     ("performance.md", "benchmark"),
   ],
 )
 def test_tables_of_pages_are_the_results(page, name):
-  from experiments import benchmark
+  from experiments import benchmark, peaks
   from experiments.studies import sweep
 
   results = ROOT / "results"
@@ -91,6 +92,8 @@ def test_tables_of_pages_are_the_results(page, name):
     table = compiled(results)
   elif name == "benchmark":
     table = benchmark.table(results)
+  elif name == "peaks":
+    table = peaks.table(peaks.read(results / name))
   else:
     study = importlib.import_module(f"experiments.studies.{name}")
     table = study.table(sweep.read(results / name / "runs.jsonl"))

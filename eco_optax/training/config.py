@@ -96,8 +96,9 @@ def defaults() -> config_dict.ConfigDict:
     "eps": 1e-9,
     "weight_decay": 0.1,
     "max_norm": 1.0,  # Of the gradient, which is clipped to it.
-    # By whose norm: "exact" is the whole gradient's, for which `release` goes backwards twice; with
-    # `release` also "layer", each layer's own.
+    # By whose norm: "exact" is the whole gradient's, for which `release` goes backwards twice;
+    # "previous" is that of the step before, which costs nothing, and leaves the first step as it
+    # is; with `release` also "layer", each layer's own.
     "clip": "exact",
   }
 
@@ -213,7 +214,7 @@ RANGES: dict[str, _Check] = {
   "optimizer.eps": _positive,
   "optimizer.weight_decay": _natural,
   "optimizer.max_norm": _positive,
-  "optimizer.clip": _one_of("exact", "layer"),
+  "optimizer.clip": _one_of("exact", "previous", "layer"),
   "checkpoint.every": _natural,
   "checkpoint.keep": _positive,
   "nonfinite": _one_of("stop", "skip", "record"),
@@ -297,10 +298,10 @@ def validate(config: config_dict.ConfigDict) -> None:
 def _release_problems(config: config_dict.ConfigDict) -> list[str]:
   """What does not go together with `release`, or not without."""
   if not config.release:
-    needs: dict[str, tuple[Any, Any]] = {"optimizer.clip": ("exact", config.optimizer.clip)}
-    needs["kept_format"] = ("none", config.kept_format)
-    needs["keep_gradients"] = (False, config.keep_gradients)
-    return [f"{key} {x!r} needs release" for key, (usual, x) in needs.items() if x != usual]
+    given = {key: config[key] for key in ("kept_format", "keep_gradients")}
+    given["optimizer.clip"] = config.optimizer.clip
+    only = ("layer", "FP8_TOKEN", True)
+    return [f"{key} {x!r} needs release" for key, x in given.items() if x in only]
   problems = []
   if config.keep_gradients and config.optimizer.clip == "layer":
     problems.append("keep_gradients and optimizer.clip 'layer' exclude each other: set one of them")

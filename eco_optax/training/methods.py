@@ -155,6 +155,36 @@ def clip_factor(max_norm: float, grad_norm: jax.Array) -> jax.Array:
   return jnp.minimum(1.0, max_norm / jnp.maximum(grad_norm, 1e-30))
 
 
+class PreviousNorm(NamedTuple):
+  """What an optimizer's state has in the place of a clip by the norm of the step before."""
+
+  norm: jax.Array  # float32 scalar: of the whole gradient; 0, which clips nothing, before a step.
+
+
+def _clip_place(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """The identity, with the state that the config's clip needs, whose place all checkpoints have."""
+
+  def init(params: Any) -> Any:
+    del params
+    is_previous = config.optimizer.clip == "previous"
+    return PreviousNorm(jnp.zeros([], jnp.float32)) if is_previous else optax.EmptyState()
+
+  return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+def previous_norm(opt_state: Any) -> jax.Array | None:
+  """The norm that an optimizer's state tells to clip by; None with another clip."""
+  return opt_state[0].norm if isinstance(opt_state[0], PreviousNorm) else None
+
+
+def with_norm(opt_state: Any, grad_norm: jax.Array, is_finite: jax.Array) -> Any:
+  """The state, which the next step clips by `grad_norm` if it needs one and the norm is finite."""
+  before = previous_norm(opt_state)
+  if before is None:
+    return opt_state
+  return PreviousNorm(jnp.where(is_finite, grad_norm, before)), *opt_state[1:]
+
+
 def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """A stock optimizer whose `update` takes `gradient_scale=`, like this package's optimizers.
 
@@ -261,15 +291,20 @@ def _can_fuse(config: ml_collections.ConfigDict) -> bool:
 
 
 def _behind_identity(
-  tx: optax.GradientTransformation,
+  first: optax.GradientTransformation, tx: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.chain(optax.identity(), tx)`, which tells a transformation of `eco` all of the step.
+  """`optax.chain(first, tx)`, which tells a transformation of `eco` all of the step.
 
-  The identity keeps the place of a clip in the state, which checkpoints of all methods share.
+  Args:
+    first: the identity, whatever its state.
+    tx: what steps.
+
+  Returns:
+    A transformation.
   """
 
   def init(params: Any) -> tuple[Any, Any]:
-    return optax.EmptyState(), tx.init(params)
+    return first.init(params), tx.init(params)
 
   def update(
     updates: Any, state: tuple[Any, Any], params: Any, context: Context, **extra_args: Any
@@ -291,7 +326,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   method, inner = of(config), stock_optimizer(config)
   if method.family == FLOAT:
     tx = scaled(_low_bit(method, inner))
-    return optax.with_extra_args_support(optax.chain(optax.identity(), tx))
+    return optax.with_extra_args_support(optax.chain(_clip_place(config), tx))
   if method.family == MASTER_WEIGHTS:
     tx = eco.master_weights(inner, quantizer(config), method.residual)  # type: ignore[arg-type]
   elif method.family == NAIVE:
@@ -301,7 +336,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   else:
     learning_rate = schedule(config) if method.schedule_aware else None
     tx = eco.error_feedback_to_momentum(inner, quantizer(config), learning_rate)
-  return _behind_identity(eco.layer_by_layer(_low_bit(method, tx)))
+  return _behind_identity(_clip_place(config), eco.layer_by_layer(_low_bit(method, tx)))
 
 
 def with_master(

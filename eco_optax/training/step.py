@@ -144,8 +144,8 @@ def make_train_step(
   `state.skipped`, and tells in the metric `bad_leaf` which leaf of the gradient is the first that
   is not finite, by its number in the order of `jax.tree.leaves(params)` with packed leaves as one;
   −1 where all are. The metric `bad_weight` tells the same of the parameters after the step: an
-  update of finite gradients may still be too large for float32. With `config.release` and a clip by
-  layer, only layers whose gradients are not finite stay unchanged.
+  update of finite gradients may still be too large for float32. With `config.release` and a clip
+  that is not exact, only layers whose gradients are not finite stay unchanged.
 
   Args:
     config: of the run.
@@ -160,6 +160,7 @@ def make_train_step(
   gradient_dtype = jnp.dtype(config.gradient_dtype)
   how: dict[str, Any] = {"dense": False, "has_aux": True, "gradient_dtype": gradient_dtype}
   loss_and_grad = eco.value_and_grad(loss, **how)
+  max_norm = config.optimizer.max_norm
   target = abstract_state(config, tx, mesh)
   in_place = jax.tree.map(lambda x: x.sharding, target)
 
@@ -207,23 +208,26 @@ def make_train_step(
     metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     # A branch around the update would copy all moments on a GPU; a scale of NaN skips the step.
-    clip = methods.clip_factor(config.optimizer.max_norm, metrics["grad_norm"])
+    before = methods.previous_norm(state.opt_state)
+    clip = methods.clip_factor(max_norm, metrics["grad_norm"] if before is None else before)
     scale = jnp.where(is_finite, clip, np.float32(np.nan))
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, gradient_scale=scale, shardings=in_place.params
     )
+    opt_state = methods.with_norm(opt_state, metrics["grad_norm"], is_finite)
     skipped = state.skipped + jnp.where(is_finite, 0, 1)
     return State(eco.apply_updates(state.params, updates), opt_state, skipped), metrics
 
   parts = accumulation(config, mesh)
+  clips_before = config.optimizer.clip == "previous"  # Then a step is given its factor.
   # What the loss hands on over the vocabulary is small, and decides every gradient.
   kept_format = config_lib.FORMATS.get(config.kept_format)
   value_and_step = eco.value_and_step(
     loss,
     tx,
     **how,
-    clip=config.optimizer.clip,
-    max_norm=config.optimizer.max_norm,
+    clip="exact" if clips_before else config.optimizer.clip,
+    max_norm=None if clips_before else max_norm,
     accumulation=parts if parts > 1 else None,
     kept_format=lambda path: kept_format if transformer.is_block(path) else None,
     shardings=in_place.params,
@@ -236,8 +240,16 @@ def make_train_step(
     if parts > 1:
       split = lambda x: sharding.constrain(x, None, "batch", None)
       batch = jax.tree.map(split, _in_parts(batch, parts))
-    (loss, aux), params, opt_state, report = value_and_step(state.params, state.opt_state, batch)
+    before = methods.previous_norm(state.opt_state)
+    (loss, aux), params, opt_state, report = value_and_step(
+      state.params,
+      state.opt_state,
+      batch,
+      gradient_scale=None if before is None else methods.clip_factor(max_norm, before),
+    )
     aux = jax.tree.map(jnp.mean, aux)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(report.norm)
+    opt_state = methods.with_norm(opt_state, report.norm, is_finite)
     bad_leaf = _first_without_norm(list(report.norms.values()))
     metrics = {"loss": loss, **aux, "grad_norm": report.norm, "bad_leaf": bad_leaf}
     skipped = state.skipped + jnp.where(report.skipped > 0, 1, 0)

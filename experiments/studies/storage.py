@@ -1,4 +1,4 @@
-"""Dtypes to store moments and residuals in: losses by bytes, at two learning rates."""
+"""Dtypes to store moments, residuals, embeddings and inputs of layers in: losses by bytes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ MOMENTS: dict[str, Method] = {
 }
 # By format; the first of each is what the others are held against.
 _MOMENTS_OF = {"FP8": tuple(MOMENTS), "INT4": ("FP8 moments", "FP8 and factored moments")}
+# What else may be stored in FP8, each beside FP8 moments: changes to the config.
+BESIDE = "FP8 moments"
+OTHERS: dict[str, dict[str, Any]] = {
+  "embedding and head in FP8": {"model.quantized": "all"},
+  "inputs of layers in FP8": {"release": True, "kept_format": "FP8_TOKEN"},
+}
 _KINDS = ("float32", "int16", "bfloat16", "int12", "int8")
 # The first is what the others are held against.
 RESIDUALS: dict[str, Method] = {
@@ -56,7 +62,8 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     steps: of the config; the many runs of residuals take half.
 
   Returns:
-    The runs of moments, one format after another, then of residuals, one seed after another.
+    The runs of moments, one format after another, then of what else is stored and of residuals, one
+    seed after another.
   """
   del rows
   found = {}
@@ -67,6 +74,12 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
         found[_name(what, format, LEARNING_RATES[0], seed)] = own | {
           "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
         }  # fmt: skip
+  for seed in SEEDS:
+    for what, changes in OTHERS.items():
+      found[_name(what, "FP8", LEARNING_RATES[0], seed)] = {
+        **MOMENTS[BESIDE].changes, **FORMATS["FP8"], **changes,
+        "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
+      }  # fmt: skip
   for seed in SEEDS:
     for rate in LEARNING_RATES:
       for format, weights in FORMATS.items():
@@ -96,6 +109,12 @@ def table(rows: Mapping[str, Any]) -> str:
       used = sweep.used_bytes(rows, names)
       cells = [what, used, *sweep.compared(rows, names, references)]
       lines.append(f"| {' | '.join(cells)} |")
+  head = ["ECO + SR, FP8, beside FP8 moments", "bytes per parameter", "validation loss"]
+  lines += ["", f"| {' | '.join(head)} | against {BESIDE} alone |", "|---|---|---|---|"]
+  for what in OTHERS:
+    names, references = (runs_of(x, "FP8", rate) for x in (what, BESIDE))
+    cells = [what, sweep.used_bytes(rows, names), *sweep.compared(rows, names, references)]
+    lines.append(f"| {' | '.join(cells)} |")
   first = next(iter(RESIDUALS))
   for format in FORMATS:
     head = [f"RTN, {format}", "bytes per parameter"]

@@ -12,6 +12,7 @@ from eco_optax.training import config
 from eco_optax.training.data import prepare
 from experiments.studies import (
   claims,
+  clips,
   families,
   finetune,
   nearest,
@@ -152,7 +153,7 @@ def test_the_table_says_what_is_there(rows, tmp_path):
   json.dumps(rows)
 
 
-@pytest.mark.parametrize("study", [storage, nearest, optimizers])
+@pytest.mark.parametrize("study", [storage, nearest, clips, optimizers])
 def test_studies_compare_seed_by_seed(study, tmp_path):
   """The methods' losses are known here, and each seed adds its own to all."""
   rows = {}

@@ -127,9 +127,9 @@ def test_what_comes_back_is_what_was_saved_on_any_mesh(mesh, state, tmp_path):
     {"method": "mw_rtn", "residual": "int12"},
     {"method": "mw_rtn", "residual": "int16", "moments.mu": "bfloat16"},
     {"moments.mu": "int8", "moments.nu": "float8_e4m3fn"},
-    {"moments.mu": "bfloat16"},
+    {"moments.mu": "bfloat16", "optimizer.clip": "previous"},
     {"moments.mu": "float8_e4m3fn", "moments.nu": "factored"},
-    {"method": "bf16_mw"},
+    {"method": "bf16_mw", "optimizer.clip": "previous"},
   ],
 )
 def test_every_kind_of_state_comes_back(changes, tmp_path):

@@ -1,5 +1,6 @@
 """With `config.release` a run's steps are those without."""
 
+import functools
 import math
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eco_optax as eco
 from eco_optax.training import compile as compile_lib
 from eco_optax.training import config as config_lib
 from eco_optax.training import methods, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.data.pipeline import Batch
+from eco_optax.training.models import transformer
 
 pytestmark = pytest.mark.standard_promotion  # Of Optax's schedules.
 
@@ -26,6 +29,12 @@ def small(**changes):
   return config
 
 
+def batch_of(config, number, weights=None):
+  shape = (config.batch_size, config.length + 1)
+  tokens = jax.random.randint(jax.random.key(number), shape, 0, config.model.vocabulary)
+  return Batch(tokens, weights)
+
+
 def begin(config):
   """A run's mesh, optimizer and first state, which do not depend on how it steps."""
   sizes = {axis: max(1, size) for axis, size in config.mesh.items()}
@@ -34,18 +43,31 @@ def begin(config):
   return mesh, tx, step_lib.init_state(config, tx, mesh)
 
 
-def train(config, mesh, tx, state, steps=2):
+def train(config, mesh, tx, state, steps=2, weights=None):
   with jax.set_mesh(mesh):
     state = jax.tree.map(jnp.copy, state)  # A step donates it.
     step = step_lib.make_train_step(config, tx, mesh)
     rows = []
     for i in range(steps):
-      shape = (config.batch_size, config.length + 1)
-      tokens = jax.random.randint(jax.random.key(i), shape, 0, config.model.vocabulary)
-      batch = jax.device_put(Batch(tokens), sharding.batch_sharding(mesh))
+      batch = batch_of(config, i, None if weights is None else weights[i])
+      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
       state, metrics = step(state, batch)
       rows.append(jax.device_get(metrics))
   return jax.device_get(state), rows
+
+
+def assert_alike(ours, theirs):
+  """But for sums in another order, which may turn the rounding of a code."""
+
+  def check(path, a, b):
+    name = jax.tree_util.keystr(path)
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype == np.float32:
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6, err_msg=name)
+    else:
+      assert np.mean(a != b) < 1e-3, name
+
+  jax.tree_util.tree_map_with_path(check, ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +79,13 @@ def train(config, mesh, tx, state, steps=2):
       "method": "eco_rtn",
       "schedule_aware": False,
     },
-    {"moments.mu": "float8_e4m3fn", "moments.nu": "float8_e4m3fn", "format": "INT4"},
+    {
+      "moments.mu": "float8_e4m3fn",
+      "moments.nu": "float8_e4m3fn",
+      "format": "INT4",
+      "optimizer.clip": "previous",
+      "accumulation": 2,
+    },
     {
       "model.experts": 4,
       "model.experts_per_token": 2,
@@ -100,16 +128,42 @@ def test_a_released_step_is_the_ordinary_one(changes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), row, other)
     assert row["grad_norm"] > 0.5  # So that the clip is seen.
 
-  def check(path, a, b):
-    name = jax.tree_util.keystr(path)
-    a, b = np.asarray(a), np.asarray(b)
-    if a.dtype == np.float32:
-      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6, err_msg=name)
-    else:
-      # Sums in another order may turn the rounding of a code.
-      assert np.mean(a != b) < 1e-3, name
+  assert_alike(ours, theirs)
 
-  jax.tree_util.tree_map_with_path(check, ours, theirs)
+
+def test_the_norm_of_the_step_before_clips():
+  changes = {"optimizer.clip": "previous", "format": "INT8"}
+  config = small(**changes)
+  weights = np.ones((4, 4, 16), np.float32)
+  weights[1] = np.nan  # The second step is skipped, and the third clips by the first one's norm.
+  begun = begin(config)
+  found = [
+    train(small(release=on, **changes), *begun, steps=4, weights=weights) for on in (False, True)
+  ]
+
+  # By hand: gradients, their norm in float64, and the optimizer of a config with another clip.
+  tx = methods.optimizer(small(format="INT8"))
+  loss = functools.partial(transformer.loss, config_lib.model(config))
+  gradient = jax.jit(lambda *args: eco.value_and_grad(loss, has_aux=True, dense=False)(*args)[1])
+  mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    params, opt_state, _ = step_lib.init_state(small(format="INT8"), tx, mesh)
+    norms, before = [], 0.0
+    for i in (0, 2, 3):
+      grads = gradient(params, *batch_of(config, i, weights[i]))
+      squares = [np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(grads)]
+      norm = np.sqrt(sum(squares))
+      scale = np.float32(min(1.0, 0.5 / before) if before else 1.0)
+      updates, opt_state = tx.update(grads, opt_state, params, gradient_scale=scale)
+      params, before = eco.apply_updates(params, updates), norm
+      norms.append(norm)
+  assert min(norms) > 0.5  # So that the clip is seen.
+  for state, rows in found:
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 1]
+    seen = [rows[i]["grad_norm"] for i in (0, 2, 3)]
+    np.testing.assert_allclose(seen, norms, rtol=1e-4)
+    np.testing.assert_allclose(methods.previous_norm(state.opt_state), before, rtol=1e-4)
+    assert_alike((state.params, state.opt_state[1:]), (params, opt_state[1:]))
 
 
 def test_no_gradient_or_value_of_a_table_is_whole():
