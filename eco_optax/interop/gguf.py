@@ -14,7 +14,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,9 @@ FAMILIES = {
 
 _TABLES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_ONE_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")  # As older files have it.
+_ONE_EXPERT = re.compile(
+  r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight"
+)  # As older files have it.
 _PARTS = {
   "attn_norm": "input_layernorm",
   "attn_q": "self_attn.q_proj",
@@ -60,7 +62,7 @@ class Tensor:
 
   shape: tuple[int, ...]
   values: Callable[[], np.ndarray]
-  dtype: np.dtype = np.dtype(np.float32)
+  dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.asarray(self.values(), dtype)
@@ -139,7 +141,7 @@ def package() -> Any:
   try:
     import gguf
   except ImportError as error:
-    raise ImportError("reading GGUF files takes pip install 'eco_optax[interop]'") from error
+    raise ImportError("reading GGUF files takes pip install 'eco_optax[train]'") from error
   return gguf
 
 
@@ -255,8 +257,8 @@ def _rope(
     divisors, _llama3(rope["rope_theta"], config["head_dim"], **llama3), rtol=1e-4
   ):
     told.problems.append(
-      f"rope_freqs.weight is not what Llama 3.1 makes of a factor {llama3['factor']} and a length of"
-      f" {length}: models here have no other frequencies"
+      f"rope_freqs.weight is not what Llama 3.1 makes of a factor {llama3['factor']} and a length"
+      f" of {length}: models here have no other frequencies"
     )
   return rope | llama3
 
@@ -335,6 +337,7 @@ def read(path: Any) -> dict[str, Tensor]:
   is_gemma = config["model_type"].startswith("gemma")
   heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
   found: dict[str, Tensor] = {}
+  of: dict[str, str] = {}
 
   # A parameter that is split over devices, or quantized, is asked for several times in a row.
   @functools.lru_cache(maxsize=1)
@@ -351,6 +354,9 @@ def read(path: Any) -> dict[str, Tensor]:
       continue
     shape = tuple(int(n) for n in reversed(tensor.shape))
     for ours, expert in _names(name, config["model_type"], shape):
+      if ours in of:
+        raise ValueError(f"{path}: {of[ours]} and {name} are both {ours}: convert the model again")
+      of[ours] = name
       read_it = functools.partial(values, name, ours, expert)
       found[ours] = Tensor(shape if expert is None else shape[1:], read_it)
   return found

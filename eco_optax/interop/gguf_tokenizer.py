@@ -200,18 +200,15 @@ def _sentencepiece(told: Mapping[str, Any], tokens: Sequence[str], is_gemma: boo
       byte_fallback=True,
     )
   )
-  decoders = library.decoders
+  decoders, normalizers = library.decoders, library.normalizers
   steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  model.normalizer = normalizers.Replace(" ", "▁")
   if is_gemma:
-    model.normalizer = library.normalizers.Replace(" ", "▁")
     model.pre_tokenizer = library.pre_tokenizers.Split(" ", "merged_with_previous")
-  else:
-    is_prefixed = bool(told.get("add_space_prefix", True))
-    model.pre_tokenizer = library.pre_tokenizers.Metaspace(
-      replacement="▁", prepend_scheme="first" if is_prefixed else "never", split=False
-    )
-    if is_prefixed:
-      steps.append(decoders.Strip(content=" ", left=1))
+  elif told.get("add_space_prefix", True):
+    # Before any text, as SentencePiece has it; transformers leaves it out before a space.
+    model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), model.normalizer])
+    steps.append(decoders.Strip(content=" ", left=1))
   model.decoder = decoders.Sequence(steps)
   return model
 
