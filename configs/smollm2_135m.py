@@ -36,7 +36,7 @@ def get_config():
   config.data.path = "runs/smollm2/chats"
   config.batch_size = 8
   config.length = 128
-  config.steps = 40
+  config.steps = 24
   config.optimizer.learning_rate = 1e-4
   config.optimizer.clip = "layer"  # By the whole gradient it goes backwards twice.
   config.optimizer.warmup_fraction = 0.1

@@ -36,7 +36,7 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity("error")  # Orbax tells of every step of its own.
   config, out = _CONFIG.value, pathlib.Path(_WORKDIR.value) / "exported"
-  before, _ = _measure(evaluation.begin(config), "before")
+  before = _measure(evaluation.begin(config), "before")[0]
   summary = loop.train(config, _WORKDIR.value)
   trained = evaluation.load(_WORKDIR.value)
   after, text = _measure(trained, "after")

@@ -34,9 +34,6 @@ FAMILIES = {
 
 _TABLES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_ONE_EXPERT = re.compile(
-  r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight"
-)  # As older files have it.
 _PARTS = {
   "attn_norm": "input_layernorm",
   "attn_q": "self_attn.q_proj",
@@ -49,10 +46,10 @@ _PARTS = {
   "ffn_gate": "mlp.gate_proj",
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
-  "ffn_gate_inp": "mlp.gate",
   "post_attention_norm": "post_attention_layernorm",
   "post_ffw_norm": "post_feedforward_layernorm",
 }
+_EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
 _MIXTRAL_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
@@ -239,46 +236,42 @@ def _rope(
 ) -> dict[str, Any]:
   """Rotary embedding, in the words of config.json."""
   rope: dict[str, Any] = {"rope_theta": told.take("rope.freq_base", NUMBER, 1e4)}
-  kind = told.take("rope.scaling.type", TEXT, "none")
+  told.rename("rope.scale_linear", "rope.scaling.factor")  # As older files have it.
   told.ignore("rope.scaling.finetuned")
   length = told.take("rope.scaling.original_context_length", POSITIVE, 8192)
+  kind = told.take("rope.scaling.type", TEXT, "linear")
   factor = told.take("rope.scaling.factor", NUMBER, 1.0)
-  told.rename("rope.scale_linear", "rope.scaling.factor")
-  if kind != "none":
+  stored = tensors.get("rope_freqs.weight")
+  if kind not in ("none", "linear") or (kind == "linear" and factor != 1):
+    if stored is not None:
+      told.problems.append(f"rope.scaling.type {kind!r} and rope_freqs.weight exclude each other")
     return rope | {"rope_type": kind, "factor": factor}
-  if (stored := tensors.get("rope_freqs.weight")) is None:
+  if stored is None:
     return rope | {"rope_type": "default"}
   # Of Llama 3.1 and later a file has no numbers, only what they make of each frequency.
   divisors = _dequantized(stored.data, stored.tensor_type)
-  llama3 = {"rope_type": "llama3", "factor": _shortest(float(divisors.max()))}
-  llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-  llama3 |= {"original_max_position_embeddings": length}
-  if divisors.min() < 1 or not np.allclose(
-    divisors, _llama3(rope["rope_theta"], config["head_dim"], **llama3), rtol=1e-4
-  ):
+  factor = _shortest(float(divisors.max()))
+  wanted = _llama3_divisors(rope["rope_theta"], config["head_dim"], factor, length)
+  if divisors.shape != wanted.shape or not np.allclose(divisors, wanted, rtol=1e-4):
     told.problems.append(
-      f"rope_freqs.weight is not what Llama 3.1 makes of a factor {llama3['factor']} and a length"
-      f" of {length}: models here have no other frequencies"
+      f"rope_freqs.weight is not what Llama 3.1 makes of a factor {factor} and a length of"
+      f" {length}: models here have no other frequencies"
     )
-  return rope | llama3
+  return rope | {
+    "rope_type": "llama3",
+    "factor": factor,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": length,
+  }
 
 
-def _llama3(
-  base: float,
-  width: int,
-  factor: float,
-  low_freq_factor: float,
-  high_freq_factor: float,
-  original_max_position_embeddings: int,
-  rope_type: str,
-) -> np.ndarray:
-  """What each frequency is divided by, (K / 2)."""
-  turns = original_max_position_embeddings / (
-    2 * math.pi * base ** (np.arange(0, width, 2, dtype=np.float64) / width)
-  )
-  smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-  smooth = np.clip(smooth, 0, 1)
-  return 1 / ((1 - smooth) / factor + smooth)
+def _llama3_divisors(base: float, width: int, factor: float, length: int) -> np.ndarray:
+  """What each frequency is divided by, (K / 2): slow ones by `factor`, fast ones by 1."""
+  frequencies = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+  turns = length * frequencies / (2 * math.pi)  # In a text of the length trained for.
+  share = np.clip((turns - 1) / (4 - 1), 0, 1)
+  return 1 / ((1 - share) / factor + share)
 
 
 def _put_experts(told: json_fields.Fields, kind: str, config: dict[str, Any]) -> None:
@@ -373,24 +366,18 @@ def _names(name: str, kind: str, shape: tuple[int, ...]) -> list[tuple[str, int 
   module, _, end = name.rpartition(".")
   if module in _TABLES:
     return [(f"{_TABLES[module]}.{end}", None)]
-  is_mixtral = kind == "mixtral"
-  routed = "block_sparse_moe" if is_mixtral else "mlp"
-  expert_name = lambda layer, part, expert: (
-    f"model.layers.{layer}.{routed}.experts.{expert}."
-    f"{_MIXTRAL_PARTS[part] if is_mixtral else part + '_proj'}.weight"
-  )
-  if one := _ONE_EXPERT.fullmatch(name):
-    return [(expert_name(*one.groups()), None)]
   found = _LAYER.fullmatch(name)
   if found is None:
     return [(name, None)]
   layer, part, end = found.groups()
-  if part in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps") and len(shape) == 3:
-    experts = range(shape[0])
-    return [(expert_name(layer, part.split("_")[1], expert), expert) for expert in experts]
-  own = _PARTS.get(part)
-  if part == "ffn_norm" and kind.startswith("gemma"):
-    own = "pre_feedforward_layernorm"
-  if part == "ffn_gate_inp":
-    own = f"{routed}.gate"
-  return [(name if own is None else f"model.layers.{layer}.{own}.{end}", None)]
+  at = f"model.layers.{layer}"
+  is_mixtral = kind == "mixtral"
+  routed = "block_sparse_moe" if is_mixtral else "mlp"
+  if (exps := _EXPERTS.fullmatch(part)) and len(shape) == 3:
+    own = _MIXTRAL_PARTS[exps[1]] if is_mixtral else f"{exps[1]}_proj"
+    return [(f"{at}.{routed}.experts.{i}.{own}.{end}", i) for i in range(shape[0])]
+  special = {"ffn_gate_inp": f"{routed}.gate"}
+  if kind.startswith("gemma"):
+    special["ffn_norm"] = "pre_feedforward_layernorm"
+  own = (_PARTS | special).get(part, "")
+  return [(f"{at}.{own}.{end}" if own else name, None)]

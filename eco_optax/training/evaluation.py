@@ -221,15 +221,14 @@ def answer(
   tokenizer = trained.tokenizer
   for message in messages:
     chats.check(message, tokenizer.special)
-  text = chats.render(chat_template(trained), messages, is_asked=True)
-  prompt = tokenizer.encode(text).tolist()
+  asked = chats.render(chat_template(trained), messages, is_asked=True)
+  prompt = tokenizer.encode(asked).tolist()
   if len(prompt) >= trained.config.length:
     raise ValueError(
       f"the chat is {len(prompt)} tokens long, and the run was trained on texts of"
       f" {trained.config.length}: begin anew, or ask for less"
     )
-  tokens: list[int] = []
-  shown = ""
+  tokens, shown = list[int](), ""
   for token in trained.generate(prompt, count, temperature, seed):
     tokens.append(token)
     # A character may take several tokens; what is shown is not taken back.

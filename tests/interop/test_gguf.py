@@ -272,6 +272,14 @@ REFUSED = {
     lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32)),
     r"rope_freqs.weight is not what Llama 3.1 makes of a factor 3.0",
   ),
+  "both": (
+    lambda w: (
+      w.add_rope_scaling_type(library.RopeScalingType.LINEAR),
+      w.add_rope_scaling_factor(2.0),
+      w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+    ),
+    r"rope.scaling.type 'linear' and rope_freqs.weight exclude each other",
+  ),
   "parts": (lambda w: w.add_uint16("split.count", 2), r"one of 2 parts .*--merge"),
   "type": (
     lambda w: w.add_tensor("blk.0.twist", np.ones((1, 32), np.int8)),

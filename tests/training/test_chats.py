@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from gguf_files import add_byte_level, byte_level, write
 from tokenizers import pre_tokenizers
 
 from eco_optax.training import config as config_lib
-from eco_optax.training import evaluation, export, loop
+from eco_optax.training import evaluation, export, loop, sharding
 from eco_optax.training.data import chats, prepare, shards
 from eco_optax.training.models import transformer
 from eco_optax.training.models.config import TransformerConfig
@@ -79,15 +80,21 @@ def trained(folder):
   config = config_lib.small()
   config.model.update({x: y for x, y in dataclasses.asdict(MODEL).items() if x in config.model})
   config.model.vocabulary_parts = 2
-  config.update(init_from=str(folder / "model.gguf"), length=64, steps=40)
-  config.update(activation_format="none", log_every=40, evaluate_every=40)
+  config.update(init_from=str(folder / "model.gguf"), length=64, steps=100)
+  config.update(activation_format="none", log_every=100, evaluate_every=100)
   config.model.quantized = "all"
   config.optimizer.update(learning_rate=1e-2, weight_decay=0.0)
-  config.checkpoint.every = 40
+  config.checkpoint.every = 100
   config.data.path = str(folder / "data")
-  begun = evaluation.begin(config)
-  loop.train(config, folder / "run")
-  return begun, evaluation.load(folder / "run")
+  make_mesh = sharding.make_mesh
+  with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+    # One device is enough, and quicker.
+    patch.setattr(
+      sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+    )
+    begun = evaluation.begin(config)
+    loop.train(config, folder / "run")
+    return begun, evaluation.load(folder / "run")
 
 
 def test_chats_are_written_in_the_template_and_replies_are_trained_on(folder):
@@ -173,7 +180,7 @@ def generate(*args, lines=""):
 def test_the_terminal_is_answered_line_by_line(trained, folder):
   lines = f"{QUESTION}\n\n{'What is red? ' * 30}\n\nWhat is green?\n"
   said = generate(f"--workdir={folder / 'run'}", lines=lines).splitlines()
-  assert said[0].endswith("at step 40 of 40")
+  assert said[0].endswith("at step 100 of 100")
   assert said[1] == ANSWER
   assert said[2].startswith("error: the chat is")
   assert said[3] == ANSWER.replace("red", "green")

@@ -473,17 +473,15 @@ def _encode(
   return tokens, np.append(mask, bool(spans) and spans[-1][1] == len(document.text))
 
 
-def in_template(tokenizer: tokenizers.Tokenizer, document: readers.Document) -> readers.Document:
-  """A chat of Guanaco's format in the template of a tokenizer's model.
-
-  Raises:
-    ValueError: if the template does not take it, or a message holds one of the special tokens.
-  """
+def _in_template(
+  template: chats.Template, marks: frozenset[str], document: readers.Document
+) -> readers.Document:
+  """A chat of Guanaco's format in another template, whose marks no message may hold."""
   messages = readers.messages(document)
   try:
     for message in messages:
-      chats.check(message, tokenizer.special)
-    text, spans = chats.with_replies(tokenizer.chat or chats.GUANACO, messages)
+      chats.check(message, marks)
+    text, spans = chats.with_replies(template, messages)
   except ValueError as error:
     raise ValueError(f"{document.place}: {error}") from error
   return document._replace(text=text, spans=spans)
@@ -512,7 +510,7 @@ def _prepare_unit(
       split = source.split or split_of(document.text, job.percent)
       try:
         if tokenizer.chat is not None:
-          document = in_template(tokenizer, document)
+          document = _in_template(tokenizer.chat, tokenizer.special, document)
         tokens, mask = _encode(tokenizer, document, masked)
       except ValueError as error:
         tally.bad(error)
