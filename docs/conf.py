@@ -50,6 +50,8 @@ MODULES = (
   "eco_optax.diagnostics",
   "eco_optax.interop.compressed_tensors",
   "eco_optax.interop.config_json",
+  "eco_optax.interop.gguf",
+  "eco_optax.interop.gguf_tokenizer",
   "eco_optax.interop.hugging_face",
   "eco_optax.interop.qwix",
   "eco_optax.interop.safetensors",

@@ -36,10 +36,15 @@ _PERCENT = flags.DEFINE_float(
 )
 _FIELD = flags.DEFINE_string("field", "text", "Key of JSON or column of Parquet with the text.")
 _TOKENIZER = jobs.define_path(
-  "tokenizer", "bpe", "bytes, bpe (trained here), a SentencePiece .model, or a tokenizer.json."
+  "tokenizer",
+  "bpe",
+  "bytes, bpe (trained here), a SentencePiece .model, a tokenizer.json, or a GGUF file.",
 )
 _VOCABULARY = flags.DEFINE_integer("vocabulary", None, "Of --tokenizer=bpe: 4096.")
 _SEPARATOR = flags.DEFINE_string("separator", None, "Piece behind documents, if not the usual one.")
+_CHAT_TEMPLATE = flags.DEFINE_bool(
+  "chat_template", False, "Write chats of --format=guanaco in the tokenizer's own chat template."
+)
 _SKIP_BAD = flags.DEFINE_bool(
   "skip_bad", False, "Leave out and count rows that are null or broken; without, an error."
 )
@@ -86,6 +91,7 @@ def main(_: list[str]) -> None:
     tokenizer=_TOKENIZER.value,
     vocabulary=4096 if _VOCABULARY.value is None else _VOCABULARY.value,
     separator=_SEPARATOR.value,
+    chat_template=_CHAT_TEMPLATE.value,
     skip_bad=_SKIP_BAD.value,
     workers=_WORKERS.value,
   )

@@ -38,6 +38,7 @@ collect_ignore = ["training/distributed_run.py", "interop/transformers_side.py"]
 
 # Modules whose docstrings have examples that take a package of an extra.
 _EXTRAS = {
+  "eco_optax.interop.gguf": "gguf",
   "eco_optax.interop.qwix": "qwix",
   "eco_optax.interop.safetensors": "safetensors",
   "eco_optax.interop.hugging_face": "safetensors",

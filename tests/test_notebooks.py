@@ -80,6 +80,16 @@ def check_pretrain_to_serve(text):
   assert "transformers writes the same: True" in text or "transformers is not installed" in text
 
 
+def check_finetune(text):
+  before, after = map(
+    float, re.search(r"held-out loss (\d\.\d+) before, (\d\.\d+) after", text).groups()
+  )
+  assert after < before - 1
+  # Codes and momentum; their scales take more in so narrow a model.
+  assert 2 < float(re.search(r"([\d.]+) bytes per parameter, moments", text)[1]) < 2.3
+  assert "gives the same answer: True" in text or "transformers is not installed" in text
+
+
 # nbclient's own event loops and sockets are closed late; nothing of ours is involved.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

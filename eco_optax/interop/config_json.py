@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from eco_optax.interop import compressed_tensors, json_fields, safetensors
+from eco_optax.interop import compressed_tensors, gguf, json_fields, safetensors
 from eco_optax.interop.json_fields import FLAG, LIST, NATURAL, NUMBER, OBJECT, POSITIVE, TEXT
 
 if typing.TYPE_CHECKING:  # The harness imports the library, never the reverse.
@@ -261,7 +261,8 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
 
   Args:
     folder: of a model of one of `FAMILIES`: Llama, Mistral, Qwen2 and 2.5, Qwen3, OLMo-2, Gemma 2
-      and 3 (text), Mixtral, Qwen3-MoE and DeepSeek-MoE (its first version).
+      and 3 (text), Mixtral, Qwen3-MoE and DeepSeek-MoE (its first version). Or a GGUF file, see
+      `gguf.FAMILIES`.
 
   Returns:
     Fields by name, for `TransformerConfig(**…)` or `config.model.update(**…)`.
@@ -288,7 +289,8 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
   if (stored := told.raw.get("quantization_config")) is not None:
     compressed_tensors.formats_of(told.child("quantization_config", stored))
   if told.problems:
-    raise ValueError(f"{pathlib.Path(folder) / 'config.json'}: {'; '.join(told.problems)}")
+    path = folder if gguf.is_gguf(folder) else pathlib.Path(folder) / "config.json"
+    raise ValueError(f"{path}: {'; '.join(told.problems)}")
   return fields
 
 
@@ -299,12 +301,14 @@ def check_config(folder: str | pathlib.Path, config: TransformerConfig) -> None:
 
 
 def read(folder: str | pathlib.Path) -> dict[str, Any]:
-  """All that it says.
+  """All that it says; of a GGUF file, all that it would say.
 
   Raises:
     FileNotFoundError: if there is none.
     ValueError: if it is damaged.
   """
+  if gguf.is_gguf(folder):
+    return gguf.read_config(folder)
   path = pathlib.Path(folder) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"there is no {path}: name the folder of a Hugging Face checkpoint")

@@ -24,7 +24,7 @@ import numpy as np
 
 from eco_optax import quantized_array, trees
 from eco_optax.formats import Format
-from eco_optax.interop import compressed_tensors, config_json, safetensors
+from eco_optax.interop import compressed_tensors, config_json, gguf, safetensors
 from eco_optax.interop.config_json import check_config as check_config
 from eco_optax.interop.config_json import read_config as read_config
 from eco_optax.quantized_array import QuantizedArray, is_quantized
@@ -33,7 +33,7 @@ from eco_optax.transforms.stacks import write_layer
 if typing.TYPE_CHECKING:  # The harness imports the library, never the reverse.
   from eco_optax.training.models.config import TransformerConfig
 
-_Tensors = Mapping[str, np.ndarray]
+_Tensors = Mapping[str, Any]  # Arrays, or what `np.asarray` makes arrays of.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -177,7 +177,7 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   they are; codes of another format are read as the values that they stand for.
 
   Args:
-    folder: of the checkpoint.
+    folder: of the checkpoint, or a GGUF file.
     target: parameters, or their shapes as from `jax.eval_shape`: a tree of arrays and packed
       leaves, which give dtypes, formats and shardings.
     config: of the model, in agreement with `read_config(folder)`.
@@ -206,7 +206,7 @@ def load(folder: str | pathlib.Path, target: Any, config: TransformerConfig) -> 
   """
   check_config(folder, config)
   raw = config_json.read(folder)
-  tensors = safetensors.read(folder)
+  tensors: _Tensors = gguf.read(folder) if gguf.is_gguf(folder) else safetensors.read(folder)
   stored = raw.get("quantization_config")
   stored_format = compressed_tensors.formats(stored)[0] if stored else None
   places = _places(raw["model_type"], config)
@@ -239,13 +239,13 @@ def _is_tied(tensors: _Tensors) -> bool:
   )
 
 
-def _module(tensors: _Tensors, name: str) -> dict[str, np.ndarray]:
+def _module(tensors: _Tensors, name: str) -> dict[str, Any]:
   """Tensors of a module by the rest of their names."""
   ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale")
   return {end: tensors[f"{name}.{end}"] for end in ends if f"{name}.{end}" in tensors}
 
 
-def _tensors_of(tensors: _Tensors, place: _Place, name: str) -> dict[str, np.ndarray]:
+def _tensors_of(tensors: _Tensors, place: _Place, name: str) -> dict[str, Any]:
   """Tensors of one parameter of a module; one that never has codes is called `weight`."""
   if place.end == "weight":
     return _module(tensors, name)
@@ -339,7 +339,8 @@ def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | N
       packed = compressed_tensors.decode(own, stored_format or leaf.format, name)
       x = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
     else:
-      x = own["weight"].T if place.is_linear else own["weight"]
+      x = np.asarray(own["weight"])
+      x = x.T if place.is_linear else x
     x = _pairs_apart(x, place.rotary, back=True)
     return x if place.gain == 1 else x / np.float32(place.gain)
 
@@ -348,7 +349,7 @@ def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | N
   _, first = next(place.names())
   has_codes = "weight_scale" in _module(tensors, first) and _has_codes(stored_format, leaf.format)
   if place.parts or not has_codes:
-    return _quantized(leaf, place, in_float)
+    return _quantized(leaf, place, in_float, _dtype(tensors, place))
 
   @functools.lru_cache(maxsize=1)  # Each of its fields is asked for.
   def packed(name: str) -> QuantizedArray:
@@ -369,13 +370,18 @@ def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | N
   )
 
 
+def _dtype(tensors: _Tensors, place: _Place) -> Any:
+  """Of a parameter on its way: what it has in the checkpoint, if that is one, or float32."""
+  modules = [_tensors_of(tensors, place, name) for _, name in place.names()]
+  found = {np.float32 if "weight_scale" in x else x["weight"].dtype for x in modules}
+  return found.pop() if len(found) == 1 else np.float32
+
+
 def _quantized(
-  leaf: QuantizedArray, place: _Place, in_float: Callable[[str], np.ndarray]
+  leaf: QuantizedArray, place: _Place, in_float: Callable[[str], np.ndarray], dtype: Any
 ) -> QuantizedArray:
   """A packed parameter of float tensors, quantized layer by layer where it is to be."""
   in_place = jax.tree.map(_sharding, leaf)
-  stored = {in_float(name).dtype for _, name in place.names()}
-  dtype = stored.pop() if len(stored) == 1 else np.float32
   matrix = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=_sharding(leaf.qvalue))
   quantize = lambda x: quantized_array.quantize(x.astype(jnp.float32), leaf.format)
   if place.layers is None and not place.parts:

@@ -45,7 +45,8 @@ def defaults() -> config_dict.ConfigDict:
   model |= {name: 0 for name in ("layers", "width", "heads", "vocabulary")}
   model["capacity_factor"] = config_dict.placeholder(float)
   config.model = model  # See TransformerConfig.
-  # Folder of a Hugging Face checkpoint to start from, of this very model; "" draws parameters.
+  # What to start from, of this very model: the folder of a Hugging Face checkpoint, or a GGUF file;
+  # "" draws parameters.
   config.init_from = ""
   config.dtype = "float32"  # Of activations; bfloat16 is slow on CPU.
   config.gradient_dtype = "float32"  # Of the quantized weights' gradients.

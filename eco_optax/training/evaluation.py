@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from eco_optax.training import checkpoints, loop, methods, sharding
 from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
-from eco_optax.training.data import shards, tokenizers
+from eco_optax.training.data import chats, shards, tokenizers
 from eco_optax.training.models import transformer
 
 
@@ -97,12 +97,12 @@ class Trained:
 
     Args:
       prompt: tokens, one or more; of a longer one than `config.length` its end counts.
-      count: how many to write, at most: a text ends with the tokenizer's separator.
+      count: how many to write, at most: a text ends with one of the tokenizer's `ends`.
       temperature: 0 takes the likeliest token, 1 draws as the model says.
       seed: of the draws.
 
     Yields:
-      Tokens, without the separator.
+      Tokens, without the one that ends them.
     """
     length, tokens = self.config.length, list(prompt)
     whole = jax.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
@@ -120,7 +120,7 @@ class Trained:
           jax.device_put(key, whole),
         )
       tokens.append(int(token))
-      if tokens[-1] == self.tokenizer.separator:
+      if tokens[-1] in self.tokenizer.ends:
         return
       yield tokens[-1]
 
@@ -159,6 +159,83 @@ def load(workdir: str | pathlib.Path) -> Trained:
     )
   tokenizer = tokenizers.load(pathlib.Path(config.data.path or "."), run["corpus"]["tokenizer"])
   return Trained(config, saved.step, saved.state.params, mesh, tokenizer, run["corpus"])
+
+
+def begin(config: ml_collections.ConfigDict) -> Trained:
+  """What a run starts from, such as a checkpoint rounded to the run's format.
+
+  Args:
+    config: of the run.
+
+  Returns:
+    Its parameters before the first step, on all of this machine's devices.
+
+  Raises:
+    ValueError: for a config, data or checkpoint that does not fit.
+  """
+  tx, mesh = loop.prepare(config)
+  manifest = loop.load_data(config).manifest
+  params = step_lib.init_state(config, tx, mesh).params
+  tokenizer = tokenizers.load(pathlib.Path(config.data.path or "."), manifest["tokenizer"])
+  return Trained(config, 0, params, mesh, tokenizer, manifest)
+
+
+def chat_template(trained: Trained) -> chats.Template:
+  """The template of the chats that a run is trained on.
+
+  Raises:
+    ValueError: if it is trained on other texts.
+  """
+  if trained.tokenizer.chat is not None:
+    return trained.tokenizer.chat
+  if trained.corpus.get("settings", {}).get("format") == "guanaco":
+    return chats.GUANACO
+  raise ValueError(
+    f"the run is trained on {trained.corpus['source']}, and not on chats: see what it writes with"
+    " scripts/evaluate.py --prompt, or prepare chats with scripts/prepare_data.py --format=guanaco"
+  )
+
+
+def answer(
+  trained: Trained,
+  messages: Sequence[chats.Message],
+  count: int,
+  temperature: float = 0.0,
+  seed: int = 0,
+) -> Iterator[str]:
+  """The assistant's next reply in a chat.
+
+  Args:
+    trained: from `load` or `begin`.
+    messages: of the chat so far, the last one the user's.
+    count: of tokens, at most.
+    temperature: as of `Trained.generate`.
+    seed: as of `Trained.generate`.
+
+  Yields:
+    Pieces of text.
+
+  Raises:
+    ValueError: if the run is not trained on chats, or the chat does not fit into its length.
+  """
+  tokenizer = trained.tokenizer
+  for message in messages:
+    chats.check(message, tokenizer.special)
+  asked = chats.render(chat_template(trained), messages, is_asked=True)
+  prompt = tokenizer.encode(asked).tolist()
+  if len(prompt) >= trained.config.length:
+    raise ValueError(
+      f"the chat is {len(prompt)} tokens long, and the run was trained on texts of"
+      f" {trained.config.length}: begin anew, or ask for less"
+    )
+  tokens, shown = list[int](), ""
+  for token in trained.generate(prompt, count, temperature, seed):
+    tokens.append(token)
+    # A character may take several tokens; what is shown is not taken back.
+    text = tokenizer.decode(tokens)
+    if not text.endswith("\ufffd"):
+      yield text[len(shown) :]
+      shown = text
 
 
 class Result(NamedTuple):

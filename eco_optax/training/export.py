@@ -56,7 +56,7 @@ def export(
     kind=kind,
     dtype=dtype,
     length=length,
-    more={"eos_token_id": trained.tokenizer.separator},
+    more={"eos_token_id": trained.tokenizer.ends[-1]},
     finish=lambda out: tokenizers.save_for_transformers(data, description, out, length),
   )
   return rounded

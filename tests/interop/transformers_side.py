@@ -1,10 +1,11 @@
-"""What transformers makes of checkpoints: `write FOLDER`, or `serve FOLDER …`.
+"""What transformers makes of checkpoints: `write FOLDER`, `serve FOLDER …`, or `gguf FOLDER`.
 
 Without folders it takes them from its input, one a line, and says when one is done.
 
 A program that tests start, because torch and JAX are better off apart. `write` draws tiny models of
 each family, edits the config.json of some, and saves the logits that transformers computes with
-them then. `serve` loads what was exported and says its logits and what it writes by itself.
+them then. `serve` loads what was exported and says its logits and what it writes by itself. `gguf`
+says the logits and the tokens of the GGUF files in a folder.
 """
 
 import json
@@ -220,8 +221,21 @@ def serve(folder):
   (folder / "served.txt").write_text(text)
 
 
+def gguf(folder):
+  tokens = torch.tensor(np.load(folder / "tokens.npy"))
+  texts = json.loads((folder / "texts.json").read_text())
+  for path in sorted(folder.glob("*.gguf")):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+      np.savez(path.with_suffix(".npz"), logits=model.eval()(tokens).logits.numpy())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    path.with_suffix(".json").write_text(json.dumps(tokenizer(texts).input_ids))
+
+
 if __name__ == "__main__":
   command, *folders = sys.argv[1:]
   for each in folders or map(str.strip, sys.stdin):
-    {"write": write, "serve": serve}[command](pathlib.Path(each))
+    {"write": write, "serve": serve, "gguf": gguf}[command](pathlib.Path(each))
     print("done", each, flush=True)

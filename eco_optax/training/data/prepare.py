@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eco_optax.training import jobs, metrics
-from eco_optax.training.data import corpus, packages, readers, shards, tokenizers
+from eco_optax.training.data import chats, corpus, packages, readers, shards, tokenizers
 
 SETTINGS = "settings.json"
 UNIT_BYTES = 2**24  # Files are put together into one unit up to this size.
@@ -171,6 +171,7 @@ def prepare(
   tokenizer: str = "bpe",
   vocabulary: int = 4096,
   separator: str | None = None,
+  chat_template: bool = False,
   skip_bad: bool = False,
   workers: int = 1,
 ) -> dict[str, Any]:
@@ -186,6 +187,8 @@ def prepare(
     tokenizer: "bytes", "bpe", or a path, see `tokenizers.kind_of`.
     vocabulary: of a BPE that is trained here.
     separator: see `tokenizers.describe`.
+    chat_template: whether chats of the format "guanaco" are written in the template of the
+      tokenizer's own model, rather than as they are.
     skip_bad: whether rows that cannot be read are left out and counted, rather than an error; a
       preparation that such a row ended goes on with it.
     workers: processes; the result does not depend on it.
@@ -206,52 +209,66 @@ def prepare(
     raise ValueError(f"validation_percent {percent} is not between 0 and 100")
   if workers < 1:
     raise ValueError(f"workers {workers} is not 1 or more")
-  folder, kind, units = pathlib.Path(output), tokenizers.kind_of(tokenizer), _units(sources)
-  size = sum(source.size for source in sources)
-  # Files of another kind are told by their start, before anything is written.
-  for source in () if (folder / SETTINGS).exists() else sources:
-    next(readers.read(format, source.path, field, readers.Tally(skip_bad)), None)
-  settings = {
-    "version": shards.VERSION,
-    "corpus": name,
-    "format": format,
-    "field": field,
-    "validation_percent": percent,
-    "shard_tokens": SHARD_TOKENS,
-    "tokenizer": _asked(tokenizer, kind, vocabulary, separator, size),
-    "units": [
-      {
-        "files": [source.name for source in unit],
-        "split": unit[0].split,
-        "kind": unit[0].kind,
-      }
-      for unit in units
-    ],
-  }
-  with jobs.only_one(folder):
-    _claim(folder, settings)
-    path = None
-    if kind in tokenizers.FILES:
-      path = folder / tokenizers.FILES[kind]
-      if kind != "bpe":
-        _copy(pathlib.Path(tokenizer), path)
-      elif not path.exists():
-        text = tokenizers.train_bpe(_sample(sources, format, field, percent, skip_bad), vocabulary)
-        with _writing(folder):
-          metrics.write_whole(path, text)
-    described = tokenizers.describe(kind, path, separator)
-    job = _Job(folder, format, field, percent, skip_bad, described, SHARD_TOKENS)
-    progress = _Progress(size)
-    run = _run_here if workers == 1 or len(units) == 1 else _run_in_processes
-    records = run(job, units, workers, progress)
-    manifest = _manifest(settings, job, [records[number] for number in range(len(units))])
-    with _writing(folder):
-      metrics.write_whole(folder / shards.MANIFEST, json.dumps(manifest, indent=1) + "\n")
-  return manifest
+  if chat_template and format != "guanaco":
+    raise ValueError(f"a chat template is for chats, of format guanaco, and not for {format}")
+  folder = pathlib.Path(output)
+  with tokenizers.from_gguf(tokenizer) as tokenizer:
+    kind, units = tokenizers.kind_of(tokenizer), _units(sources)
+    size = sum(source.size for source in sources)
+    # Files of another kind are told by their start, before anything is written.
+    for source in () if (folder / SETTINGS).exists() else sources:
+      next(readers.read(format, source.path, field, readers.Tally(skip_bad)), None)
+    asked = _asked(tokenizer, kind, vocabulary, separator, size, chat_template)
+    settings = {
+      "version": shards.VERSION,
+      "corpus": name,
+      "format": format,
+      "field": field,
+      "validation_percent": percent,
+      "shard_tokens": SHARD_TOKENS,
+      "tokenizer": asked,
+      "units": [
+        {
+          "files": [source.name for source in unit],
+          "split": unit[0].split,
+          "kind": unit[0].kind,
+        }
+        for unit in units
+      ],
+    }
+    with jobs.only_one(folder):
+      _claim(folder, settings)
+      path = None
+      if kind in tokenizers.FILES:
+        path = folder / tokenizers.FILES[kind]
+        if kind != "bpe":
+          _copy(pathlib.Path(tokenizer), path)
+        elif not path.exists():
+          text = tokenizers.train_bpe(
+            _sample(sources, format, field, percent, skip_bad), vocabulary
+          )
+          with _writing(folder):
+            metrics.write_whole(path, text)
+      described = tokenizers.describe(kind, path, separator)
+      if chat_template:  # It is not copied with the tokenizer.
+        described["chat"] = asked["chat"]
+      job = _Job(folder, format, field, percent, skip_bad, described, SHARD_TOKENS)
+      progress = _Progress(size)
+      run = _run_here if workers == 1 or len(units) == 1 else _run_in_processes
+      records = run(job, units, workers, progress)
+      manifest = _manifest(settings, job, [records[number] for number in range(len(units))])
+      with _writing(folder):
+        metrics.write_whole(folder / shards.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
 
 
 def _asked(
-  tokenizer: str, kind: str, vocabulary: int, separator: str | None, size: int
+  tokenizer: str,
+  kind: str,
+  vocabulary: int,
+  separator: str | None,
+  size: int,
+  has_template: bool,
 ) -> dict[str, Any]:
   """The tokenizer among the settings; of a BPE that is not trained yet, all that decides it.
 
@@ -260,7 +277,7 @@ def _asked(
     ValueError: if it is not one, or cannot be trained.
   """
   if kind not in tokenizers.FILES:
-    asked = tokenizers.describe(kind, None)
+    asked = tokenizers.describe(kind, None, None, has_template)
   elif kind == "bpe":
     readers.need("tokenizers", "--tokenizer=bpe")
     if vocabulary < tokenizers.SMALLEST_BPE:
@@ -268,8 +285,10 @@ def _asked(
         f"vocabulary {vocabulary} is less than {tokenizers.SMALLEST_BPE}: 256 bytes and a separator"
       )
     asked = {"kind": kind, "vocabulary": vocabulary, "sources_bytes": size}
+    if has_template:
+      tokenizers.describe(kind, None, None, has_template)  # Raises.
   else:
-    asked = tokenizers.describe(kind, pathlib.Path(tokenizer), separator)
+    asked = tokenizers.describe(kind, pathlib.Path(tokenizer), separator, has_template)
   if separator is not None and "separator" not in asked:
     raise ValueError(
       f"separator {separator!r} is for the file of a tokenizer: {kind} has its own, leave it out"
@@ -439,7 +458,7 @@ def _encode(
       tokens = tokenizer.encode(document.text)
   except ValueError as error:
     raise ValueError(f"{document.place}: {error}") from error
-  if len(at := np.flatnonzero(tokens == tokenizer.separator)):
+  if len(at := np.flatnonzero(tokens == tokenizer.separator)) and tokenizer.chat is None:
     character = tokenizer.encode_with_starts(document.text)[1][at[0]]
     raise ValueError(
       f"{document.place}: character {character} is encoded to the separator of documents, token"
@@ -452,6 +471,20 @@ def _encode(
   bounds = np.array(spans, np.int64).ravel()
   mask = np.searchsorted(bounds, starts, side="right") % 2 == 1
   return tokens, np.append(mask, bool(spans) and spans[-1][1] == len(document.text))
+
+
+def _in_template(
+  template: chats.Template, marks: frozenset[str], document: readers.Document
+) -> readers.Document:
+  """A chat of Guanaco's format in another template, whose marks no message may hold."""
+  messages = readers.messages(document)
+  try:
+    for message in messages:
+      chats.check(message, marks)
+    text, spans = chats.with_replies(template, messages)
+  except ValueError as error:
+    raise ValueError(f"{document.place}: {error}") from error
+  return document._replace(text=text, spans=spans)
 
 
 def _prepare_unit(
@@ -474,7 +507,10 @@ def _prepare_unit(
   for source, digest in zip(sources, digests, strict=True):
     count, tally = 0, readers.Tally(job.skip_bad)
     for document in readers.read(job.format, source.path, job.field, tally):
+      split = source.split or split_of(document.text, job.percent)
       try:
+        if tokenizer.chat is not None:
+          document = _in_template(tokenizer.chat, tokenizer.special, document)
         tokens, mask = _encode(tokenizer, document, masked)
       except ValueError as error:
         tally.bad(error)
@@ -486,7 +522,6 @@ def _prepare_unit(
       if len(tokens) == 1:  # The separator.
         tally.add("blank documents", f"{document.place}: it has no tokens")
         continue
-      split = source.split or split_of(document.text, job.percent)
       writers[split].add(tokens, mask, size)
       report(1, len(tokens), size)
       count += 1

@@ -423,6 +423,25 @@ def _replies(text: str, place: str) -> tuple[list[tuple[int, int]], str]:
   return spans, next((doubt for doubt, is_so in doubts.items() if is_so), "")
 
 
+def messages(document: Document) -> list[dict[str, str]]:
+  """The turns of a chat in Guanaco's format, as a model's own template takes them.
+
+  Raises:
+    ValueError: if something is before the first turn.
+  """
+  turns = [match for match in _TURN.finditer(document.text) if match[1]]
+  if document.text[: turns[0].start()].strip():
+    raise ValueError(f"{document.place} has text before its first turn: mend the line")
+  stops = [turn.start() for turn in turns[1:]] + [len(document.text)]
+  return [
+    {
+      "role": "assistant" if turn[1] == "Assistant" else "user",
+      "content": document.text[turn.end() : stop].strip(),
+    }
+    for turn, stop in zip(turns, stops, strict=True)
+  ]
+
+
 def _whole(path: pathlib.Path, _: str) -> Iterator[Document | ValueError]:
   """The whole file as one document."""
   with _open(path) as file:

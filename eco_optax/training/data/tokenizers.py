@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from eco_optax.training.data import shards
+from eco_optax.interop import gguf, gguf_tokenizer
+from eco_optax.training.data import chats, shards
 from eco_optax.training.data.readers import need
 
 _SEPARATORS = ("</s>", "<|endoftext|>", "<eos>", "[EOS]", "<|end_of_text|>")  # Looked for in order.
@@ -35,6 +38,9 @@ class Tokenizer(NamedTuple):
   separator: int  # The token behind each document, which no text is encoded to.
   unknown: int | None = None  # The token for whatever the vocabulary lacks, if there is one.
   is_lossless: bool = False  # Whether every text is known to come back from its tokens.
+  chat: chats.Template | None = None  # Of its chats, whose special tokens `encode` knows.
+  special: frozenset[str] = frozenset()  # Those that it knows.
+  ends: tuple[int, ...] = ()  # Tokens that end what a model writes: the separator and a reply's.
 
 
 class Losses:
@@ -72,6 +78,8 @@ class Losses:
 def kind_of(name: str) -> str:
   """The kind of a tokenizer that is asked for by "bytes", by "bpe" or by its file.
 
+  A GGUF file has to be a tokenizer.json first, see `from_gguf`.
+
   Raises:
     FileNotFoundError: if the file is missing.
     ValueError: if the name is of no kind.
@@ -82,20 +90,39 @@ def kind_of(name: str) -> str:
   kind = kinds.get(pathlib.Path(name).suffix)
   if kind is None:
     raise ValueError(
-      f"tokenizer {name!r} is not 'bytes', 'bpe', a SentencePiece .model or a tokenizer.json"
+      f"tokenizer {name!r} is not 'bytes', 'bpe', a SentencePiece .model, a tokenizer.json or a"
+      " .gguf"
     )
   if not os.path.isfile(name):
     raise FileNotFoundError(f"there is no tokenizer {name}: check the path")
   return kind
 
 
-def describe(kind: str, path: pathlib.Path | None, separator: str | None = None) -> dict[str, Any]:
+@contextlib.contextmanager
+def from_gguf(name: str) -> Iterator[str]:
+  """Yields the path of a tokenizer.json that has what a GGUF file has; any other name as it is.
+
+  Raises:
+    As `gguf_tokenizer.save`.
+  """
+  if not gguf.is_gguf(name):
+    yield name
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    gguf_tokenizer.save(name, folder)
+    yield os.path.join(folder, "tokenizer.json")
+
+
+def describe(
+  kind: str, path: pathlib.Path | None, separator: str | None = None, has_template: bool = False
+) -> dict[str, Any]:
   """What a manifest says of a tokenizer, having read it.
 
   Args:
     kind: of `kind_of`.
     path: of its file, if it has one; a prepared corpus has it under the name that is returned.
     separator: the piece behind each document, if not the one that is found by itself.
+    has_template: whether documents are chats in the template that is beside the file.
 
   Returns:
     What `load` needs, and the vocabulary's size.
@@ -109,7 +136,12 @@ def describe(kind: str, path: pathlib.Path | None, separator: str | None = None)
     description |= {"file": FILES[kind], "sha256": shards.sha256(path)}
   if separator is not None:
     description["separator"] = separator
-  return description | {"vocabulary": _open(kind, path, separator).vocabulary}
+  if has_template:
+    if kind != "huggingface" or path is None:
+      raise ValueError("--chat_template needs the tokenizer.json or the GGUF file of a chat model")
+    description["chat"] = chats.beside(path)._asdict()
+  tokenizer = _open(kind, path, separator, description.get("chat"))
+  return description | {"vocabulary": tokenizer.vocabulary}
 
 
 def load(folder: pathlib.Path, description: dict[str, Any]) -> Tokenizer:
@@ -123,14 +155,21 @@ def load(folder: pathlib.Path, description: dict[str, Any]) -> Tokenizer:
     As `describe`.
   """
   name = description.get("file")
-  return _open(description["kind"], folder / name if name else None, description.get("separator"))
+  path = folder / name if name else None
+  return _open(description["kind"], path, description.get("separator"), description.get("chat"))
 
 
-def _open(kind: str, path: pathlib.Path | None, separator: str | None) -> Tokenizer:
+def _open(
+  kind: str, path: pathlib.Path | None, separator: str | None, chat: dict[str, str] | None = None
+) -> Tokenizer:
   if path is None:
-    return _bytes()
-  tokenizer = (_sentencepiece if kind == "sentencepiece" else _huggingface)(path, separator)
-  return tokenizer._replace(is_lossless=kind == "bpe")
+    tokenizer = _bytes()
+  elif kind == "sentencepiece":
+    tokenizer = _sentencepiece(path, separator)
+  else:
+    template = None if chat is None else chats.Template(**chat)
+    tokenizer = _huggingface(path, separator, template)._replace(is_lossless=kind == "bpe")
+  return tokenizer if tokenizer.ends else tokenizer._replace(ends=(tokenizer.separator,))
 
 
 def _bytes() -> Tokenizer:
@@ -185,7 +224,9 @@ def _sentencepiece(path: pathlib.Path, separator: str | None) -> Tokenizer:
   return Tokenizer(encode, encode_with_starts, decode, model.get_piece_size(), token, unknown)
 
 
-def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
+def _huggingface(
+  path: pathlib.Path, separator: str | None, chat: chats.Template | None = None
+) -> Tokenizer:
   library = need("tokenizers", "a tokenizer.json")
   try:
     model = library.Tokenizer.from_file(str(path))
@@ -194,10 +235,11 @@ def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
       f"{path} is not a tokenizer.json of Hugging Face's tokenizers, or is damaged ({error}):"
       " fetch it again"
     ) from error
-  # A text is encoded whole, and text that looks like a special token as characters.
+  # A text is encoded whole, and text that looks like a special token as characters, but for the
+  # marks of a chat template.
   model.no_truncation()
   model.no_padding()
-  model.encode_special_tokens = True
+  model.encode_special_tokens = chat is None
   wanted = _SEPARATORS if separator is None else (separator,)
   token = next((token for x in wanted if (token := model.token_to_id(x)) is not None), None)
   if token is None:
@@ -228,7 +270,20 @@ def _huggingface(path: pathlib.Path, separator: str | None) -> Tokenizer:
   unknown = described.get("unk_id")
   if (piece := described.get("unk_token")) is not None:
     unknown = model.token_to_id(piece)
-  return Tokenizer(encode, encode_with_starts, decode, vocabulary, token, unknown)
+  special = frozenset(x.content for x in model.get_added_tokens_decoder().values() if x.special)
+  end = None if chat is None else model.token_to_id(chat.eos_token)
+  ends = (token,) if end in (None, token) else (token, end)
+  return Tokenizer(
+    encode,
+    encode_with_starts,
+    decode,
+    vocabulary,
+    token,
+    unknown,
+    chat=chat,
+    special=special,
+    ends=ends,
+  )
 
 
 def train_bpe(texts: Iterator[str], vocabulary: int) -> str:
@@ -256,6 +311,10 @@ def train_bpe(texts: Iterator[str], vocabulary: int) -> str:
   )
   model.train_from_iterator(texts, trainer)
   return model.to_str()
+
+
+def _one_or_all(ends: tuple[int, ...]) -> int | list[int]:
+  return list(ends) if len(ends) > 1 else ends[0]
 
 
 def save_for_transformers(
@@ -294,8 +353,12 @@ def save_for_transformers(
   else:
     shutil.copyfile(folder / description["file"], out / "tokenizer.json")
     model = need("tokenizers", "a tokenizer.json").Tokenizer.from_file(str(out / "tokenizer.json"))
-    settings["eos_token"] = model.id_to_token(tokenizer.separator)
+    settings["eos_token"] = model.id_to_token(tokenizer.ends[-1])
+  if tokenizer.chat is not None:
+    (out / "chat_template.jinja").write_text(tokenizer.chat.source)
+    if tokenizer.chat.bos_token:
+      settings["bos_token"] = tokenizer.chat.bos_token
   (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
   (out / "generation_config.json").write_text(
-    json.dumps({"eos_token_id": tokenizer.separator}, indent=2) + "\n"
+    json.dumps({"eos_token_id": _one_or_all(tokenizer.ends)}, indent=2) + "\n"
   )
