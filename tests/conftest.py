@@ -21,6 +21,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of torch and of NumPy's products wait for each other where arrays are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Programs that several tests and their subprocesses compile are compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="eco_optax_tests_")

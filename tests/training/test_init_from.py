@@ -47,11 +47,14 @@ def first_state(config, sizes):
   return step_lib.init_state(config, methods.optimizer(config), mesh)
 
 
-MESHES = [{"fsdp": 1}, {"fsdp": 2, "tensor": 2}]
+ONE, FOUR = {"fsdp": 1}, {"fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("method", ["eco_sr", "naive_rtn", "bf16_mw"])
+@pytest.mark.parametrize(
+  ("method", "sizes"),
+  [("eco_sr", ONE), ("eco_sr", FOUR), ("naive_rtn", ONE), ("bf16_mw", FOUR)],
+  ids=str,
+)
 def test_weights_are_the_checkpoints(checkpoint, method, sizes):
   folder, params = checkpoint
   state = first_state(small(method=method, format="INT4", init_from=str(folder)), sizes)
@@ -62,8 +65,9 @@ def test_weights_are_the_checkpoints(checkpoint, method, sizes):
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("residual", ["float32", "int8"])
-@pytest.mark.parametrize("method", ["mw_rtn", "mw_sr"])
+@pytest.mark.parametrize(
+  ("method", "residual"), [("mw_rtn", "float32"), ("mw_rtn", "int8"), ("mw_sr", "int8")]
+)
 def test_master_weights_start_in_float(checkpoint, method, residual):
   folder, params = checkpoint
   config = small(method=method, residual=residual, format="INT4", init_from=str(folder))
