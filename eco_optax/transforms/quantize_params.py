@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -158,7 +159,9 @@ def quantize_params(
         bits = rounding_lib.counter_bits(key, leaf.shape, context.layer)
       packed = quantize_array(add_update(stored, update), leaf_format, rounding, bits)
       if is_quantized(leaf):
-        return packed
+        # Without an update it stays: stored values need not find their own scales again, such as
+        # NVFP4's after stochastic rounding, and those that another library has chosen.
+        return trees.select(jnp.all(update == 0), dataclasses.replace(leaf, sink=None), packed)
       return packed.dequantize(leaf.dtype) - stored
 
     updates = trees.map_with_path(put_on_grid, params, updates, is_leaf=is_quantized)
