@@ -107,7 +107,7 @@ def plot(found: list[Bar], path: pathlib.Path, limit: float = 100.0) -> None:
   ax.set_yticks(places, [bar.label for bar in found])
   for card in CARDS:
     ax.axvline(card * 1e9 / _GIB, color="tab:orange", lw=1.2, ls="--", zorder=0)
-    ax.text(card * 1e9 / _GIB, -0.1, f"{card} GB", color="tab:orange", ha="center")
+    ax.text(card * 1e9 / _GIB, -0.1, f"{card} GB", color="tab:orange", ha="center", size="small")
   ax.tick_params(axis="y", length=0)
   ax.set(xlim=(0, limit), ylim=(place + 0.7, 0))
   ax.set_xlabel("GiB of device memory at the peak of a training step; cards in orange")

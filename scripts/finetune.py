@@ -1,9 +1,11 @@
 """Fine-tunes a pretrained model on chats, and shows what changed: make finetune.
 
 It measures the loss on held-out chats and asks a question before and after, exports the run, and
-asks transformers with the export the same question.
+asks transformers with the export the same question. What it found is in finetune.json beside the
+run.
 """
 
+import json
 import pathlib
 import resource
 import shutil
@@ -12,7 +14,7 @@ import sys
 
 from absl import flags, logging
 
-from eco_optax.training import evaluation, export, jobs, loop
+from eco_optax.training import evaluation, export, jobs, loop, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,7 +38,7 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity("error")  # Orbax tells of every step of its own.
   config, out = _CONFIG.value, pathlib.Path(_WORKDIR.value) / "exported"
-  before = _measure(evaluation.begin(config), "before")[0]
+  before, answer = _measure(evaluation.begin(config), "before")
   summary = loop.train(config, _WORKDIR.value)
   trained = evaluation.load(_WORKDIR.value)
   after, text = _measure(trained, "after")
@@ -57,6 +59,9 @@ def main(_: list[str]) -> None:
     "export": f"{size / 1e6:,.0f} MB",
     "same answer": "yes" if served.strip() == text.strip() else "no",
   }
+  answers = {"question": _QUESTION.value, "before": answer, "after": text}
+  found = rows | {"answers": answers} | report.describe_machine()
+  (out.parent / "finetune.json").write_text(json.dumps(found, indent=1) + "\n")
   print("\n".join(f"{name:<20}  {value}" for name, value in rows.items()))
 
 

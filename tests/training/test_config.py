@@ -35,6 +35,7 @@ def test_every_config_is_in_order_with_every_method(name, method):
   config.method = method
   if method == "bf16_mw":  # Which has no packed weights to release.
     config.update(release=False, kept_format="none")
+    config.optimizer.clip = "exact"
   config_lib.validate(config)
   assert callable(methods.optimizer(config).update)
 
@@ -91,6 +92,7 @@ def test_every_run_of_the_paper_has_a_topology():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_runs_on_whatever_devices_there_are(name):
   config = load(name)
+  config.init_from = ""  # A file that a user has.
   model, (weights, _) = config_lib.model(config), config_lib.formats(config)
   params = jax.eval_shape(lambda: transformer.init(model, config.seed, weights))
   moments = jax.eval_shape(eco.dequantize, params)
@@ -109,6 +111,8 @@ def test_a_dry_run_takes_the_devices_it_is_given():
 def test_every_config_opens_with_its_command_its_machine_and_its_result(name):
   head = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
   command = f"python scripts/train.py --config=configs/{name}.py --workdir=runs/{name}"
+  if name == "smollm2_135m":  # The file that it starts from has to be fetched first.
+    command = "make finetune"
   assert " ".join(head.split("\n\n")[1].split()).startswith(command)
   assert "\nMachine: " in head
   assert "\nResult: " in head

@@ -108,5 +108,5 @@ def test_home_folder_in_configs_and_their_overrides(monkeypatch, tmp_path):
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_path_flag_of_the_scripts_knows_the_home_folder(script):
   plain = re.findall(r'flags\.DEFINE_(?:multi_)?string\(\s*"(\w+)"', script.read_text())
-  known = {"field", "separator", "prompt", "topology", "only", "coordinator_address"}
+  known = {"field", "separator", "prompt", "question", "topology", "only", "coordinator_address"}
   assert set(plain) <= known, "a path is defined by jobs.define_path; add any other flag to `known`"
