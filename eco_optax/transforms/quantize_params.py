@@ -15,6 +15,7 @@ from eco_optax.formats import Format
 from eco_optax.quantized_array import (
   Rounding,
   Where,
+  as_parameter,
   default_where,
   dequantize,
   is_quantized,
@@ -161,7 +162,8 @@ def quantize_params(
       if is_quantized(leaf):
         # Without an update it stays: stored values need not find their own scales again, such as
         # NVFP4's after stochastic rounding, and those that another library has chosen.
-        return trees.select(jnp.all(update == 0), dataclasses.replace(leaf, sink=None), packed)
+        old = dataclasses.replace(as_parameter(leaf), sink=None)
+        return trees.select(jnp.all(update == 0), old, packed)
       return packed.dequantize(leaf.dtype) - stored
 
     updates = trees.map_with_path(put_on_grid, params, updates, is_leaf=is_quantized)
