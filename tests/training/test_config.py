@@ -117,7 +117,8 @@ def test_every_config_opens_with_its_command_its_machine_and_its_result(name):
   assert "\nMachine: " in head
   assert "\nResult: " in head
   # Every loss is in a file that the text names.
-  files = [(ROOT / file).read_text() for file in re.findall(r"[\w/]+/\w+\.(?:md|py|json)", head)]
+  named = re.findall(r"[\w/]+/\w+\.(?:md|py)|results/[\w/]+\.json", head)
+  files = [(ROOT / file).read_text() for file in named]
   for loss in re.findall(r"\d\.\d{4}", head):
     assert any(loss in text for text in files), loss
 
