@@ -41,19 +41,19 @@ class DataParallel(NamedTuple):
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._split))
 
   def _context(self) -> Any:
-    """The mesh in use, whose axes may be of other types than those of the shardings' mesh."""
+    """The mesh in use; its axes may have other types than the shardings' mesh."""
     context = jax.sharding.get_abstract_mesh()
     return self.mesh if context.empty else context
 
   def tracing(self) -> contextlib.AbstractContextManager[Any]:
-    """A context to trace in what one device computes by itself."""
+    """A context for tracing one device's own computation."""
     mesh = self._context()
     mesh = getattr(mesh, "abstract_mesh", mesh)
     manual = dict.fromkeys(mesh.axis_names, AxisType.Manual)
     return jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual))
 
   def alike(self, fn: Callable[[Any], Any], shared: Any) -> Any:
-    """What all devices make alike of operands that they share."""
+    """`fn` of shared operands, computed by every device."""
     whole = PartitionSpec()
     how = {"mesh": self._context(), "in_specs": whole, "out_specs": whole, "check_vma": False}
     return jax.shard_map(fn, **how)(shared)
@@ -75,7 +75,7 @@ class DataParallel(NamedTuple):
       own: a tree of arrays that are split.
 
     Returns:
-      The sums, float32 if they were, of which each device has its part; and the own results, split.
+      The sums, in their own dtypes, split as `specs` says; and the own results, split.
     """
 
     def alone(shared: Any, own: Any) -> tuple[dict[Any, jax.Array], Any]:

@@ -218,7 +218,7 @@ class _Seen(NamedTuple):
   skipped: jax.Array  # bool: whether the parameters are not stepped.
   weights: Leaves  # New ones, of the parameters that the visit was given.
   states: Leaves
-  grads: Leaves  # Those that are kept until all are there.
+  grads: Leaves  # Gradients kept for a step at the end; else none.
 
 
 # (gradients, weights and states of parameters or of one layer of stacks, number of this layer)

@@ -116,7 +116,7 @@ def _merged(tree: Any, done: dict[str, Any]) -> Any:
 
 
 def _factor(updates: Any, scale: Any, max_norm: Any) -> jax.Array:
-  """The gradients' factor: their scale, times that of a clip by global norm, if there is one."""
+  """The gradients' factor: their scale times the clip factor, if a global norm is clipped."""
   scale = jnp.ones([], jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
   if max_norm is None:
     return scale

@@ -73,7 +73,7 @@ class _File(NamedTuple):
 
 
 def is_gguf(path: Any) -> bool:
-  """Whether a path is that of a GGUF file, by its name."""
+  """Whether a path names a GGUF file."""
   return pathlib.Path(path).suffix == ".gguf"
 
 

@@ -30,9 +30,9 @@ _SPLITS = {
   "qwen2": _QWEN2,
   "deepseek-r1-qwen": _QWEN2,
 }
-_DIGITS = ("smollm",)  # Those that split off each digit before that.
-# Those that take a piece as one token if it is one, whether merges lead to it or not, and begin a
-# text with bos unless a file denies it.
+_DIGITS = ("smollm",)  # Tokenizers that split off each digit first.
+# Tokenizers that look a piece up in the vocabulary before they apply merges, and that begin a text
+# with bos unless a file denies it.
 _LLAMA = ("llama-bpe", "llama3", "llama-v3")
 _NAMES = {
   "bos_token": "bos_token_id",
@@ -182,7 +182,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _sentencepiece(told: Mapping[str, Any], tokens: Sequence[str], is_gemma: bool) -> Any:
-  """BPE of SentencePiece, whose merges are those that the vocabulary allows."""
+  """BPE of SentencePiece, with all merges that the vocabulary allows."""
   library = _library()
   if is_gemma:  # Runs of spaces are written as such, and pieces are in the order of their merges.
     tokens = ["▁" * len(x) if x.strip(" ") == "" else x for x in tokens]

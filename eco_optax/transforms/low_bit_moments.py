@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -88,8 +87,10 @@ class MomentStorage(NamedTuple):
         return x
       if dtype == "factored":
         return factored(x)
-      axis = block_axis(weight.format) if is_quantized(weight) else None
-      return _store_at_random(x, self.key(path), layer, kind, dtype, axis)
+      bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
+      if not is_quantized(weight):
+        return store(x, kind, dtype, bits)
+      return store(x, kind, dtype, bits, True, block_axis(weight.format))
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
@@ -113,18 +114,6 @@ class MomentStorage(NamedTuple):
       return read(x)
 
     return momentum_lib.map_moments(read_leaf, state, shapes_of(params))
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
-def _store_at_random(
-  x: jax.Array, key: jax.Array, layer: jax.Array | None, kind: Kind, dtype: str, axis: int | None
-) -> Any:
-  """A moment with a key for its random bits; axis is a packed parameter's, as in `store`.
-
-  Moments of one shape are traced once, and out of a step, as in `init`, compiled once.
-  """
-  bits = rounding_lib.counter_bits(key, x.shape, layer)
-  return store(x, kind, dtype, bits) if axis is None else store(x, kind, dtype, bits, True, axis)
 
 
 def _owners(state: Any, params: Any) -> Callable[[str], Any]:
