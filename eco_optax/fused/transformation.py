@@ -12,7 +12,7 @@ import optax
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
-from eco_optax.fused import dispatch
+from eco_optax.fused import dispatch, order
 from eco_optax.fused.leaf import Leaf, fits
 from eco_optax.fused.step import Step
 from eco_optax.quantized_array import Rounding, is_quantized
@@ -181,20 +181,29 @@ def fuse(
 
     scale = context.gradient_scale
     step = optimizer.step._replace(skips=scale is not None)
-    done = {}
-    for path in _fusable(weights, moments, context.moments is not None):
-      leaf = Leaf(
-        optimizer.scalars(node, count, factor, decays[path]),
-        rounding_lib.stream_key(seed, state.quantizer.step, path),
-        context.layer,
-        weights[path],
-        gradients[path],
-        moments[path],
-        keys.get(path, ()),
-      )
-      place = shardings.get(path)
-      place = place.qvalue if is_quantized(place) else place
-      done[path] = _Done(*dispatch.take_step(step, rounding, leaf, place, fused))
+    done: dict[str, _Done] = {}
+    ends = []
+    for stack in order.stacks(_fusable(weights, moments, context.moments is not None)):
+      behind: list[jax.Array] = []
+      for layer in stack:
+        for path in layer:
+          leaf = Leaf(
+            optimizer.scalars(node, count, factor, decays[path]),
+            # What every step makes anew anyway, so that to wait takes nothing more.
+            order.after(behind, rounding_lib.stream_key(seed, state.quantizer.step, path)),
+            context.layer,
+            weights[path],
+            gradients[path],
+            moments[path],
+            keys.get(path, ()),
+          )
+          place = shardings.get(path)
+          place = place.qvalue if is_quantized(place) else place
+          done[path] = _Done(*dispatch.take_step(step, rounding, leaf, place, fused))
+        behind = [done[path].weight.scale for path in layer]
+      ends += behind
+    # Embeddings' gradients are there last, and whatever comes before them waits for the layers.
+    updates = order.after(ends, _without(updates, done))
 
     if max_norm is not None or scale is not None:
       # A second clip of leaves that were clipped together finds nothing to do.
@@ -207,7 +216,7 @@ def fuse(
       rest_state = context.moments.read(rest_state, rest)
     rest_context = Context(layer=context.layer)
     new_updates, new_state = run(
-      general, _without(updates, done), rest_state, rest, rest_context, extra_args
+      general, updates, rest_state, rest, rest_context, extra_args
     )
     if scale is not None:
       new_updates, new_state = unless_skipped(scale, new_updates, new_state, rest_state, rest)
