@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 try:
   from flax import nnx
@@ -22,7 +25,7 @@ try:
 except ImportError as error:
   raise ImportError("Flax is not installed: pip install 'eco_optax[nnx]'") from error
 
-from eco_optax import dense_view, quantized_array, trees, updates
+from eco_optax import dense_view, explicit_axes, quantized_array, trees, updates
 from eco_optax.formats import Format
 from eco_optax.quantized_array import QuantizedArray, Rounding, Where, is_quantized
 
@@ -40,9 +43,7 @@ class PackedParam(nnx.Param):
 
   def get_value(self, *, index: Any = ...) -> Any:
     """The float32 values, which are made anew for each call."""
-    value = self.get_raw_value()
-    if is_quantized(value):
-      value = _dense(value)
+    value = _dense(self.get_raw_value())
     return value if index is ... else value[index]
 
   @property
@@ -51,7 +52,11 @@ class PackedParam(nnx.Param):
     return self.get_raw_value().shape
 
   def set_value(self, value: Any, *, index: Any = ...) -> None:
-    """Takes a QuantizedArray."""
+    """Takes a QuantizedArray; of floats that are but a shape, how they are split."""
+    leaf = self.get_raw_value()
+    if isinstance(value, jax.ShapeDtypeStruct) and value.sharding and is_quantized(leaf):
+      place = lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like)
+      value = jax.tree.map(place, leaf, _split(leaf, value.sharding))
     if index is not ... or not is_quantized(value):
       raise TypeError(
         f"a packed parameter of shape {self.shape} cannot be assigned floats, which would be rounded"
@@ -60,15 +65,34 @@ class PackedParam(nnx.Param):
       )
     self.set_raw_value(value)
 
+  def replace(self, *args: Any, **changes: Any) -> Any:
+    """A copy with another value; `nnx.get_partition_spec` sets how the floats are split."""
+    if args and isinstance(args[0], PartitionSpec) and is_quantized(self.get_raw_value()):
+      args = (_split(self.get_raw_value(), args[0]),)
+    return self.copy(*args, **changes)
+
   def __getattr__(self, name: str) -> Any:
     metadata = object.__getattribute__(self, "_var_metadata")
     return metadata[name] if name in metadata else getattr(self.get_value(), name)
 
 
-def _dense(leaf: QuantizedArray) -> Any:
-  """What a module reads; the shape of that where the leaf is one of shapes."""
+def _split(leaf: QuantizedArray, like: Any) -> QuantizedArray:
+  """How codes and scales are split, in place of them, where the floats are split like this."""
+  if isinstance(like, PartitionSpec):
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.tree.map(lambda x: explicit_axes.dividing(like, x.shape, mesh), leaf)
+  split = lambda x: explicit_axes.dividing(like.spec, x.shape, like.mesh)
+  return jax.tree.map(lambda x: NamedSharding(like.mesh, split(x)), leaf)
+
+
+def _dense(leaf: Any) -> Any:
+  """What a module reads, or its shape; trees of other things, such as shardings, as they are."""
+  if not is_quantized(leaf):
+    return leaf
   if isinstance(leaf.qvalue, jax.ShapeDtypeStruct):
     return jax.eval_shape(QuantizedArray.dequantize, leaf)
+  if not isinstance(leaf.qvalue, (jax.Array, np.ndarray)) or leaf.qvalue.dtype == bool:
+    return leaf
   return _no_gradient(leaf) if leaf.sink is None else dense_view.dense(leaf)
 
 
@@ -161,7 +185,7 @@ def pack(
     if not is_quantized(leaf):
       continue
     param = params[path]
-    if any(map(param.get_metadata().get, ("ref", "hijax"))):
+    if any(map(param.get_metadata().get, ("ref", "hijax", "has_ref", "is_hijax"))):
       raise ValueError(
         f"{trees.leaf_name(path)} is an nnx.Variable with ref=True or hijax=True, which holds one"
         " array: make it without, or leave it out with where="
@@ -169,13 +193,7 @@ def pack(
     # Not a new variable: the old one may be in several places.
     param.__class__ = _packed_type(type(param))
     param.set_raw_value(leaf)
-    param.set_metadata("on_create_value", _refuse_optimizer)
   return model
-
-
-def _refuse_optimizer(variable: Any, value: Any) -> Any:
-  """Raises: `nnx.Optimizer` makes variables with the metadata of the parameters."""
-  raise TypeError("a model with packed parameters is trained by eco_optax.nnx.Optimizer")
 
 
 def value_and_grad(f: Any = None, **options: Any) -> Any:
@@ -265,7 +283,7 @@ def _of_sinks(transform: Any, f: Any, options: dict[str, Any]) -> Any:
 
     try:
       for path, x in params.items():
-        x.set_raw_value(updates.new_sink(leaves[path], jax.numpy.float32))
+        x.set_raw_value(updates.new_sink(leaves[path], jnp.float32))
       return transform(of_sinks, **options)(*bound.args, **bound.kwargs)
     finally:
       for path, x in params.items():
@@ -351,9 +369,7 @@ class Optimizer(nnx.Optimizer):
 
 
 def _unpacked(variable: Any) -> Any:
-  """A variable with the leaf of a packed parameter, whose metadata others may have too."""
+  """A parameter of the kind that gives back what it holds."""
   if not isinstance(variable, PackedParam):
     return variable
-  metadata = variable.get_metadata()
-  del metadata["on_create_value"]
-  return nnx.Param.from_metadata(variable.get_raw_value(), metadata)
+  return nnx.Param.from_metadata(variable.get_raw_value(), variable.get_metadata())
