@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -59,9 +59,8 @@ class PackedParam(nnx.Param):
       value = jax.tree.map(place, leaf, _split(leaf, value.sharding))
     if index is not ... or not is_quantized(value):
       raise TypeError(
-        f"a packed parameter of shape {self.shape} cannot be assigned floats, which would be rounded"
-        " in silence: assign eco_optax.quantize(…) of them, or train it by"
-        " eco_optax.nnx.Optimizer"
+        f"a packed parameter of shape {self.shape} takes no floats, for they would be rounded in"
+        " silence: assign eco_optax.quantize(…) of them"
       )
     self.set_raw_value(value)
 
@@ -111,7 +110,7 @@ def _refuse_gradient(primals: Any, tangents: Any) -> Any:
 
 
 @functools.cache
-def _packed_type(kind: type) -> type:
+def _packed_type(kind: Any) -> Any:
   """The kind of `nnx.Param` that `kind` is once it is packed, which filters still find."""
   if issubclass(kind, PackedParam):
     return kind
@@ -191,7 +190,8 @@ def pack(
         " array: make it without, or leave it out with where="
       )
     # Not a new variable: the old one may be in several places.
-    param.__class__ = _packed_type(type(param))
+    kind: Any = type(param)
+    param.__class__ = _packed_type(kind)
     param.set_raw_value(leaf)
   return model
 
@@ -250,9 +250,10 @@ def grad(f: Any = None, **options: Any) -> Any:
 
 
 def _of_sinks(transform: Any, f: Any, options: dict[str, Any]) -> Any:
-  """A gradient of Flax, with sinks in place of packed parameters: float32 arrays that nothing reads.
+  """A transformation of Flax that differentiates sinks in place of packed parameters.
 
-  Inside, codes and sinks are parameters again, whose dense view has the sink's gradient.
+  A sink is a float32 array that nothing reads. Inside `f` a parameter has its codes again, beside
+  the sink, which takes the gradient of what is read.
   """
   if f is None:
     return lambda f: _of_sinks(transform, f, options)
