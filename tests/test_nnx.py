@@ -42,9 +42,13 @@ class Block(nnx.Module):
     return x + jnp.tanh(self.dropout(self.linear(x)))
 
 
+def stack_of(kind, layers, rngs):
+  return nnx.split_rngs(splits=layers)(nnx.vmap(kind))(rngs)
+
+
 class Stack(nnx.Module):
   def __init__(self, rngs):
-    self.blocks = nnx.vmap(Block)(rngs.split(4))
+    self.blocks = stack_of(Block, 4, rngs)
 
   def __call__(self, x):
     body = nnx.remat(lambda x, block: block(x))
@@ -322,8 +326,7 @@ def test_what_waits_for_the_backward_pass_is_codes():
       return jnp.tanh(self.linear(x))
 
   def create():
-    blocks = nnx.vmap(Layer)(nnx.Rngs(0).split(layers))
-    return eco_nnx.pack(blocks, eco.FP8)
+    return eco_nnx.pack(stack_of(Layer, layers, nnx.Rngs(0)), eco.FP8)
 
   graph, state = nnx.split(nnx.eval_shape(create))
   body = nnx.remat(lambda x, block: block(x))
@@ -362,8 +365,8 @@ def test_orbax_takes_a_packed_run_and_gives_it_back(tmp_path):
       model = eco_nnx.pack(Net(nnx.Rngs(1)), eco.INT4)
       return model, eco_nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    graph, shapes = nnx.split(nnx.eval_shape(create))
-    again = nnx.merge(graph, checkpointer.restore(tmp_path / "run", shapes))
+    graph, target = nnx.split(create())
+    again = nnx.merge(graph, checkpointer.restore(tmp_path / "run", target))
   before = jax.tree.map(jnp.copy, nnx.state(run))
   compiled = nnx.jit(step)
   losses = [float(compiled(*both, X, Y)) for both in (run, again)]
@@ -384,15 +387,30 @@ def test_codes_and_moments_stay_where_they_are_on_four_devices(kind):
 
   mesh = jax.make_mesh((4,), ("model",), axis_types=(kind,), devices=jax.devices()[:4])
   with jax.set_mesh(mesh):
-    create = nnx.jit(lambda: Model(nnx.Rngs(0)))
+
+    def create():
+      graph, state = nnx.split(Model(nnx.Rngs(0)))
+      return nnx.merge(graph, jax.device_put(state, nnx.get_named_sharding(state, mesh)))
+
     model = eco_nnx.pack(create(), eco.FP8)
     losses, optimizer = train(model, eco.adamw(1e-2), 5)
     wanted, params, opt_state, _ = train_trees(create(), eco.FP8, eco.adamw(1e-2), 5)
     state = nnx.state(eco_nnx.pack(Model(nnx.Rngs(0)), eco.NVFP4))
     moved = jax.device_put(state, nnx.get_named_sharding(state, mesh))
-  assert losses == wanted
-  assert same(nnx.state(model), params)
-  assert same(optimizer.opt_state, opt_state)
+    assert losses == wanted
+    assert same(nnx.state(model), params)
+    assert same(optimizer.opt_state, opt_state)
+    if kind == AxisType.Auto:  # Devices that are told of their parts take the same steps.
+      again = eco_nnx.pack(create(), eco.FP8)
+      shardings = jax.tree.map(lambda x: x.sharding, nnx.state(again, nnx.Param))
+      told = eco_nnx.Optimizer(again, eco.adamw(1e-2), wrt=nnx.Param)
+      grads = nnx.jit(eco_nnx.grad(loss_fn))(again, X, Y)
+      nnx.jit(lambda m, o, g: o.update(m, g, shardings=shardings) and None)(again, told, grads)
+      other = eco_nnx.pack(create(), eco.FP8)
+      nnx.jit(lambda m, o, g: o.update(m, g) and None)(
+        other, eco_nnx.Optimizer(other, eco.adamw(1e-2), wrt=nnx.Param), grads
+      )
+      assert same(nnx.state(again), nnx.state(other))
   columns = NamedSharding(mesh, PartitionSpec(None, "model"))
   leaf = model.linear.kernel.get_raw_value()
   matrices = [x for x in jax.tree.leaves(by_path(optimizer.opt_state)) if x.shape == (16, 16)]
@@ -403,6 +421,52 @@ def test_codes_and_moments_stay_where_they_are_on_four_devices(kind):
   moved = by_path(moved)["linear/kernel"]
   assert moved.scale.sharding.is_equivalent_to(columns, 2)
   assert moved.tensor_scale.sharding.is_fully_replicated
+
+
+def test_a_loop_of_split_states_on_a_mesh():
+  """As Flax's own example of Gemma has it: a train state with the graph and the parameters."""
+  from eco_optax.linen import TrainState
+
+  class State(TrainState):
+    graphdef: nnx.GraphDef
+
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      split = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+      self.linear = nnx.Linear(16, 16, kernel_init=split, rngs=rngs)
+
+    def __call__(self, x):
+      return jnp.tanh(self.linear(x))
+
+  mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+  def init():
+    model = eco_nnx.pack(Model(nnx.Rngs(0)), eco.FP8)
+    graphdef, params = nnx.split(model, nnx.Param)
+    state = State.create(apply_fn=None, params=params, tx=eco.adamw(1e-2), graphdef=graphdef)
+    state = jax.tree.map(jnp.asarray, state)
+    return jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
+
+  def step(state):
+    loss_of = lambda params: loss_fn(nnx.merge(state.graphdef, params), X, Y)
+    loss, grads = eco.value_and_grad(loss_of)(state.params)
+    return state.apply_gradients(grads=grads), loss
+
+  with jax.set_mesh(mesh):
+    state = jax.jit(init)()
+    shardings = nnx.get_named_sharding(state, mesh)
+    compiled = jax.jit(step, in_shardings=(shardings,), out_shardings=(shardings, None))
+    losses = []
+    for _ in range(20):
+      state, loss = compiled(state)
+      losses.append(float(loss))
+  assert losses[-1] < 0.5 * losses[0]
+  leaf = state.params["linear"]["kernel"].get_raw_value()
+  assert leaf.qvalue.dtype == jnp.float8_e4m3fn
+  columns = NamedSharding(mesh, PartitionSpec(None, "model"))
+  floats = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (16, 16)]
+  assert len(floats) == 2
+  assert all(x.sharding.is_equivalent_to(columns, 2) for x in (leaf.qvalue, leaf.scale, *floats))
 
 
 def test_what_knows_nothing_of_codes_is_refused():
