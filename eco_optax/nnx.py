@@ -57,6 +57,11 @@ class PackedParam(nnx.Param):
     if isinstance(value, jax.ShapeDtypeStruct) and value.sharding and is_quantized(leaf):
       place = lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like)
       value = jax.tree.map(place, leaf, _split(leaf, value.sharding))
+    if is_quantized(leaf) and leaf.sink is not None:
+      raise TypeError(
+        f"a packed parameter of shape {self.shape} is assigned in a function that is differentiated"
+        " with respect to it"
+      )
     if index is not ... or not is_quantized(value):
       raise TypeError(
         f"a packed parameter of shape {self.shape} takes no floats, for they would be rounded in"
@@ -178,21 +183,25 @@ def pack(
     (3, 2)
   """
   params = {_name(path): x for path, x in _variables(model, nnx.Param)}
-  arrays = {path: x.get_raw_value() for path, x in params.items()}
-  packed = quantized_array.quantize(arrays, format, where or _default_where, rounding, key)
-  for path, leaf in packed.items():
-    if not is_quantized(leaf):
-      continue
-    param = params[path]
-    if any(map(param.get_metadata().get, ("ref", "hijax", "has_ref", "is_hijax"))):
+
+  def is_chosen(path: str, leaf: Any) -> bool:
+    if not (where or _default_where)(path, leaf):
+      return False
+    if any(map(params[path].get_metadata().get, ("ref", "hijax", "has_ref", "is_hijax"))):
       raise ValueError(
         f"{trees.leaf_name(path)} is an nnx.Variable with ref=True or hijax=True, which holds one"
         " array: make it without, or leave it out with where="
       )
-    # Not a new variable: the old one may be in several places.
-    kind: Any = type(param)
-    param.__class__ = _packed_type(kind)
-    param.set_raw_value(leaf)
+    return True
+
+  arrays = {path: x.get_raw_value() for path, x in params.items()}
+  packed = quantized_array.quantize(arrays, format, is_chosen, rounding, key)
+  for path, leaf in packed.items():
+    if is_quantized(leaf):
+      # Not a new variable: the old one may be in several places.
+      kind: Any = type(params[path])
+      params[path].__class__ = _packed_type(kind)
+      params[path].set_raw_value(leaf)
   return model
 
 
@@ -257,6 +266,7 @@ def _of_sinks(transform: Any, f: Any, options: dict[str, Any]) -> Any:
   """
   if f is None:
     return lambda f: _of_sinks(transform, f, options)
+  transform(f, **options)  # Flax's own checks.
   argnums = options.get("argnums", 0)
   argnums = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
   states = (x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in argnums)

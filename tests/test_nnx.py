@@ -485,6 +485,15 @@ def test_what_knows_nothing_of_codes_is_refused():
     optimizer.update(model, grads)
   with pytest.raises(TypeError, match=r"\(4, 16, 16\) takes no floats"):
     model.blocks.linear.kernel[...] = jnp.ones((4, 16, 16))
+
+  def assign(model):
+    model.blocks.linear.kernel.set_value(model.blocks.linear.kernel.get_raw_value())
+    return loss_fn(model, X, Y)
+
+  with pytest.raises(TypeError, match="is assigned in a function that is differentiated"):
+    eco_nnx.grad(assign)(model)
+  with pytest.raises(ValueError, match="bound"):
+    eco_nnx.grad(model.__call__)
   # A failure inside leaves the model as it was.
   before = model.blocks.linear.kernel.get_raw_value()
   with pytest.raises(ZeroDivisionError):
@@ -511,5 +520,9 @@ def test_floats_in_a_packed_parameter_are_refused_until_they_are_packed_again():
 def test_what_cannot_be_packed_is_named():
   with pytest.raises(ValueError, match="leaf 'up/kernel'"):
     eco_nnx.pack(Net(nnx.Rngs(0)), eco.FP8_BLOCK128, where=lambda path, x: path == "up/kernel")
+  linear = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+  linear.kernel = nnx.Param(linear.kernel[...], ref=True)
+  with pytest.raises(ValueError, match=r"leaf 'kernel' is an nnx\.Variable with ref=True"):
+    eco_nnx.pack(linear, eco.FP8)
   with pytest.raises(ValueError, match="format must be"):
     eco_nnx.pack(Net(nnx.Rngs(0)), "fp8")
