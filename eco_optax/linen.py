@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 try:
-  from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+  from flax.linen import fp8_ops
   from flax.training import train_state
 except ImportError as error:
   raise ImportError("Flax is not installed: pip install 'eco_optax[nnx]'") from error
@@ -57,9 +57,9 @@ class TrainState(train_state.TrainState):
       ValueError: if the parameters have a collection that gradients overwrite, as Flax's own FP8
         layers do.
     """
-    if OVERWRITE_WITH_GRADIENT in grads:
+    if fp8_ops.OVERWRITE_WITH_GRADIENT in grads:
       raise ValueError(
-        f"params have {OVERWRITE_WITH_GRADIENT!r} of Flax's FP8 layers, whose weights are float32:"
+        f"params have {fp8_ops.OVERWRITE_WITH_GRADIENT!r} of Flax's FP8 layers, whose weights are float32:"
         " use layers of floats, or flax.training.train_state.TrainState without packed parameters"
       )
     found, opt_state = self.tx.update(grads, self.opt_state, self.params)
