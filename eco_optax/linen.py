@@ -59,8 +59,9 @@ class TrainState(train_state.TrainState):
     """
     if fp8_ops.OVERWRITE_WITH_GRADIENT in grads:
       raise ValueError(
-        f"params have {fp8_ops.OVERWRITE_WITH_GRADIENT!r} of Flax's FP8 layers, whose weights are float32:"
-        " use layers of floats, or flax.training.train_state.TrainState without packed parameters"
+        f"params have {fp8_ops.OVERWRITE_WITH_GRADIENT!r} of Flax's FP8 layers, whose weights are"
+        " float32: use layers of floats, or flax.training.train_state.TrainState without packed"
+        " parameters"
       )
     found, opt_state = self.tx.update(grads, self.opt_state, self.params)
     return self.replace(  # type: ignore[no-any-return]

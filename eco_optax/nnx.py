@@ -205,13 +205,17 @@ def pack(
   return model
 
 
-def value_and_grad(f: Any = None, **options: Any) -> Any:
+def value_and_grad(
+  f: Any = None, *, argnums: Any = 0, has_aux: bool = False, **options: Any
+) -> Any:
   """`nnx.value_and_grad` for models with packed parameters.
 
   Args:
     f: a scalar function of models and other arguments, written for floats. None makes a decorator.
-    **options: those of `nnx.value_and_grad`, such as `argnums=`, which takes `nnx.DiffState`, and
-      `has_aux=`.
+    argnums: which arguments to differentiate with respect to, integers or `nnx.DiffState`, which
+      has a filter of variables; one or several.
+    has_aux: whether `f` returns `(value, aux)`.
+    **options: others of `nnx.value_and_grad`.
 
   Returns:
     A function that returns `(value, gradients)`: float32 gradients in the state of the parameters.
@@ -232,15 +236,18 @@ def value_and_grad(f: Any = None, **options: Any) -> Any:
            [3., 3.],
            [3., 3.]], dtype=float32)
   """
+  options |= {"argnums": argnums, "has_aux": has_aux}
   return _of_sinks(nnx.value_and_grad, f, options)
 
 
-def grad(f: Any = None, **options: Any) -> Any:
+def grad(f: Any = None, *, argnums: Any = 0, has_aux: bool = False, **options: Any) -> Any:
   """`nnx.grad` for models with packed parameters, as `value_and_grad` is for `nnx.value_and_grad`.
 
   Args:
     f: a scalar function of models and other arguments, written for floats. None makes a decorator.
-    **options: those of `nnx.grad`.
+    argnums: as of `value_and_grad`.
+    has_aux: whether `f` returns `(value, aux)`.
+    **options: others of `nnx.grad`.
 
   Returns:
     A function that returns the gradients.
@@ -255,6 +262,7 @@ def grad(f: Any = None, **options: Any) -> Any:
     >>> eco_nnx.grad(lambda model: jnp.sum(model(jnp.ones((3, 4)))))(model)["bias"][...]
     Array([3., 3.], dtype=float32)
   """
+  options |= {"argnums": argnums, "has_aux": has_aux}
   return _of_sinks(nnx.grad, f, options)
 
 
@@ -267,7 +275,7 @@ def _of_sinks(transform: Any, f: Any, options: dict[str, Any]) -> Any:
   if f is None:
     return lambda f: _of_sinks(transform, f, options)
   transform(f, **options)  # Flax's own checks.
-  argnums = options.get("argnums", 0)
+  argnums = options["argnums"]
   argnums = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
   states = (x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param) for x in argnums)
   wanted = {x.argnum: filterlib.to_predicate(x.filter) for x in states}
@@ -342,10 +350,12 @@ class Optimizer(nnx.Optimizer):
     (True, dtype(float8_e4m3fn))
   """
 
-  def __init__(self, model: Any, tx: optax.GradientTransformation, **options: Any):
-    # Flax makes variables of the state with the metadata of the parameters, such as shardings.
-    init = lambda params: tx.init(jax.tree.map(_unpacked, params, is_leaf=_is_variable))
-    super().__init__(model, optax.GradientTransformation(init, tx.update), **options)
+  def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: Any, **options: Any):
+    def init(params: Any) -> Any:
+      state = tx.init(jax.tree.map(_unpacked, params, is_leaf=_is_variable))
+      return jax.tree.map(_state_variables, state, is_leaf=_is_variable)
+
+    super().__init__(model, optax.GradientTransformation(init, tx.update), wrt=wrt, **options)
     self.tx = tx
 
   def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
@@ -384,3 +394,26 @@ def _unpacked(variable: Any) -> Any:
   if not isinstance(variable, PackedParam):
     return variable
   return nnx.Param.from_metadata(variable.get_raw_value(), variable.get_metadata())
+
+
+def _state_variables(x: Any) -> Any:
+  """A variable for each array of a parameter's state, whose shape may be another than its own.
+
+  Flax gives them the metadata of the parameter, and splits them as that says.
+  """
+  if not _is_variable(x):
+    return x
+  metadata = x.get_metadata()
+  key = "out_sharding" if "out_sharding" in metadata else "sharding_names"
+  if not metadata.get(key):
+    return jax.tree.map(lambda array: nnx.Param.from_metadata(array, metadata), x.get_raw_value())
+  metadata[key] = names = metadata.pop("optimizer_sharding", metadata[key])
+  spec: Any = nnx.get_partition_spec(nnx.Param.from_metadata(None, metadata)).get_raw_value()
+  mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
+
+  def own(array: Any) -> Any:
+    divided = explicit_axes.dividing(spec, array.shape, mesh)
+    fitting = tuple(name if axes else None for name, axes in zip(names, divided, strict=False))
+    return nnx.Param.from_metadata(array, metadata | {key: fitting})
+
+  return jax.tree.map(own, x.get_raw_value())

@@ -423,6 +423,27 @@ def test_codes_and_moments_stay_where_they_are_on_four_devices(kind):
   assert moved.tensor_scale.sharding.is_fully_replicated
 
 
+def test_state_of_other_shapes_is_split_where_it_divides():
+  split = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("model", None))
+  mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    model = nnx.Linear(64, 64, kernel_init=split, use_bias=False, rngs=nnx.Rngs(0))
+    weights = nnx.state(model)
+    nnx.update(model, jax.device_put(weights, nnx.get_named_sharding(weights, mesh)))
+    tx = eco.low_bit_moments(eco.adamw(1e-2), nu="factored")
+    optimizer = eco_nnx.Optimizer(eco_nnx.pack(model, eco.FP8), tx, wrt=nnx.Param)
+    state = nnx.state(optimizer)
+    state = jax.device_put(state, nnx.get_named_sharding(state, mesh))
+    nnx.jit(step)(model, optimizer, X @ jnp.ones((16, 64)), X @ jnp.ones((16, 64)))
+  rows = NamedSharding(mesh, PartitionSpec("model", None))
+  for leaves in (by_path(state), by_path(nnx.state(optimizer))):
+    shapes = {
+      x.shape: x.sharding.is_equivalent_to(rows, 2) for x in jax.tree.leaves(leaves) if x.ndim == 2
+    }
+    # Codes, scales of blocks of 32 rows, means of rows and of columns.
+    assert shapes == {(64, 64): True, (2, 64): False, (64, 1): True, (1, 64): False}
+
+
 def test_a_loop_of_split_states_on_a_mesh():
   """As Flax's own example of Gemma has it: a train state with the graph and the parameters."""
   from eco_optax.linen import TrainState
