@@ -282,10 +282,12 @@ def _of_sinks(transform: Any, f: Any, options: dict[str, Any]) -> Any:
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    bound = inspect.signature(f).bind(*args, **kwargs)
+    if kwargs:
+      bound = inspect.signature(f).bind(*args, **kwargs)
+      args, kwargs = bound.args, bound.kwargs
     params = {
       path: x
-      for path, x in _variables(bound.args, PackedParam)
+      for path, x in _variables(args, PackedParam)
       if path[0] in wanted and wanted[path[0]](path[1:], x)
     }
     leaves = {path: _packed_leaf(path[1:], x) for path, x in params.items()}
@@ -303,7 +305,7 @@ def _of_sinks(transform: Any, f: Any, options: dict[str, Any]) -> Any:
     try:
       for path, x in params.items():
         x.set_raw_value(updates.new_sink(leaves[path], jnp.float32))
-      return transform(of_sinks, **options)(*bound.args, **bound.kwargs)
+      return transform(of_sinks, **options)(*args, **kwargs)
     finally:
       for path, x in params.items():
         x.set_raw_value(leaves[path])
