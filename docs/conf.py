@@ -55,6 +55,8 @@ MODULES = (
   "eco_optax.interop.hugging_face",
   "eco_optax.interop.qwix",
   "eco_optax.interop.safetensors",
+  "eco_optax.linen",
+  "eco_optax.nnx",
   "eco_optax.rounding",
   "eco_optax.theory",
 )

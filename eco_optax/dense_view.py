@@ -40,8 +40,8 @@ _dequantize.defvjp(
 )
 
 
-def _dense(x: Any) -> Any:
-  """`x` as a function of dense weights knows it."""
+def dense(x: Any) -> Any:
+  """`x` as a function of dense weights knows it; a packed leaf has a sink."""
   if not is_quantized(x):
     return x
   return _dequantize(dataclasses.replace(x, sink=None), x.sink)
@@ -62,7 +62,7 @@ def apply(fn: Callable[[Any], Any], params: Any) -> Any:
   try:
     closed, out_tree = trace(fn, jax.eval_shape(dequantize, params))
   except NEEDS_VALUES:
-    return fn(jax.tree.unflatten(treedef, map(_dense, leaves)))
+    return fn(jax.tree.unflatten(treedef, map(dense, leaves)))
   return jax.tree.unflatten(out_tree, evaluate(closed.jaxpr, closed.consts, leaves))
 
 
@@ -117,7 +117,7 @@ def evaluate(
     if not is_quantized(value := read(x)):
       return value
     if x not in views:
-      views[x] = _dense(value)
+      views[x] = dense(value)
     return views[x]
 
   for eqn in jaxpr.eqns:
@@ -159,9 +159,9 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     outputs = evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
     return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
 
-  xs = [x if is_stack(x) else _dense(x) for x in xs]
+  xs = [x if is_stack(x) else dense(x) for x in xs]
   options = {key: p[key] for key in ("length", "reverse", "unroll")}
-  carry, ys = jax.lax.scan(body, [_dense(x) for x in carry], xs, **options)
+  carry, ys = jax.lax.scan(body, [dense(x) for x in carry], xs, **options)
   return [*carry, *ys]
 
 

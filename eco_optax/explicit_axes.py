@@ -25,16 +25,20 @@ def spec_like(x: Any, like: Any) -> PartitionSpec:
     return spec_of(like)
   if x.ndim != like.ndim:
     return PartitionSpec()
-  mesh = jax.typeof(like).sharding.mesh
+  return dividing(spec_of(like), x.shape, jax.typeof(like).sharding.mesh)
+
+
+def dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+  """The entries of a split that divide the axes of a shape, and None in place of others."""
 
   def entry(size: int, axes: Any) -> Any:
     names = (axes,) if isinstance(axes, str) else tuple(axes or ())
     parts = 1
     for name in names:
-      parts *= mesh.shape[name]
+      parts *= mesh.shape.get(name, 1)
     return axes if size % parts == 0 and size > 1 else None
 
-  return PartitionSpec(*map(entry, x.shape, spec_of(like)))
+  return PartitionSpec(*map(entry, shape, spec))
 
 
 def call(fn: Callable[..., Any], specs: Callable[[Any], Any], *args: Any) -> Any:

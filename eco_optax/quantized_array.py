@@ -193,7 +193,10 @@ def as_update(path: str, leaf: Any) -> Any:
   if not is_quantized(leaf) or leaf.guard is not None:
     return leaf
   guard = jax.random.wrap_key_data(jnp.full((1,), _ALIVE), impl=_guard_type(path))
-  role = "update: call eco_optax.apply_updates, not optax.apply_updates"
+  role = (
+    "update: call eco_optax.apply_updates, not optax.apply_updates; for flax.nnx.Optimizer and"
+    " flax.training.TrainState there are eco_optax.nnx.Optimizer and eco_optax.linen.TrainState"
+  )
   return dataclasses.replace(leaf, guard=guard, role=role)
 
 

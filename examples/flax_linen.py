@@ -1,10 +1,11 @@
-"""ECO with Flax Linen."""
+"""ECO with Flax Linen and its `TrainState`."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import eco_optax as eco
+from eco_optax.linen import TrainState
 
 x = jax.random.normal(jax.random.key(0), (256, 16))
 y = jnp.sin(x @ jax.random.normal(jax.random.key(1), (16, 4)))
@@ -20,20 +21,19 @@ def train(steps=200):
   model = MLP()
   params = eco.quantize(model.init(jax.random.key(2), x)["params"], eco.FP8)  # Kernels, not biases.
   tx = eco.adamw(1e-2, weight_decay=0.0)
-  opt_state = tx.init(params)
-  loss_fn = lambda params: jnp.mean((model.apply({"params": params}, x) - y) ** 2)
+  state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
   @jax.jit
-  def step(params, opt_state):
-    loss, grads = eco.value_and_grad(loss_fn)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return eco.apply_updates(params, updates), opt_state, loss
+  def step(state):
+    loss_fn = lambda params: jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+    loss, grads = eco.value_and_grad(loss_fn)(state.params)
+    return state.apply_gradients(grads=grads), loss
 
   losses = []
   for _ in range(steps):
-    params, opt_state, loss = step(params, opt_state)
+    state, loss = step(state)
     losses.append(float(loss))
-  return losses, params
+  return losses, state.params
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""ECO with Flax NNX: modules hold the model, plain trees are trained."""
+"""ECO with Flax NNX: the loop of `nnx.Optimizer`, with packed weights in it."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import eco_optax as eco
+import eco_optax.nnx as eco_nnx
 
 x = jax.random.normal(jax.random.key(0), (256, 16))
 y = jnp.sin(x @ jax.random.normal(jax.random.key(1), (16, 4)))
@@ -19,27 +20,18 @@ class MLP(nnx.Module):
 
 
 def train(steps=200):
-  graph, state = nnx.split(MLP(nnx.Rngs(0)))  # Once; nnx.jit and nnx.Optimizer are not needed.
-  params = eco.quantize(nnx.to_pure_dict(state), eco.FP8)
-  tx = eco.adamw(1e-2, weight_decay=0.0)
-  opt_state = tx.init(params)
+  # The only lines that change: the model is packed, and two names are of eco_optax.nnx.
+  model = eco_nnx.pack(MLP(nnx.Rngs(0)), eco.FP8)
+  optimizer = eco_nnx.Optimizer(model, eco.adamw(1e-2, weight_decay=0.0), wrt=nnx.Param)
 
-  def loss_fn(params):
-    own = jax.tree.map(lambda leaf: leaf, state)
-    nnx.replace_by_pure_dict(own, params)
-    return jnp.mean((nnx.merge(graph, own)(x) - y) ** 2)
+  @nnx.jit
+  def step(model, optimizer):
+    loss, grads = eco_nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
+    optimizer.update(model, grads)
+    return loss
 
-  @jax.jit
-  def step(params, opt_state):
-    loss, grads = eco.value_and_grad(loss_fn)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return eco.apply_updates(params, updates), opt_state, loss
-
-  losses = []
-  for _ in range(steps):
-    params, opt_state, loss = step(params, opt_state)
-    losses.append(float(loss))
-  return losses, params
+  losses = [float(step(model, optimizer)) for _ in range(steps)]
+  return losses, nnx.state(model, nnx.Param)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,7 +26,8 @@ LEVELS = (
   ("optimizers",),
   # Theory simulates the transforms that it has closed forms of. "" is eco_optax/__init__.py.
   ("diagnostics", "release", "theory", ""),
-  ("interop",),
+  # Other packages' formats, and their trainers.
+  ("interop", "linen", "nnx"),
   ("training",),
 )
 BACKENDS = ("cpu", "tpu", "gpu")
@@ -139,6 +141,17 @@ def test_training_is_imported_by_runs_alone():
     if other.startswith("eco_optax.training") and not name.startswith(TRAINING_MAY_BE_IMPORTED_BY)
   ]
   assert not found, "\n".join(found)
+
+
+def test_flax_is_imported_by_its_own_modules_and_training_alone():
+  found = {
+    name
+    for name, path in modules("eco_optax").items()
+    if re.search(r"^\s*(from|import) flax\b", path.read_text(), re.MULTILINE)
+  }
+  own = {"eco_optax.linen", "eco_optax.nnx"}
+  assert own <= found
+  assert {name for name in found - own if not name.startswith("eco_optax.training")} == set()
 
 
 def test_backends_are_imported_by_dispatch_alone():
