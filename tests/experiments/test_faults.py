@@ -6,7 +6,6 @@ import pytest
 
 from experiments import faults
 
-
 # Half of what the script's runs have.
 SHORT = {"steps": 120, "checkpoint__every": 20, "evaluate_every": 25}
 
