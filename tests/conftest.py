@@ -1,6 +1,8 @@
 """Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
 
 import atexit
+import contextlib
+import ctypes
 import gc
 import importlib.util
 import os
@@ -117,3 +119,6 @@ def compiled_programs_go():
   yield
   if _resident() > _MUCH:
     jax.clear_caches()
+    # The allocator of glibc keeps what is freed, and every module from here on would start anew.
+    with contextlib.suppress(OSError, AttributeError):
+      ctypes.CDLL("libc.so.6").malloc_trim(0)

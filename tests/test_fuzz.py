@@ -1,7 +1,6 @@
 """The first cases of the fuzzer; `make fuzz MINUTES=60` draws on."""
 
 import fuzz
-import jax
 import pytest
 
 pytestmark = pytest.mark.standard_promotion  # Optax compares an int32 count with Python floats.
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.standard_promotion  # Optax compares an int32 count wit
 def test_random_compositions_are_right_or_refused_by_name(seed):
   case = fuzz.draw(seed)
   assert not fuzz.fault(case), case.parts
-  jax.clear_caches()
 
 
 @pytest.mark.parametrize("seed", [*range(9), 369])

@@ -6,24 +6,27 @@ import pytest
 
 from experiments import faults
 
+# Half of what the script's runs have.
+SHORT = {"steps": 120, "checkpoint__every": 20, "evaluate_every": 25}
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
   bench = faults.Bench(tmp_path_factory.mktemp("faults"), show=lambda text: None)
-  bench.finish("undisturbed")
+  bench.finish("undisturbed", **SHORT)
   return bench
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(bench):
-  # After its step 58 of 240, and as it saves after its step 93.
-  killed, _ = faults.kill(bench, "stopped twice", 2)
+  # After its step 29 of 120, and as it saves after its step 46.
+  killed, _ = faults.kill(bench, "stopped twice", 2, **SHORT)
   assert killed == 2
   assert bench.check_same_end("stopped twice") == "ended bit for bit as the undisturbed run"
 
 
 def test_so_does_one_with_gradient_release(bench):
   how = {"release": True, "optimizer__clip": "previous"}
-  how |= {"steps": 60, "checkpoint__every": 10, "evaluate_every": 60}
+  how |= {"steps": 40, "checkpoint__every": 10, "evaluate_every": 40}
   bench.finish("released", **how)
   programs = lambda: {path.name for path in (bench.folder / "compiled").glob("jit_step-*-cache")}
   compiled = programs()
@@ -59,6 +62,6 @@ def test_bad_data_are_refused_before_a_step(bench):
 
 
 def test_what_should_not_happen_fails(bench, monkeypatch):
-  bench.copy("fine", "undisturbed")  # It says its end again.
-  monkeypatch.setitem(faults.FAULTS, "none", lambda bench: faults._refused(bench, "fine", "no"))
+  ended = 0, "step 120 of 120"  # As if nothing had been wrong with it.
+  monkeypatch.setitem(faults.FAULTS, "none", lambda bench: faults._said(bench, *ended, "no"))
   assert faults.inject(bench, ["none"])["none"].startswith("FAILED")

@@ -37,8 +37,7 @@ FORMATS = {
 
 def make(step, format, shape, layer=None, gradient_dtype=jnp.float32, moments_in="float32"):
   """A leaf in the middle of a training run, its moments stored in a dtype; one small program."""
-  make = lambda drawn: _make(step, format, layer, gradient_dtype, moments_in, drawn)
-  return jax.jit(make)(_drawn(shape))
+  return _make(step, format, layer, gradient_dtype, moments_in, _drawn(shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,6 +47,7 @@ def _drawn(shape):
   return [jax.random.normal(key, shape) for key in keys], jax.random.bits(last, shape, jnp.uint32)
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def _make(step, format, layer, gradient_dtype, moments_in, drawn):
   (weight, first, second, gradient), bits = drawn
   weight = eco.quantize({"w": 0.02 * weight}, format)["w"]

@@ -26,6 +26,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_others_left():
+  """Takes from the garbage collector what it would walk after every test."""
+  gc.collect()
+  gc.freeze()
+  yield
+  gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def what_is_left():
   """Lets what Orbax leaves go within its own test."""

@@ -82,7 +82,7 @@ def fine_tuning(config, folder):
   """The paper's settings for DeepSeek-MoE, scaled down, from a checkpoint of random weights."""
   config.model.update(rope_interleaved=False, norm_epsilon=1e-6, dense_layers=1)
   config.model.update(experts=4, experts_per_token=2, expert_width=32, shared_experts=1)
-  config.update(accumulation=16, batch_size=16 * 8, length=32, steps=20)  # On eight devices.
+  config.update(accumulation=4, batch_size=4 * 8, length=32, steps=20)  # On eight devices.
   config.evaluate_every = config.log_every = config.checkpoint.every = 20
   config.optimizer.update(learning_rate=2e-2, start_fraction=1e-5, warmup_fraction=0.03)
   config.optimizer.update(end_fraction=0.0, weight_decay=0.0)
