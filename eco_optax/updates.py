@@ -88,8 +88,8 @@ def value_and_grad(
   Args:
     fn: a scalar function of parameters and further arguments.
     dense: whether `fn` gets float32 arrays in place of QuantizedArray leaves, so that any model
-      works. Otherwise it gets QuantizedArray leaves that collect gradients, for layers that
-      multiply the codes directly with `eco.matmul`; their gradient comes from there alone.
+      works. Otherwise it gets QuantizedArray leaves that collect gradients, from layers that
+      multiply the codes directly with `eco.matmul`, and where their values are read.
     has_aux: whether `fn` returns `(value, aux)`.
     gradient_dtype: of packed leaves' gradients. `jnp.bfloat16` halves what lies between the
       backward pass and the optimizer step.
