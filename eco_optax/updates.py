@@ -66,12 +66,12 @@ def require_floats(path: str, leaf: Any) -> None:
 
 
 def new_sink(leaf: QuantizedArray, dtype: Any) -> jax.Array:
-  """Where the gradient of a packed leaf is collected.
+  """Where the gradient of a packed leaf is collected, on the devices where the leaf is.
 
   These are zeros that nothing reads, so they cost no memory once compiled.
   """
   return explicit_axes.call(  # type: ignore[no-any-return]
-    lambda codes: jnp.zeros(leaf.shape, dtype),
+    lambda codes: jnp.zeros_like(codes, dtype, shape=leaf.shape),
     lambda new: explicit_axes.spec_like(new, leaf.qvalue),
     leaf.qvalue,
   )
