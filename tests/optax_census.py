@@ -337,7 +337,7 @@ REASONS = {
   "last weight": "Weights jump between neighbours of the grid to the end; the mean of the last"
   " quarter is near the optimum. A learning rate that decays ends it.",
   "noise": "Gradients are taken at rounded weights, and jump where those of float32 grow smoothly."
-  " Optimizers that step by the sign of a gradient, or shorten steps by its size, stop short in"
+  " Optimizers that shorten steps where gradients are large or change their sign stop short in"
   " Rosenbrock's valley; `acprop` divides by a variance that was zero, and wants `eps=1e-4`.",
   "stock": "Optax's own does not get there either, in float32 with as many steps.",
   "injected": "`eco.adamw` and `eco.sgd` take numbers and schedules. Put `inject_hyperparams` into"
