@@ -7,14 +7,13 @@ Here packed weights go into both, and are dequantized inside.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core, source_info_util
 
-from eco_optax.quantized_array import QuantizedArray, dequantize, is_quantized
+from eco_optax.quantized_array import dequantize, is_quantized
 
 # Names of primitives, in all versions of JAX.
 _JIT, _CHECKPOINT = ("jit", "pjit"), ("checkpoint", "remat2")
@@ -26,25 +25,9 @@ _Rule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
 NEEDS_VALUES = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
 
-@jax.custom_vjp
-def _dequantize(leaf: QuantizedArray, sink: jax.Array) -> jax.Array:
-  """The float32 values of a leaf; their gradient is the sink's."""
-  del sink
-  return leaf.dequantize()
-
-
-_dequantize.defvjp(
-  # Without the sink, which a checkpoint would keep as an array of zeros.
-  lambda leaf, sink: (leaf.dequantize(), None),
-  lambda _, grad: (None, grad),
-)
-
-
 def dense(x: Any) -> Any:
-  """`x` as a function of dense weights knows it; a packed leaf has a sink."""
-  if not is_quantized(x):
-    return x
-  return _dequantize(dataclasses.replace(x, sink=None), x.sink)
+  """`x` as a function of dense weights knows it; the gradient of a packed leaf is its sink's."""
+  return x.dequantize() if is_quantized(x) else x
 
 
 def apply(fn: Callable[[Any], Any], params: Any) -> Any:

@@ -41,6 +41,27 @@ def dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partitio
   return PartitionSpec(*map(entry, shape, spec))
 
 
+def _varying(x: Any) -> frozenset[str]:
+  """The axes of an enclosing `shard_map` over which an array may differ from device to device."""
+  aval: Any = jax.typeof(x)
+  found = getattr(aval, "vma", None)  # Of JAX before 0.10.
+  return frozenset(getattr(getattr(aval, "mat", None), "varying", ()) if found is None else found)
+
+
+def vary_like(x: Any, like: Any) -> Any:
+  """`x` as an array that varies over all axes of a `shard_map` over which `like` does.
+
+  JAX does so wherever the two meet, and sums the gradient of x over these axes; but it does not for
+  operands of a `jax.custom_vjp`.
+  """
+  axes = tuple(_varying(like) - _varying(x))
+  if not axes:
+    return x
+  if hasattr(jax.lax, "pcast"):
+    return jax.lax.pcast(x, axes, to="varying")
+  return jax.lax.pvary(x, axes)  # type: ignore[attr-defined]
+
+
 def call(fn: Callable[..., Any], specs: Callable[[Any], Any], *args: Any) -> Any:
   """`fn(*args)`, with axes that are explicit left to the compiler.
 

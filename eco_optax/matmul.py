@@ -263,6 +263,8 @@ def matmul(
   formats, stream = _Formats(activation_format, gradient_format), None
   if gradient_key is not None:
     stream = rounding.stream_key(seed_of(gradient_key), 0, "cotangent")
+  vary = explicit_axes.vary_like
   if isinstance(w, QuantizedArray):
-    return _matmul(formats, x, dataclasses.replace(w, sink=None), w.sink, stream)
-  return _matmul(formats, x, w, None, stream)
+    sink = None if w.sink is None else vary(w.sink, x)
+    return _matmul(formats, vary(x, w.qvalue), dataclasses.replace(w, sink=None), sink, stream)
+  return _matmul(formats, vary(x, w), vary(w, x), None, stream)

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeGuard
 
 import jax
 import jax.extend
@@ -28,6 +28,13 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 # What codes may be computed with; trees hold other things too.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
+_NO_ARITHMETIC = (
+  "a packed array is codes and scales, and nothing computes with it as it is: compute with"
+  " eco_optax.dequantize(…) of it, of which eco_optax.value_and_grad gives gradients, multiply by"
+  " eco_optax.matmul, and put stock optimizers into eco_optax.chain or"
+  " eco_optax.error_feedback_to_momentum"
+)
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -39,6 +46,10 @@ class QuantizedArray:
   """Codes and scales of one tensor: a frozen pytree whose value is `codes × scale`.
 
   Leading axes (layers, experts) may be scanned, vmapped, sliced and sharded: all fields have them.
+
+  Values may be read as an array's: `dtype`, `q[i]`, `len(q)`, `astype` and `np.asarray` are those
+  of the dense view. Operators, `==` and functions of `jax.numpy` raise a `TypeError`, since JAX
+  would differentiate codes: compute with `eco_optax.dequantize` of it.
 
   Attributes:
     qvalue: codes of `format.dtype` in the tensor's shape. 4-bit codes are packed two to a byte, in
@@ -103,6 +114,11 @@ class QuantizedArray:
     return math.prod(self.shape)
 
   @property
+  def dtype(self) -> np.dtype:
+    """float32: of the dense view, and so of its gradient. Codes have `format.dtype`."""
+    return np.dtype(np.float32)
+
+  @property
   def nbytes(self) -> int:
     """Bytes of the stored codes and scales."""
     return sum(x.nbytes for x in (self.qvalue, self.scale, self.tensor_scale) if x is not None)
@@ -145,12 +161,83 @@ class QuantizedArray:
       Array([[ 0., -7.],
              [ 1.,  3.]], dtype=float32)
     """
+    if self.sink is not None:
+      alone = dataclasses.replace(self, sink=None)
+      return _read_for_gradient(self.sink.dtype, alone, self.sink).astype(dtype)
     read = functools.partial(_read, dtype=dtype)
     return explicit_axes.call(read, lambda y: explicit_axes.spec_like(y, self.qvalue), self)
+
+  def astype(self, dtype: Any) -> jax.Array:
+    """The stored values as an array of `dtype`, see `dequantize`."""
+    return self.dequantize(dtype)
+
+  def __getitem__(self, index: Any) -> jax.Array:
+    """Stored values by an index of arrays, float32; nothing can be written this way."""
+    return self.dequantize()[index]
+
+  def __len__(self) -> int:
+    """Length of the first axis."""
+    return self.shape[0]
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    """Stored values along the first axis, float32."""
+    return iter(self.dequantize())
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    """The stored values for NumPy, float32."""
+    if copy is False:
+      raise ValueError("the values of a packed array are computed, which no view of memory is")
+    return np.asarray(self.dequantize(), dtype)
+
+  def __jax_array__(self) -> jax.Array:
+    """Raises `TypeError`: JAX would differentiate codes, which have no gradient."""
+    raise TypeError(_NO_ARITHMETIC)
+
+  def __eq__(self, other: Any) -> Any:
+    """Whether fields that are no arrays are equal; raises `TypeError` where they are arrays."""
+    if isinstance(self.qvalue, _ARRAYS):
+      raise TypeError(_NO_ARITHMETIC)
+    if not is_quantized(other):
+      return NotImplemented
+    fields = lambda leaf: [getattr(leaf, field.name) for field in dataclasses.fields(leaf)]
+    return fields(self) == fields(other)
+
+  if not TYPE_CHECKING:
+
+    def __getattr__(self, name: str) -> NoReturn:
+      """Raises `AttributeError`, with what to do for those that arrays have."""
+      remedy = "" if name.startswith("_") else f": {_NO_ARITHMETIC}"
+      raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{remedy}")
 
   def apply_scale(self, y: jax.Array) -> jax.Array:
     """`y × scale` for float32 values of the tensor's shape."""
     return groups_of(self.format, y.shape).times(y, self.float_scale())
+
+
+def _refuse(*operands: Any) -> NoReturn:
+  """Takes the place of operators."""
+  raise TypeError(_NO_ARITHMETIC)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+  setattr(QuantizedArray, f"__{_name}__", _refuse)
+  setattr(QuantizedArray, f"__r{_name}__", _refuse)
+for _name in ("neg", "abs", "lt", "le", "gt", "ge"):
+  setattr(QuantizedArray, f"__{_name}__", _refuse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read_for_gradient(dtype: Any, array: QuantizedArray, sink: jax.Array) -> jax.Array:
+  """The float32 values of an array; their gradient is the sink's, in its dtype."""
+  del dtype, sink
+  return array.dequantize()
+
+
+_read_for_gradient.defvjp(
+  # Without the sink, which a checkpoint would keep as an array of zeros.
+  lambda dtype, array, sink: (array.dequantize(), None),
+  lambda dtype, _, grad: (None, grad.astype(dtype)),
+)
 
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)

@@ -66,12 +66,12 @@ def require_floats(path: str, leaf: Any) -> None:
 
 
 def new_sink(leaf: QuantizedArray, dtype: Any) -> jax.Array:
-  """Where the gradient of a packed leaf is collected.
+  """Where the gradient of a packed leaf is collected, on the devices where the leaf is.
 
   These are zeros that nothing reads, so they cost no memory once compiled.
   """
   return explicit_axes.call(  # type: ignore[no-any-return]
-    lambda codes: jnp.zeros(leaf.shape, dtype),
+    lambda codes: jnp.zeros_like(codes, dtype, shape=leaf.shape),
     lambda new: explicit_axes.spec_like(new, leaf.qvalue),
     leaf.qvalue,
   )
@@ -88,8 +88,8 @@ def value_and_grad(
   Args:
     fn: a scalar function of parameters and further arguments.
     dense: whether `fn` gets float32 arrays in place of QuantizedArray leaves, so that any model
-      works. Otherwise it gets QuantizedArray leaves that collect gradients, for layers that
-      multiply the codes directly with `eco.matmul`; their gradient comes from there alone.
+      works. Otherwise it gets QuantizedArray leaves that collect gradients, from layers that
+      multiply the codes directly with `eco.matmul`, and where their values are read.
     has_aux: whether `fn` returns `(value, aux)`.
     gradient_dtype: of packed leaves' gradients. `jnp.bfloat16` halves what lies between the
       backward pass and the optimizer step.

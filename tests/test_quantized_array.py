@@ -1,7 +1,9 @@
 """QuantizedArray: right values, stable when requantized, finite or visibly NaN, a good pytree."""
 
+import copy
 import dataclasses
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -495,3 +497,89 @@ def test_nvfp4_has_two_levels():
   largest = np.abs(x.reshape(4, 16, 8)).max(axis=1) / np.float32(6) / tensor_scale
   wanted = largest.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
   np.testing.assert_array_equal(np.asarray(packed.scale).astype(np.float32), wanted)
+
+
+PACKED = eco.quantize(jnp.asarray(normal((6, 4))), eco.INT4)
+STORED = np.asarray(eco.dequantize(PACKED))
+
+
+def test_values_are_read_as_an_arrays():
+  """By trainers, loggers and filters that ask a leaf for its dtype, its length or some elements."""
+  assert PACKED.dtype == eco.dequantize(PACKED).dtype
+  assert jnp.zeros_like(PACKED).dtype == jax.ShapeDtypeStruct(PACKED.shape, PACKED.dtype).dtype
+  assert len(PACKED) == 6
+  for index in (1, slice(2, None), (slice(None), 3), jnp.array([[0, 5], [2, 2]]), (..., None)):
+    np.testing.assert_array_equal(PACKED[index], STORED[index])
+  np.testing.assert_array_equal(np.stack(list(PACKED)), STORED)
+  np.testing.assert_array_equal(np.asarray(PACKED), STORED)
+  assert np.asarray(PACKED, np.float64).dtype == np.float64
+  np.testing.assert_array_equal(PACKED.astype(jnp.bfloat16), PACKED.dequantize(jnp.bfloat16))
+  with pytest.raises(ValueError, match="no view of memory"):
+    np.asarray(PACKED, copy=False)
+
+
+ARITHMETIC = {
+  "==": lambda q, x: q == q,
+  "== a number": lambda q, x: q == 0,
+  "!=": lambda q, x: q != x,
+  "<": lambda q, x: q < x,
+  "-q": lambda q, x: -q,
+  "abs": lambda q, x: abs(q),
+  "+": lambda q, x: q + x,
+  "number *": lambda q, x: 2 * q,
+  "array @": lambda q, x: x.T @ q,
+  "@": lambda q, x: q @ x.T,
+  "sum": lambda q, x: jnp.sum(q),
+  "dot": lambda q, x: jnp.dot(x.T, q),
+  "einsum": lambda q, x: jnp.einsum("io,io->o", x, q),
+  "take": lambda q, x: jnp.take(q, 0, axis=0),
+  "where": lambda q, x: jnp.where(True, q, x),
+  "stack": lambda q, x: jnp.stack([q, q]),
+  "asarray": lambda q, x: jnp.asarray(q),
+  "array": lambda q, x: jnp.array(q),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_is_refused_with_the_remedy(name):
+  fn = ARITHMETIC[name]
+  fn(eco.dequantize(PACKED), jnp.ones((6, 4)))
+  for call in (fn, jax.jit(fn)):
+    with pytest.raises(TypeError, match=r"compute with eco_optax\.dequantize"):
+      call(PACKED, jnp.ones((6, 4)))
+
+
+def test_attributes_of_arrays_are_refused_with_the_remedy():
+  for name in ("T", "at", "reshape", "sum"):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}': .*eco_optax.dequantize"):
+      getattr(PACKED, name)
+  assert not hasattr(PACKED, "at")
+  with pytest.raises((AttributeError, TypeError)):
+    PACKED[0] = 1.0
+  restored = pickle.loads(pickle.dumps(PACKED))
+  np.testing.assert_array_equal(np.asarray(copy.deepcopy(restored)), STORED)
+
+
+def test_trees_that_hold_no_arrays_are_compared():
+  """Such as shardings and masks in the structure of packed parameters."""
+  shapes = lambda: jax.tree.map(lambda x: str(x.shape), {"w": PACKED, "b": STORED})
+  assert shapes() == shapes()
+  assert shapes() != jax.tree.map(lambda x: str(x.shape), {"w": PACKED.dequantize(), "b": STORED})
+  assert shapes()["w"] != jax.tree.map(lambda x: x.dtype, PACKED)
+
+
+@pytest.mark.parametrize(
+  "read", [lambda w: w[1:], lambda w: w.astype(jnp.float32)[1:], lambda w: eco.dequantize(w)[1:]]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_that_are_read_have_a_gradient(read, dtype):
+  """Also beside codes that are multiplied, in the leaf's one gradient."""
+  x = jnp.asarray(normal((2, 6)))
+
+  def loss(w):
+    return jnp.sum(jnp.sin(read(w))) + jnp.sum(eco.matmul(x, w) ** 2)
+
+  gradient = eco.value_and_grad(loss, dense=False, gradient_dtype=dtype)(PACKED)[1]
+  wanted = jax.grad(loss)(PACKED.dequantize())
+  assert gradient.dtype == dtype
+  np.testing.assert_allclose(gradient, wanted, rtol=2e-5 if dtype == jnp.float32 else 2e-2)

@@ -105,7 +105,7 @@ def map_moments(
   def change(path: str, node: Any) -> Any:
     new = {
       field: trees.map_with_path(
-        lambda leaf, x, field=field, kind=kind: fn(f"{path}/{field}/{leaf}", kind, x),
+        lambda leaf, x, field=field, kind=kind: fn(f"{path}/{field}/{leaf}".rstrip("/"), kind, x),
         getattr(node, field),
         is_leaf=is_array,
       )

@@ -60,10 +60,18 @@ def quantize_params(
   eco.quantize_params())`, this is naive quantized training, which loses small updates;
   `error_feedback_to_momentum` pays them back.
 
+  In emulation a sum θ̂ + u in float32 has to be θ̂'. The update u = θ̂' − θ̂ is exact where a weight
+  keeps its sign and changes by a factor of two at most, and where it becomes or was zero. Beyond,
+  as for a weight that crosses zero, there may be no number u with that sum; then the weight is off
+  its grid by the last place of u, about 2⁻²⁴ of the move, until its next step. Scales with few
+  bits, `scale_dtype="bfloat16"` or `power_of_two=True`, leave room for moves by a factor of 2⁸.
+
   Args:
     format: for emulation, when parameters are floats: the updates are changed so that
-      `optax.apply_updates` lands on the format's grid. Nothing is stored in low bits and the
-      trajectory equals the packed one. None leaves float leaves alone.
+      `optax.apply_updates` lands on the format's grid. Nothing is stored in low bits. From weights
+      on the grid, `eco.dequantize(eco.quantize(params, format))`, the trajectory is the packed one,
+      but for the last place of weights that float32 has no update to, see below. None leaves float
+      leaves alone.
     where: called with each leaf's `/`-joined path and the leaf; with `format`, the float leaves to
       round (None: those with at least two axes); without, the leaves promised to be packed.
     rounding: `"nearest"` or `"stochastic"`.
@@ -159,12 +167,15 @@ def quantize_params(
         key = rounding_lib.stream_key(seed, state.step, path)
         bits = rounding_lib.counter_bits(key, leaf.shape, context.layer)
       packed = quantize_array(add_update(stored, update), leaf_format, rounding, bits)
+      # Without an update it stays: stored values need not find their own scales again, such as
+      # NVFP4's after stochastic rounding, and those that another library has chosen.
+      stays = jnp.all(update == 0)
       if is_quantized(leaf):
-        # Without an update it stays: stored values need not find their own scales again, such as
-        # NVFP4's after stochastic rounding, and those that another library has chosen.
         old = dataclasses.replace(as_parameter(leaf), sink=None)
-        return trees.select(jnp.all(update == 0), old, packed)
-      return packed.dequantize(leaf.dtype) - stored
+        return trees.select(stays, old, packed)
+      # The number whose sum with the weight comes nearest; to some weights none leads.
+      moved = packed.dequantize(leaf.dtype) - stored
+      return trees.select(stays, jnp.zeros_like(moved), moved)
 
     updates = trees.map_with_path(put_on_grid, params, updates, is_leaf=is_quantized)
     return updates, QuantizeParamsState(step=optax.safe_increment(state.step))
