@@ -1,4 +1,4 @@
-"""Llama 3.1 8B fine-tuned on one GPU, with everything in FP8, on OpenAssistant-Guanaco.
+"""Llama 3.1 8B fine-tuned on one GPU, with everything in 8 bits, on OpenAssistant-Guanaco.
 
 python scripts/train.py --config=configs/llama3_8b.py --workdir=runs/llama3_8b
   --config.init_from=Llama-3.1-8B --config.data.path=data/guanaco

@@ -215,9 +215,7 @@ def fuse(
     if context.moments:
       rest_state = context.moments.read(rest_state, rest)
     rest_context = Context(layer=context.layer)
-    new_updates, new_state = run(
-      general, updates, rest_state, rest, rest_context, extra_args
-    )
+    new_updates, new_state = run(general, updates, rest_state, rest, rest_context, extra_args)
     if scale is not None:
       new_updates, new_state = unless_skipped(scale, new_updates, new_state, rest_state, rest)
     if context.moments:

@@ -32,10 +32,10 @@ MOMENTS: dict[str, Method] = {
 }
 # By format; the first of each is what the others are held against.
 _MOMENTS_OF = {"FP8": tuple(MOMENTS), "INT4": ("FP8 moments", "FP8 and factored moments")}
-# What else may be stored in FP8, each beside FP8 moments: changes to the config.
+# What else may be stored in 8 bits, each beside FP8 moments: changes to the config.
 BESIDE = "FP8 moments"
 OTHERS: dict[str, dict[str, Any]] = {
-  "embedding and head in FP8": {"model.quantized": "all"},
+  "embedding and head in INT8": {"model.quantized": "all"},
   "inputs of layers in FP8": {"release": True, "kept_format": "FP8_TOKEN"},
 }
 _KINDS = ("float32", "int16", "bfloat16", "int12", "int8")

@@ -21,6 +21,7 @@ from eco_optax.fused.step import definition
 from eco_optax.optimizers.adamw import ADAMW
 from eco_optax.optimizers.sgd import SGD
 from eco_optax.quantized_array import as_parameter, is_quantized
+from experiments import peaks
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -408,3 +409,14 @@ def test_kernels_compile_for_tpus_and_work_in_place(tpu, format):
   assert used.temp_size_in_bytes / size < 0.01 + 2 * 4 / (
     preset.granularity[0] if isinstance(preset.granularity, tuple) else 4096
   )
+
+
+def test_gradients_of_numbered_layers_are_stepped_before_the_next_are_made(compile_lib, tpu):
+  """16 bytes per weight of a layer wait without `order`: gradients of two layers and factors."""
+  layers, width, hidden, tokens = 6, 512, 2048, 512
+  way = peaks.Way(eco.adamw(1e-3))
+  params = jax.eval_shape(lambda: way.params(layers, width, hidden))
+  x = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)
+  arguments = compile_lib.on_device(tpu, (params, jax.eval_shape(way.tx.init, params), x))
+  compiled = jax.jit(way.step, donate_argnums=(0, 1)).lower(*arguments).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2 * width * hidden
