@@ -130,22 +130,32 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
   """A `lax.scan` that dequantizes one layer at a time."""
   if not any(map(is_quantized, operands)):
     return None
-  p = eqn.params
-  closed, carried = p["jaxpr"], p["num_consts"] + p["num_carry"]
-  consts, carry, xs = (
-    operands[: p["num_consts"]],
-    operands[p["num_consts"] : carried],
-    operands[carried:],
-  )
+  p, closed = eqn.params, eqn.params["jaxpr"]
+  first_carry, first_x = scan_ends(eqn)
+  consts, carry, xs = operands[:first_carry], operands[first_carry:first_x], operands[first_x:]
 
   def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
     outputs = evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs])
-    return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
+    return outputs[: len(carry)], outputs[len(carry) :]
 
   xs = [x if is_stack(x) else dense(x) for x in xs]
   options = {key: p[key] for key in ("length", "reverse", "unroll")}
   carry, ys = jax.lax.scan(body, [dense(x) for x in carry], xs, **options)
   return [*carry, *ys]
+
+
+def scan_ends(eqn: core.JaxprEqn) -> tuple[int, int]:
+  """Numbers of the first carried operand of a `lax.scan`'s equation, and of the first stacked one.
+
+  Versions of JAX write them into the equation in ways of their own. In all of them the body has
+  one axis less of what is stacked, and carried are the outputs that are not.
+  """
+  body = eqn.params["jaxpr"]
+  stacked = lambda outer, inner: [
+    x.aval.ndim > aval.ndim for x, aval in zip(outer, inner, strict=True)
+  ]
+  first_stack = stacked(eqn.invars, body.in_avals).count(False)
+  return first_stack - stacked(eqn.outvars, body.out_avals).count(False), first_stack
 
 
 def is_stack(x: Any) -> bool:

@@ -164,7 +164,7 @@ def _cut(
     """Stacks that a scan has for itself, one layer in each turn."""
     if eqn.primitive.name != "scan":
       return []
-    stacks = eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+    stacks = eqn.invars[dense_view.scan_ends(eqn)[1] :]
 
     def is_own(path: str, parameter: _Parameter) -> bool:
       used = [x for x in parameter.variables if uses[x]]
@@ -353,7 +353,7 @@ def _forward_of_scan(
   """
   (eqn,) = piece.eqns
   p, closed, parts = eqn.params, eqn.params["jaxpr"], loss.parts
-  first_carry, first_stack = p["num_consts"], p["num_consts"] + p["num_carry"]
+  first_carry, first_stack = dense_view.scan_ends(eqn)
   released = pick(loss.parameters, piece.released)
 
   # Operands are numbered by their place in the equation. Released stacks are kept apart.

@@ -1,6 +1,7 @@
 """Leaves to try a fused update on, and a program that compares implementations without FMA."""
 
 import functools
+import os
 import sys
 
 import jax
@@ -18,11 +19,8 @@ from eco_optax.optimizers import adamw, sgd
 from eco_optax.transforms import stored_moments
 from eco_optax.transforms.factored import factored
 
-# No fused multiply-adds; and as in conftest.py, programs that take longer to compile than to run.
-EXACT = (
-  "--xla_cpu_max_isa=AVX --xla_cpu_use_fusion_emitters=false"
-  " --xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=0"
-)
+# No fused multiply-adds; all else as in conftest.py.
+EXACT = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX"
 STEPS = {
   "adamw": adamw.ADAMW,
   "nadamw": adamw.NADAMW,

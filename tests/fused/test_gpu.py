@@ -39,7 +39,8 @@ def planned(format, shape, moments_in="float32", **kwargs):
 
 def test_interpreted_kernels_equal_the_definition_to_the_bit():
   """Without fused multiply-adds, which a compiler puts where it likes; in a process of its own."""
-  flags = os.environ | {"XLA_FLAGS": fused_leaves.EXACT, "JAX_PLATFORMS": "cpu"}
+  flags = fused_leaves.EXACT + " --xla_force_host_platform_device_count=1"
+  flags = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   program = pathlib.Path(gpu_leaves.__file__)
   done = subprocess.run([sys.executable, program], env=flags, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-4000:]

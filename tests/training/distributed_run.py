@@ -7,9 +7,8 @@ import sys
 process, processes, devices, port = map(int, sys.argv[1:5])
 # Without fused multiply-add the compiler's choice of what to fuse does not show in the last place.
 os.environ["XLA_FLAGS"] = (
-  f"--xla_force_host_platform_device_count={devices} --xla_cpu_max_isa=AVX"
-  " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-  " --xla_backend_optimization_level=0"
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+  " --xla_cpu_max_isa=AVX"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
