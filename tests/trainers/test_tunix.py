@@ -14,13 +14,13 @@ import eco_optax as eco
 
 pytest.importorskip("tunix", reason="google-tunix is not installed")
 
-import orbax.checkpoint as ocp  # noqa: E402
-import qwix  # noqa: E402
-from flax import nnx  # noqa: E402
-from tunix.models.llama3 import model as llama  # noqa: E402
-from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput  # noqa: E402
+import orbax.checkpoint as ocp
+import qwix
+from flax import nnx
+from tunix.models.llama3 import model as llama
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
-import eco_optax.nnx as eco_nnx  # noqa: E402
+import eco_optax.nnx as eco_nnx
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.filterwarnings("ignore")]
 
