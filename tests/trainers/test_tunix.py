@@ -25,7 +25,7 @@ import eco_optax.nnx as eco_nnx
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.filterwarnings("ignore")]
 
 RECIPE = types.SimpleNamespace(**recipe("Tunix"))
-FORMAT = eco.Format("float8_e4m3fn", contraction_axis=RECIPE.contraction_axis)
+FORMAT = RECIPE.FORMAT
 SIZES = {"num_layers": 1, "vocab_size": 64, "embed_dim": 32, "hidden_dim": 64}
 HEADS = {"num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
 CONFIG = llama.ModelConfig(**SIZES, **HEADS, rope_theta=10_000, norm_eps=1e-5)
