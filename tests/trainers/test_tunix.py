@@ -213,3 +213,18 @@ def test_a_packed_base_under_lora_is_frozen():
   assert np.array_equal(codes(found), before)
   np.testing.assert_allclose(losses, dense, rtol=1e-5)
   assert jnp.any(model.layers[0].mlp.up_proj.kernel_lora_b[...] != 0)
+
+
+def test_weights_whose_lora_would_not_be_found_are_refused():
+  class Twins(nnx.Module):
+    def __init__(self, rngs):
+      normal = lambda: nnx.Param(jax.random.normal(rngs.params(), (16, 16)))
+      self.a, self.b = normal(), normal()
+
+    def __call__(self, x):
+      return jnp.einsum("bi,io->bo", jnp.einsum("bi,io->bo", x, self.a[...]), self.b[...])
+
+  rule = qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0)
+  model = qwix.apply_lora_to_model(Twins(nnx.Rngs(0)), rule, jnp.ones((2, 16)), rngs=nnx.Rngs(1))
+  with pytest.raises(ValueError, match=r"leaf 'a' has a LoRA of Qwix"):
+    eco_nnx.pack(model, eco.FP8, is_matrix)
