@@ -19,11 +19,25 @@ import eco_optax as eco
 
 nnx = pytest.importorskip("flax.nnx")
 
+import flax  # noqa: E402
 from flax.training import checkpoints, train_state  # noqa: E402
 
 pytestmark = pytest.mark.standard_promotion
 
 BATCH = jax.random.randint(jax.random.key(1), (8, 12), 0, 64)
+
+
+@pytest.fixture(autouse=True)
+def sharded_variables():
+  """Tunix turns off, for the whole process, what explicit axes need."""
+  name = "flax_always_shard_variable"
+  if not hasattr(flax.config, name):
+    yield
+    return
+  before = getattr(flax.config, name)
+  flax.config.update(name, True)
+  yield
+  flax.config.update(name, before)
 
 
 @dataclasses.dataclass(frozen=True)
