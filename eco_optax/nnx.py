@@ -171,7 +171,8 @@ def pack(
     The model itself: its chosen parameters are of type `PackedParam`.
 
   Raises:
-    ValueError: as `eco.quantize`, naming the parameter; for variables that hold references too.
+    ValueError: as `eco.quantize`, naming the parameter; for variables that hold references too, and
+      for weights under a LoRA of Qwix beside which another parameter has their shape.
 
   Example:
     >>> from flax import nnx
@@ -192,6 +193,7 @@ def pack(
         f"{trees.leaf_name(path)} is an nnx.Variable with ref=True or hijax=True, which holds one"
         " array: make it without, or leave it out with where="
       )
+    _require_found_by_lora(path, params)
     return True
 
   arrays = {path: x.get_raw_value() for path, x in params.items()}
@@ -203,6 +205,24 @@ def pack(
       params[path].__class__ = _packed_type(kind)
       params[path].set_raw_value(leaf)
   return model
+
+
+def _require_found_by_lora(path: str, params: dict[str, Any]) -> None:
+  """Raises `ValueError` for a weight whose LoRA Qwix would leave out.
+
+  Qwix looks for the parameter that a product reads. It knows arrays, and values made anew by their
+  shape alone; of two candidates it takes neither, and the adapters have no gradient.
+  """
+  if f"{path}_lora_a" not in params:
+    return
+  module = path.rpartition("/")[0]
+  for other, x in params.items():
+    is_beside = other != path and other.rpartition("/")[0] == module
+    if is_beside and x.shape == params[path].shape:
+      raise ValueError(
+        f"{trees.leaf_name(path)} has a LoRA of Qwix, which would not find it once it is packed,"
+        f" for {other!r} beside it has its shape {x.shape} too: leave it out with where="
+      )
 
 
 def value_and_grad(

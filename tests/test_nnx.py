@@ -547,3 +547,14 @@ def test_what_cannot_be_packed_is_named():
     eco_nnx.pack(linear, eco.FP8)
   with pytest.raises(ValueError, match="format must be"):
     eco_nnx.pack(Net(nnx.Rngs(0)), "fp8")
+
+
+def test_weights_that_qwix_would_not_find_are_refused():
+  linear = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+  linear.kernel_lora_a = nnx.LoRAParam(jnp.ones((16, 2)))
+  is_base = lambda path, x: path == "kernel"
+  packed = eco_nnx.pack(nnx.clone(linear), eco.FP8, is_base)
+  assert isinstance(packed.kernel, eco_nnx.PackedParam)
+  linear.other = nnx.Param(jnp.ones((16, 8)))
+  with pytest.raises(ValueError, match=r"leaf 'kernel' has a LoRA of Qwix.*'other' beside it"):
+    eco_nnx.pack(linear, eco.FP8, is_base)
