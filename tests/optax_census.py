@@ -1,6 +1,6 @@
 """What Optax's own tests ask of an optimizer, asked of ours, on packed and on emulated weights.
 
-`python tests/optax_census.py` asks everything of all optimizers, for ten minutes, and prints what
+`python tests/optax_census.py` asks everything of all optimizers, for ten minutes, and writes what
 differs and the counts of docs/loops.md; tests/test_optax_census.py asks a part.
 
 Questions, optimizers, learning rates, targets and tolerance are those of Optax 0.2.8, in
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import collections
 import inspect
+import json
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -372,23 +374,44 @@ def answer(question: Callable[[str, str], None], name: str, storage: str) -> str
   return ""
 
 
+def table(counts: dict[str, dict[str, int]]) -> str:
+  """How many questions were answered how, in Markdown; counts are by storage and reason."""
+  lines = [
+    "| weights | asked | as Optax has it | differ, for the reasons below | failed |",
+    "|---|---|---|---|---|",
+  ]
+  for storage, count in counts.items():
+    total, passed, failed = sum(count.values()), count.get("passed", 0), count.get("failed", 0)
+    lines.append(f"| {storage} | {total} | {passed} | {total - passed - failed} | {failed} |")
+  return "\n".join(lines) + "\n"
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--names", nargs="*", default=list(OPTIMIZERS))
-  names = parser.parse_args().names
+  parser.add_argument("--names", nargs="*", default=list(OPTIMIZERS), help="those to ask")
+  parser.add_argument("--out", help="file to write, such as results/optax/census.json")
+  options = parser.parse_args()
   warnings.simplefilter("ignore")
   counts: dict[str, collections.Counter[str]] = {s: collections.Counter() for s in STORAGES}
-  for name in names:
+  differs = []
+  for name in options.names:
     for storage in STORAGES:
       for question in asks(name):
         found = answer(question, name, storage)
-        counts[storage][found if found in ("", *REASONS) else "failed"] += 1
+        known = found if found in REASONS else "failed"
+        counts[storage][known if found else "passed"] += 1
         if found:
-          print(f"{name}, {storage}, {question.__name__}: {found}", flush=True)
+          differs.append(f"{name}, {storage}, {question.__name__}: {found}")
+          print(differs[-1], flush=True)
     jax.clear_caches()
-  for storage, count in counts.items():
-    total = sum(count.values())
-    print(f"{storage}: {total} asked, {count['']} passed, {total - count['']} not: {dict(count)}")
+  print(table(counts))
+  if options.out:
+    from eco_optax.training import report
+
+    file = {"counts": counts, "differs": differs, **report.describe_machine()}
+    path = pathlib.Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(file, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

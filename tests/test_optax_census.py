@@ -1,5 +1,6 @@
 """Some of what Optax's own tests ask, see optax_census.py, whose `main` asks it all."""
 
+import json
 import pathlib
 
 import jax
@@ -13,7 +14,8 @@ import eco_optax as eco
 
 pytestmark = pytest.mark.standard_promotion
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "loops.md"
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "loops.md"
 # What is not as Optax has it; all else has to be.
 EXPECTED = {
   ("eco.adamw", "packed", "injected_hyperparameters"): "injected",
@@ -46,8 +48,12 @@ def test_an_optimizer_that_does_not_is_found():
   assert census.answer(no_step, "eco.adamw", "packed").startswith("AssertionError: ends at")
 
 
-def test_the_page_gives_every_reason():
-  text = " ".join(PAGE.read_text().split())
+def test_the_page_has_the_counts_and_gives_every_reason():
+  file = json.loads((ROOT / "results" / "optax" / "census.json").read_text())
+  text = PAGE.read_text()
+  assert census.table(file["counts"]) in text
+  assert all(line.rsplit(": ", 1)[1] in census.REASONS for line in file["differs"])
+  text = " ".join(text.split())
   assert [reason for reason in census.REASONS.values() if reason not in text] == []
 
 
