@@ -29,7 +29,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 _NO_ARITHMETIC = (
-  "a packed array is codes and scales, and nothing computes with it as it is: compute with"
+  "a packed array is codes and scales, which cannot be computed with: compute with"
   " eco_optax.dequantize(…) of it, of which eco_optax.value_and_grad gives gradients, multiply by"
   " eco_optax.matmul, and put stock optimizers into eco_optax.chain or"
   " eco_optax.error_feedback_to_momentum"
