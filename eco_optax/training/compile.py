@@ -342,22 +342,44 @@ def _made(text: str) -> Iterator[tuple[_Instruction, str]]:
     yield instruction, operation
 
 
-def bytes_copied(text: str) -> int:
-  """Bytes that one run of a compiled module writes to move arrays and no more.
+class Copy(NamedTuple):
+  """An array that a compiled module writes to move numbers and no more, on one device."""
 
-  These are copies and transposes, also where they change the dtype, on one device; with loops
-  multiplied by their trip counts. What a TPU moves between its memories is none of them.
+  array: str  # Such as f32[16,8].
+  bytes: int  # Each time.
+  times: int  # In one run of the module.
+
+
+def copies(text: str) -> list[Copy]:
+  """Copies and transposes, also where they change the dtype, in a compiled module.
+
+  What a TPU moves between its memories is none of them.
 
   Args:
     text: the module's HLO.
   """
-  total = 0
+  found = []
   for instruction, operation in _made(text):
     between = any("S(" in x for x in (instruction.result, *instruction.operands))
     if operation in ("copy", "copy-start", "transpose") and not between:
       sizes = [size for _, size in _shapes(instruction.result)]
-      total += instruction.times * (sizes[0] if operation == "copy-start" else sum(sizes))
-  return total
+      arrays = [
+        f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in _arrays(instruction.result)
+      ]
+      made = list(zip(arrays, sizes, strict=True))
+      # What a copy that is only started tells of besides is its operand.
+      made = made[:1] if operation == "copy-start" else made
+      found += [Copy(array, size, instruction.times) for array, size in made]
+  return found
+
+
+def bytes_copied(text: str) -> int:
+  """Bytes that one run of a compiled module writes in `copies`.
+
+  Args:
+    text: the module's HLO.
+  """
+  return sum(copy.bytes * copy.times for copy in copies(text))
 
 
 def _table(text: str, name: str) -> dict[str, str]:

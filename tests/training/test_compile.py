@@ -386,6 +386,27 @@ def test_all_of_the_state_is_donated(step):
   assert used["outputs"] - used["updated in place"] <= 8192
 
 
+@pytest.mark.parametrize("release", [False, True])
+def test_one_device_copies_no_stack(tpu, release):
+  config = small("eco_sr")
+  config.update({"release": release, "nonfinite": "skip"})
+  config.model.update(width=128, heads=2, mlp_width=256)
+  with jax.numpy_dtype_promotion("standard"):
+    compiled, _ = compile_lib.compile_step(config, tpu[:1])
+  assert not stacks_copied(compiled, 3 * 128**2)
+
+
+def test_several_devices_copy_no_stack(step):
+  compiled, _, _ = step
+  assert not stacks_copied(compiled, 3 * 512**2 // 4)
+
+
+def stacks_copied(compiled, smallest):
+  """Copies of so many elements as a device has of the smallest stack of kernels."""
+  elements = lambda array: math.prod(map(int, re.findall(r"\d+", array.partition("[")[2])))
+  return [x for x in compile_lib.copies(compiled.as_text()) if elements(x.array) >= smallest]
+
+
 def test_an_optimizer_step_holds_one_layer_and_works_in_place(tpu):
   layers, width = 16, 2048
   tx = eco.layer_by_layer(eco.adamw(1e-3))
