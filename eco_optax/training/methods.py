@@ -205,6 +205,37 @@ def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
   return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def _galore(**adam: Any) -> optax.GradientTransformation:
+  """GaLore with Adam: of each layer's kernels alone, as its paper has it.
+
+  Rank 32 is a quarter of the width of configs/stdlib_1m.py, and so is the paper's 128 at 60M
+  (Zhao et al, `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, tables 2 and 5); scale and gap
+  are the paper's too.
+
+  Raises:
+    ValueError: where Optax has no GaLore yet.
+  """
+  if not hasattr(optax.contrib, "scale_by_galore"):
+    raise ValueError(f"Optax {optax.__version__} has no GaLore: pip install 'optax>=0.2.7'")
+  is_list = lambda x: isinstance(x, list)
+  apart = lambda tree: jax.tree.map(lambda x: [*x], tree)
+  joined = lambda tree: jax.tree.map(jnp.stack, tree, is_leaf=is_list)
+  tx = optax.contrib.scale_by_galore(
+    rank=32, update_proj_gap=200, scale=0.25, base_optimizer=optax.scale_by_adam(**adam)
+  )
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    del params
+    updates, state = tx.update(apart(updates), state)
+    return joined(updates), state
+
+  by_layer = optax.GradientTransformation(lambda params: tx.init(apart(params)), update)
+  return optax.partition(
+    {True: by_layer, False: optax.scale_by_adam(**adam)},
+    lambda params: jax.tree.map(lambda x: x.ndim == 3, params),
+  )
+
+
 # Optimizers by `config.optimizer.name`: the direction of their steps, from b1, b2 and eps.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": optax.scale_by_adam,
@@ -215,6 +246,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "ademamix": lambda **adam: optax.contrib.scale_by_ademamix(**adam, b3=0.99, alpha=2.0),
   "yogi": optax.scale_by_yogi,
   "radam": optax.scale_by_radam,
+  "galore": _galore,  # For weights in float32: ECO's rule refuses it.
   "sgd": lambda b1, **unused: optax.trace(b1),
 }
 _FUSED = ("adamw", "nadamw")  # Optimizers that `eco.adamw` fuses with the rule.

@@ -38,6 +38,9 @@ OTHERS: dict[str, dict[str, Any]] = {
   "embedding and head in INT8": {"model.quantized": "all"},
   "inputs of layers in FP8": {"release": True, "kept_format": "FP8_TOKEN"},
 }
+# A peer that keeps float32 weights and moments of low rank; its best rate with seed 0 is taken.
+GALORE = "GaLore, rank 32"
+GALORE_RATES = (2e-3, 6e-3, 2e-2)
 _KINDS = ("float32", "int16", "bfloat16", "int12", "int8")
 # The first is what the others are held against.
 RESIDUALS: dict[str, Method] = {
@@ -58,14 +61,13 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
   """All runs: ECO + SR at the higher rate for the moments, both rates for the residuals.
 
   Args:
-    rows: finished runs; which runs there are does not depend on them.
+    rows: finished runs, of which those of GaLore tell its best rate.
     steps: of the config; the many runs of residuals take half.
 
   Returns:
     The runs of moments, one format after another, then of what else is stored and of residuals, one
     seed after another.
   """
-  del rows
   found = {}
   for format, names in _MOMENTS_OF.items():
     for seed in SEEDS:
@@ -80,6 +82,13 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
         **MOMENTS[BESIDE].changes, **FORMATS["FP8"], **changes,
         "optimizer.learning_rate": LEARNING_RATES[0], "seed": seed, "steps": steps,
       }  # fmt: skip
+  best = galore_rate(rows)
+  wanted = [(rate, 0) for rate in GALORE_RATES] + [(best, seed) for seed in SEEDS if best]
+  for rate, seed in dict.fromkeys(wanted):
+    found[_name(GALORE, "float32", rate, seed)] = {
+      **methods.BY_NAME["bf16_mw"].changes, "optimizer.name": "galore",
+      "optimizer.learning_rate": rate, "seed": seed, "steps": steps,
+    }  # fmt: skip
   for seed in SEEDS:
     for rate in LEARNING_RATES:
       for format, weights in FORMATS.items():
@@ -89,6 +98,14 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
             "steps": steps // 2,
           }  # fmt: skip
   return [Run(name, changes) for name, changes in found.items()]
+
+
+def galore_rate(rows: Mapping[str, Any]) -> float | None:
+  """The rate at which GaLore does best with seed 0; None until all have been tried."""
+  found = sweep.losses(rows, [_name(GALORE, "float32", rate, 0) for rate in GALORE_RATES])
+  if None in found:
+    return None
+  return min(zip(found, GALORE_RATES, strict=True))[1]  # type: ignore[type-var]
 
 
 def runs_of(what: str, format: str, rate: float) -> list[str]:
@@ -114,6 +131,14 @@ def table(rows: Mapping[str, Any]) -> str:
   for what in OTHERS:
     names, references = (runs_of(x, "FP8", rate) for x in (what, BESIDE))
     cells = [what, sweep.used_bytes(rows, names), *sweep.compared(rows, names, references)]
+    lines.append(f"| {' | '.join(cells)} |")
+  peer_rate, (format, (reference, *_)) = galore_rate(rows), next(iter(_MOMENTS_OF.items()))
+  if peer_rate:
+    start = f"| beside ECO + SR, {format} | peak rate | bytes per parameter | validation loss"
+    lines += ["", f"{start} | against {reference} |", "|---|---|---|---|---|"]
+    names, references = runs_of(GALORE, "float32", peer_rate), runs_of(reference, format, rate)
+    cells = [GALORE, f"{peer_rate:g}", sweep.used_bytes(rows, names)]
+    cells += sweep.compared(rows, names, references)
     lines.append(f"| {' | '.join(cells)} |")
   first = next(iter(RESIDUALS))
   for format in FORMATS:
