@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from eco_optax.advice import Advice as Advice
+from eco_optax.advice import Grid as Grid
+from eco_optax.advice import Verdict as Verdict
+from eco_optax.advice import advise as advise
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import error_feedback
 from eco_optax.transforms.low_bit_moments import (

@@ -25,7 +25,7 @@ LEVELS = (
   ("fused",),
   ("optimizers",),
   # Theory simulates the transforms that it has closed forms of. "" is eco_optax/__init__.py.
-  ("diagnostics", "release", "theory", ""),
+  ("advice", "diagnostics", "release", "theory", ""),
   # Other packages' formats, and their trainers.
   ("interop", "linen", "nnx"),
   ("training",),
