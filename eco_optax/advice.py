@@ -42,6 +42,7 @@ from eco_optax.transforms.error_feedback import ErrorFeedbackState
 _PROGRESS = 0.1
 _DRAWS = 2  # Of stochastic rounding, whose costs are averaged.
 
+
 class Verdict(NamedTuple):
   """What one way to train in one format is expected to cost."""
 
