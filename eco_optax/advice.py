@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
   """What one way to train in one format is expected to cost."""
 
   format: Format
-  way: str  # One of `WAYS`.
+  way: str  # A key of `CODE`.
   bytes_per_weight: float  # Of codes, scales and residual; moments are those of the optimizer.
   loss: float  # Expected to be added to the loss by rounding's noise.
   progress: float  # Expected share of the run's progress that is lost to updates too small.
@@ -98,15 +98,23 @@ class Advice(NamedTuple):
     return "\n".join([f"In a run of {self.steps} steps:", *map(str, self.grids), last])
 
 
-# In the order of preference where bytes are the same.
-CODE = {
-  "ECO, stochastic": 'eco.error_feedback_to_momentum(tx, eco.quantize_params("stochastic"))',
-  "ECO, nearest": 'eco.error_feedback_to_momentum(tx, eco.quantize_params("nearest"), rate)',
-  "no feedback, stochastic": 'eco.chain(tx, eco.quantize_params("stochastic"))',
-  "no feedback, nearest": 'eco.chain(tx, eco.quantize_params("nearest"))',
-  "int8 residual, nearest": 'eco.master_weights(tx, eco.quantize_params("nearest"), "int8")',
+_TX = {
+  "ECO": "eco.error_feedback_to_momentum(tx, {quantizer}, learning_rate=rate)",
+  "no feedback": "eco.chain(tx, {quantizer})",
+  "int8 residual": 'eco.master_weights(tx, {quantizer}, "int8")',
 }
-WAYS = tuple(CODE)
+# What to write, by way; in the order of preference where bytes are the same.
+CODE = {
+  f"{how}, {rounding}": _TX[how].format(quantizer=f'eco.quantize_params(rounding="{rounding}")')
+  for how, rounding in (
+    ("ECO", "stochastic"),
+    ("ECO", "nearest"),
+    ("no feedback", "stochastic"),
+    ("no feedback", "nearest"),
+    ("int8 residual", "nearest"),
+  )
+}
+_ORDER = tuple(CODE)
 
 
 def _name(format: Format) -> str:
@@ -226,7 +234,8 @@ def advise(
     >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
     >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
     >>> batches = list(jax.random.normal(jax.random.key(1), (8, 16, 64)))
-    >>> advice = eco.diagnostics.advise(loss_fn, params, optax.adam(1e-5), batches, steps=100)
+    >>> advise = eco.diagnostics.advise
+    >>> advice = advise(loss_fn, params, optax.adam(1e-5), batches, steps=100, tolerance=0.1)
     >>> [verdict.way for verdict in advice.grids[0].verdicts if not verdict.is_safe]
     ['ECO, nearest', 'no feedback, nearest', 'int8 residual, nearest']
 
@@ -298,7 +307,7 @@ def advise(
     total = _Sums(*(float(np.sum(x)) for x in zip(*parts, strict=True)))
     grids.append(_grid(format, weights, total, steps, costs, tolerance))
   safe = [verdict for grid in grids for verdict in grid.verdicts if verdict.is_safe]
-  order = lambda verdict: (verdict.bytes_per_weight, WAYS.index(verdict.way))
+  order = lambda verdict: (verdict.bytes_per_weight, _ORDER.index(verdict.way))
   return Advice(tuple(grids), min(safe, key=order, default=None), steps)
 
 

@@ -150,8 +150,8 @@ def held(results: pathlib.Path, found: Mapping[str, Any]) -> list[dict[str, Any]
 def table(rows: list[dict[str, Any]]) -> str:
   """What was said and what came, in Markdown, and how often it was right."""
   lines = [
-    "| runs | rate | format | way | loss, expected | progress lost, expected | said | lost by runs |"
-    " right |",
+    "| runs | rate | format | way | loss, expected | progress lost, expected | said"
+    " | lost by runs | right |",
     "|---" * 9 + "|",
   ]
   for row in rows:
