@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from eco_optax import formats as formats_lib
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
 from eco_optax.formats import FP8, INT4, INT8, NVFP4, Format
@@ -94,7 +95,8 @@ class Advice(NamedTuple):
     if self.best is None:
       last = "No way is safe here: keep weights in float32, or allow a larger tolerance."
     else:
-      last = f"Take {_name(self.best.format)}, {self.best.way}: {CODE[self.best.way]}"
+      name = f"{_name(self.best.format)} with {self.best.way} rounding"
+      last = f"Take {name.replace(',', ' and')}: {CODE[self.best.way]}"
     return "\n".join([f"In a run of {self.steps} steps:", *map(str, self.grids), last])
 
 
@@ -118,7 +120,9 @@ _ORDER = tuple(CODE)
 
 
 def _name(format: Format) -> str:
-  return str(format)
+  """The name of a preset, or else the format as code."""
+  presets = {x: name for name, x in vars(formats_lib).items() if isinstance(x, Format)}
+  return presets.get(format, str(format))
 
 
 class _Seen(NamedTuple):

@@ -123,7 +123,9 @@ def test_the_best_is_safe_and_small():
   assert found.best.bytes_per_weight == min(verdict.bytes_per_weight for verdict in safe)
   text = str(found)
   assert "In a run of 1000 steps" in text
-  assert text.splitlines()[-1].startswith(f"Take {found.best.format}, {found.best.way}: eco.")
+  last = text.splitlines()[-1]
+  assert last.startswith("Take INT4 with ")
+  assert last.endswith(f" rounding: {advice.CODE[found.best.way]}")
   found = ask(RATE, tolerance=1e-12)
   assert found.best is None
   assert "keep weights in float32" in str(found)
