@@ -124,7 +124,7 @@ def test_the_best_is_safe_and_small():
   text = str(found)
   assert "In a run of 1000 steps" in text
   last = text.splitlines()[-1]
-  assert last.startswith("Take INT4 with ")
+  assert last.startswith("Take FP8 with ")
   assert last.endswith(f" rounding: {advice.CODE[found.best.way]}")
   found = ask(RATE, tolerance=1e-12)
   assert found.best is None
