@@ -83,7 +83,7 @@ class Observation(NamedTuple):
   injection: Leaves  # what the rule adds to m̃
   stored: Leaves  # m as it is kept, in its own dtype
   owed: Leaves  # what the injection has to move the weights by in one step
-  unpaid: Leaves  # what conjugate gradients left of it, of the leaves that they solved
+  unpaid: Leaves  # what conjugate residuals left of it, of the leaves that they solved
 
 
 def dense_shapes(params: Any) -> Any:

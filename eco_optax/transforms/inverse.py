@@ -4,7 +4,7 @@ An update that is linear in its momentum, u = J m + …, is inverted in one of t
 
 - element by element, where J is diagonal;
 - by what the optimizer's state knows of it, where it has `precondition` and `unprecondition`;
-- by conjugate gradients on J, where it is symmetric and definite, as every preconditioner is:
+- by conjugate residuals on J, where it is symmetric and definite, as every preconditioner is:
   L^(−1/4) ⊗ R^(−1/4) and Q D Qᵀ have products of positive numbers for eigenvalues.
 """
 
@@ -23,8 +23,8 @@ from eco_optax.transforms.momentum import Derivatives
 # Below this |J| the update does not feel the momentum, so that nothing is worth injecting.
 SMALLEST_DERIVATIVE = np.float32(1e-30)
 
-# Applications of J in one step of the rule. After k of them what is left of an error, in the norm
-# of J, is at most 2 ((√κ − 1) / (√κ + 1))^k, κ the ratio of J's largest to smallest eigenvalue.
+# Applications of J in one step of the rule. After k of them the share of an error that is left is
+# at most 2 ((√κ − 1) / (√κ + 1))^k, κ being the ratio of J's largest to smallest eigenvalue.
 SOLVER_STEPS = 16
 
 # A residual of this share is float32's: from there on a leaf is done.
@@ -36,7 +36,7 @@ class Injection(NamedTuple):
 
   added: Leaves  # J⁻¹ of what is owed.
   reached: Leaves  # Whether the update feels the momentum there; what it does not feel stays owed.
-  unpaid: Leaves  # What conjugate gradients left; only of the leaves that they solved.
+  unpaid: Leaves  # What conjugate residuals left; only of the leaves that they solved.
 
 
 def divide(owed: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -72,17 +72,18 @@ def unprecondition(
   return added, jnp.broadcast_to(reached, owed.shape)
 
 
-def conjugate_gradients(
+def conjugate_residuals(
   apply: Callable[[Leaves], Leaves], wanted: Leaves, steps: int = SOLVER_STEPS
 ) -> tuple[Leaves, Leaves]:
   """Solves J x = wanted for a symmetric definite J that keeps leaves apart.
 
-  All leaves share an application of J, and each has step sizes of its own. The sign of J cancels.
+  Of all x in the span of wanted, J wanted, …, J^(k−1) wanted, it finds the one with the least
+  ‖wanted − J x‖ for each leaf, whatever the sign of J. All leaves share an application of J.
 
   Args:
     apply: J.
     wanted: float32 arrays by path.
-    steps: applications of J.
+    steps: k, the number of applications of J.
 
   Returns:
     x, and wanted − J x.
@@ -90,22 +91,26 @@ def conjugate_gradients(
   dot = lambda a, b: {path: jnp.vdot(a[path], b[path]) for path in a}
   ratio = lambda a, b: jnp.where(b != 0, a / jnp.where(b != 0, b, 1), 0)
   add = lambda x, scale, y: {path: x[path] + scale[path] * y[path] for path in x}
-  start = dot(wanted, wanted)
+  enough = {path: _SOLVED**2 * norm for path, norm in dot(wanted, wanted).items()}
 
   def turn(_: jax.Array, carry: tuple) -> tuple:
-    x, residual, direction, norms = carry
-    image = apply(direction)
-    curvatures = dot(direction, image)
-    goes_on = {path: norms[path] > _SOLVED**2 * start[path] for path in x}
-    length = {p: jnp.where(goes_on[p], ratio(norms[p], curvatures[p]), 0) for p in x}
-    x = add(x, length, direction)
-    residual = add(residual, {path: -length[path] for path in x}, image)
-    new_norms = dot(residual, residual)
-    share = {path: ratio(new_norms[path], norms[path]) for path in x}
-    return x, residual, add(residual, share, direction), new_norms
+    x, residual, direction, image, energies = carry
+    pushed = apply(residual)
+    new_energies, norms = dot(residual, pushed), dot(residual, residual)
+    share = {path: ratio(new_energies[path], energies[path]) for path in x}
+    direction, image = add(residual, share, direction), add(pushed, share, image)
+    squares = dot(image, image)
+    length = {
+      path: jnp.where(norms[path] > enough[path], ratio(new_energies[path], squares[path]), 0)
+      for path in x
+    }
+    less = {path: -length[path] for path in x}
+    return add(x, length, direction), add(residual, less, image), direction, image, new_energies
 
   zeros = jax.tree.map(jnp.zeros_like, wanted)
-  x, residual, *_ = jax.lax.fori_loop(0, steps, turn, (zeros, wanted, wanted, start))
+  nothing = {path: jnp.zeros([], jnp.float32) for path in wanted}
+  start = (zeros, wanted, zeros, zeros, nothing)
+  x, residual, *_ = jax.lax.fori_loop(0, steps, turn, start)
   return x, residual
 
 
@@ -120,7 +125,7 @@ def invert(
   Args:
     step: of the optimizer.
     states: the ones that know their preconditioner, by path.
-    solved: paths of the leaves for conjugate gradients.
+    solved: paths of the leaves for conjugate residuals.
     owed: float32 arrays by path.
 
   Returns:
@@ -137,7 +142,7 @@ def invert(
       added[path], reached[path] = divide(wanted, j)
   if solved:
     mixed = {path: owed[path] for path in solved}
-    found, unpaid = conjugate_gradients(step.linearized(tuple(mixed)), mixed)
+    found, unpaid = conjugate_residuals(step.linearized(tuple(mixed)), mixed)
     added |= found
     moves = lambda path: jnp.any(jnp.abs(step.by_momentum[path]) > SMALLEST_DERIVATIVE)
     reached |= {path: jnp.broadcast_to(moves(path), owed[path].shape) for path in solved}

@@ -142,7 +142,7 @@ def _unknown(state: Preconditioner, path: str, start: Sample, a: jax.Array) -> s
 
 
 def _not_definite(j: np.ndarray) -> str | None:
-  """Why conjugate gradients cannot invert a Jacobian, if they cannot."""
+  """Why conjugate residuals cannot invert a Jacobian, if they cannot."""
   if not _agree(j, j.T):
     return (
       "the update is linear in its momentum, but its Jacobian is not symmetric, so that the rule"
