@@ -201,10 +201,10 @@ def test_the_transforms_settle_where_the_covariances_say(method):
     positive(np.random.default_rng(2), 6),
     np.kron(*SIDES),
     0.7,
-    1000,
+    4000,
     100,
   )
-  rate = 0.15 * theory.stability_limit(beta, np.linalg.eigvals(k @ h).real.max())
+  rate = 0.3 * theory.stability_limit(beta, np.linalg.eigvals(k @ h).real.max())
   row = lambda x: x.reshape(-1, 6)
   loss = lambda x: jnp.sum((row(x) @ jnp.asarray(h, jnp.float32)) * row(x)) / 2
   found = theory.simulate(
@@ -219,7 +219,7 @@ def test_the_transforms_settle_where_the_covariances_say(method):
   found = np.asarray(found, np.float64)[memory:].mean(axis=0)
   at = lambda name: theory.stationary_covariance(name, rate, beta, h, k, 0.3)
   wanted = at(method)
-  # Of a variance the standard error is 0.5%: 200 steps of 1,000 chains that remember 12 steps.
+  # Of a variance the standard error is 0.5%: 200 steps of 4,000 chains that remember 9 steps.
   assert np.max(np.abs(found - wanted)) < 0.02 * np.max(wanted)
   for other in theory.METHODS:  # The check tells the methods apart.
     if not np.allclose(at(other), wanted):
