@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eco_optax.transforms.linearity import Leaves, Preconditioner
+from eco_optax.transforms.linearity import Leaves, Preconditioner, factor_between
 from eco_optax.transforms.momentum import Derivatives
 
 # Below this |J| the update does not feel the momentum, so that nothing is worth injecting.
@@ -45,14 +45,6 @@ def divide(owed: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(reached, owed / jnp.where(reached, j, 1), 0), reached
 
 
-def _factor(j: jax.Array, k: jax.Array) -> jax.Array:
-  """The c of J = c K for each matrix, from J 1 and K 1."""
-  axes = (-2, -1) if j.ndim >= 2 else None
-  total = lambda x: jnp.sum(x, axis=axes, keepdims=True)
-  squares = total(k * k)
-  return jnp.where(squares > 0, total(j * k) / jnp.where(squares > 0, squares, 1), 0)
-
-
 def unprecondition(
   path: str, owed: jax.Array, j: jax.Array, state: Preconditioner
 ) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +59,7 @@ def unprecondition(
   Returns:
     As `divide`; one flag for all of a matrix.
   """
-  factor = _factor(j, state.precondition(path, jnp.ones_like(owed)))
+  factor = factor_between(j, state.precondition(path, jnp.ones_like(owed)))
   added, reached = divide(state.unprecondition(path, owed), factor)
   return added, jnp.broadcast_to(reached, owed.shape)
 

@@ -33,6 +33,14 @@ class Preconditioner(Protocol):
     """K⁻¹ u."""
 
 
+def factor_between(j: jax.Array, k: jax.Array) -> jax.Array:
+  """The c of J = c K for each matrix, the last two axes, from J 1 and K 1; 0 where K 1 is 0."""
+  axes = (-2, -1) if j.ndim >= 2 else None
+  total = lambda x: jnp.sum(x, axis=axes, keepdims=True)
+  squares = total(k * k)
+  return jnp.where(squares > 0, total(j * k) / jnp.where(squares > 0, squares, 1), 0)
+
+
 class Sample(NamedTuple):
   """A step from some momentum, other state being fixed; NumPy arrays by path."""
 
@@ -95,15 +103,15 @@ def faults(
 
   def fault(path: str) -> str | None:
     if not (
-      _agree(by_both[path], by_a[path] + by_b[path])
-      and _agree(by_large[path], _LARGE * by_a[path])
-      and _agree(start.along[path], by_a[path])
+      agree(by_both[path], by_a[path] + by_b[path])
+      and agree(by_large[path], _LARGE * by_a[path])
+      and agree(start.along[path], by_a[path])
     ):
       return (
         "the update is neither element-wise nor linear in its momentum (a norm, a trust ratio or a"
         " matrix function follows it), so a quantization error cannot be paid back through it"
       )
-    if not _agree(apart[path], factors[path] * start.along[path]):
+    if not agree(apart[path], factors[path] * start.along[path]):
       return (
         "the update depends on the momentum of another leaf, so that a quantization error put in"
         " one would move both"
@@ -121,19 +129,19 @@ def faults(
   return {path: message for path, message in found.items() if message}
 
 
-def _agree(x: jax.Array | np.ndarray, y: jax.Array | np.ndarray) -> bool:
+def agree(x: jax.Array | np.ndarray, y: jax.Array | np.ndarray) -> bool:
   """Whether two arrays are equal to within `TOLERANCE` of their largest element."""
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-  limit = TOLERANCE * max(np.max(np.abs(x)), np.max(np.abs(y)))
-  return bool(np.max(np.abs(x - y)) <= limit)
+  largest = max(np.max(np.abs(x), initial=0), np.max(np.abs(y), initial=0))
+  return bool(np.max(np.abs(x - y), initial=0) <= TOLERANCE * largest)
 
 
 def _unknown(state: Preconditioner, path: str, start: Sample, a: jax.Array) -> str | None:
   """Why a state does not know its preconditioner, if it does not."""
   ones, image = state.precondition(path, jnp.ones_like(a)), state.precondition(path, a)
-  factor = np.vdot(start.by_momentum[path], ones) / np.vdot(ones, ones)
+  factor = factor_between(start.by_momentum[path], ones)
   back = state.unprecondition(path, image)
-  if _agree(start.along[path], factor * image) and _agree(back, a):
+  if agree(start.along[path], factor * image) and agree(back, a):
     return None
   return (
     f"{type(state).__name__} has precondition and unprecondition, but the update of a random"
@@ -143,7 +151,7 @@ def _unknown(state: Preconditioner, path: str, start: Sample, a: jax.Array) -> s
 
 def _not_definite(j: np.ndarray) -> str | None:
   """Why conjugate residuals cannot invert a Jacobian, if they cannot."""
-  if not _agree(j, j.T):
+  if not agree(j, j.T):
     return (
       "the update is linear in its momentum, but its Jacobian is not symmetric, so that the rule"
       " cannot invert it: give the optimizer's state the methods precondition and unprecondition"

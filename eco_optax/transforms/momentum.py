@@ -435,13 +435,19 @@ class _Report(NamedTuple):
   by_weight: Leaves  # P − 1
   one: Leaves  # A direction with a single nonzero element in each leaf.
   along_one: Leaves  # The derivative of the update in that direction.
+  drawn: Leaves  # A random direction.
+  along_drawn: Leaves  # The derivative in that one.
   spreads: jax.Array  # Whether the direction reaches other state than the momentum.
   is_large: bool = False
 
   def mixes(self, path: str) -> bool:
-    """Whether the one element of a momentum moves others of the update."""
+    """Whether an element of the update depends on another of the momentum."""
     along = np.asarray(self.along_one[path], np.float32)
-    return bool(np.any(along[np.asarray(self.one[path]) == 0] != 0))
+    if np.any(along[np.asarray(self.one[path]) == 0] != 0):
+      return True
+    # A flip or a transpose may leave the one element where it is.
+    apart = np.asarray(self.by_momentum[path] * self.drawn[path], np.float32)
+    return not linearity.agree(self.along_drawn[path], apart)
 
 
 class _Found(NamedTuple):
@@ -479,11 +485,15 @@ def _try_out(
     for path, m in where.get(state).items()
   }
 
+  noise = flat(draw(1.0))
+  drawn = {path: noise[path].astype(m.dtype) for path, m in where.get(state).items()}
+
   @jax.jit
   def step(grads: Any, state: Any) -> tuple[Any, _Report]:
     diagonal = differentiate(inner, where, grads, state, weights, extra_args, by_weight=True)
     run = lambda m: inner.update(grads, where.put(state, m), weights, **extra_args)
     _, (along_one, state_tangent) = jax.jvp(run, (where.get(state),), (one,))
+    along_drawn = diagonal.linearized(tuple(drawn))(drawn)
     pick = lambda tree: {path: leaf for path, leaf in flat(tree).items() if path in where.paths}
     others = where.put(state_tangent, jax.tree.map(jnp.zeros_like, one))
     spreads = [jnp.any(t != 0) for t in jax.tree.leaves(others) if t.dtype != jax.dtypes.float0]
@@ -494,6 +504,8 @@ def _try_out(
       diagonal.by_weight or {},
       one,
       pick(along_one),
+      drawn,
+      along_drawn,
       jnp.any(jnp.asarray(spreads)),
     )
     return diagonal.state, report
