@@ -87,7 +87,8 @@ def defaults() -> config_dict.ConfigDict:
   config.replicated_limit_mib = 64
 
   config.optimizer = {
-    "name": "adamw",  # Or nadamw, amsgrad, ademamix, yogi, radam or sgd; see methods.py.
+    # Or nadamw, amsgrad, ademamix, yogi, radam, sgd, soap or shampoo; see methods.py.
+    "name": "adamw",
     "learning_rate": 1e-3,  # The schedule's peak.
     "start_fraction": 0.01,  # Of the peak, where the linear warm-up starts.
     "warmup_fraction": 0.1,  # Of the steps.
