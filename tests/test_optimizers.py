@@ -38,7 +38,8 @@ WORKS = {
   "ademamix": (contrib.ademamix, ADAM | dict(alpha=1.0)),
   "simplified_ademamix": (contrib.simplified_ademamix, ADAM | dict(alpha=1.0)),
   "adopt": (contrib.adopt, ADAM),
-  # Linear in the momentum, and not element-wise.
+  # Linear in the momentum, and not element-wise. Debts in the momentum are priced anew when the
+  # preconditioner is refreshed, which after ten steps from a single gradient is a large change.
   "soap": (
     lambda learning_rate, b1: optax.chain(
       eco.scale_by_soap(b1, 0.99, precondition_frequency=4), optax.scale(-learning_rate)
@@ -47,7 +48,8 @@ WORKS = {
   ),
   "shampoo": (
     lambda learning_rate, b1: optax.chain(
-      eco.scale_by_shampoo(b1, grafting="adam"), optax.scale(-learning_rate)
+      eco.scale_by_shampoo(b1, precondition_frequency=4, grafting="adam"),
+      optax.scale(-learning_rate),
     ),
     ADAM,
   ),

@@ -184,8 +184,8 @@ def soap(
   """SOAP without master weights: Adam in the eigenbasis of Shampoo's factors, and ECO.
 
   A weight's error goes into the momentum through the inverse of the preconditioner, so that it
-  comes back in full. A step costs what SOAP's does, and for each matrix eight products with its
-  bases more: two of K applied to ones, two of the derivative along them, and four of the inverse.
+  comes back in full. A step costs what SOAP's does, four products of a matrix with its bases, and
+  twelve more: four each for the preconditioner of ones, the derivative along ones, and the inverse.
 
   Args:
     learning_rate: a number or a schedule; the rule follows it.

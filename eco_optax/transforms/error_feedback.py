@@ -1,7 +1,8 @@
 """error_feedback_to_momentum: ECO, quantized training without master weights.
 
-The rule lives here, once. With J_t = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the element-wise
-derivatives of step t, a unit of momentum left by it moves the weights by
+The rule lives here, once. With J_t = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the derivatives of
+step t, element-wise or J a matrix (`inverse` has J⁻¹), a unit of momentum left by it moves the
+weights by
 
     D = Σ B^{k−1} J_{t+k},  k = 1, 2, …
 
@@ -395,16 +396,24 @@ def error_feedback_to_momentum(
   .. math:: m \leftarrow \tilde m + e / D, \quad D = \sum_{k \ge 1} B^{k-1} J_{t+k}
 
   where J = ∂u/∂m and B = ∂m̃/∂m are found by differentiating the optimizer's own `update`, so that
-  no hyperparameter is told twice. D is what the rest of the run makes of a unit of momentum; at the
+  no hyperparameter is told twice. J is element-wise, as Adam's, or a preconditioner of matrices, as
+  Shampoo's and SOAP's. D is what the rest of the run makes of a unit of momentum; at the
   end of a decay to zero it is three quarters of what it would be at a constant rate.
   Without `learning_rate` J is taken to be constant, D = J / (1 − B): the paper's rule,
   (1/η)(1 − 1/β) e for SGD with momentum. It adds no buffer to the optimizer's.
 
   Args:
-    inner: a transformation whose update depends smoothly and element by element on its momentum:
-      `optax.adamw`, `optax.sgd` with momentum and many more, alone or inside `chain`, `masked`,
-      `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. It sees packed leaves as
-      float32. One that requires extra arguments of your own is not checked at `init`.
+    inner: a transformation whose update is linear in its momentum while its other state stays:
+      `optax.adamw`, `optax.sgd` with momentum, `eco.scale_by_soap` and many more, alone or inside
+      `chain`, `masked`, `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. It
+      sees packed leaves as float32. One that requires extra arguments of your own is not checked at
+      `init`. For an element-wise update J⁻¹ costs one derivative along ones, about a step of
+      `inner`. One that mixes elements is inverted by its state, if that has the methods
+      `precondition(path, momentum)`, which is J but for one factor per matrix, and
+      `unprecondition(path, update)`, its inverse: one derivative, and one call of each. Without
+      them J must be symmetric and definite. The rule then takes 16 conjugate residuals, each one
+      application of J, which leave a share of the error that `diagnostics.watch` measures as
+      `unpaid`; and J is taken to follow the learning rate.
     quantizer: `quantize_params`, or for float parameters any transformation that moves a proposed
       update (a rounding of your own, added noise). The error is the difference that it made.
     learning_rate: the schedule of `inner`. It makes the rule schedule-aware: J follows the rates of
@@ -423,7 +432,7 @@ def error_feedback_to_momentum(
   Raises:
     ValueError: at `init`, naming the leaf, if a quantized leaf has no momentum, or one that cannot
       carry an error back: Lion (the sign has no derivative), Muon, LAMB and norms clipped after the
-      momentum (not element-wise), b1 = 0.
+      momentum (not linear), b1 = 0.
 
   Example:
     >>> import jax.numpy as jnp, optax, eco_optax as eco

@@ -318,3 +318,22 @@ def test_leaves_without_a_gradient_stay(name):
   moved, _ = train(make, params, grads)
   assert np.all(np.isfinite(moved["w"]))
   assert np.any(moved["w"] != still["w"])
+
+
+BYTES = {"soap": (25, 43, 11), "shampoo": (21, 39, 7), "shampoo, grafted": (25, 43, 11)}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_per_weight_are_those_of_the_docs(name):
+  make = {
+    "soap": eco.soap,
+    "shampoo": eco.shampoo,
+    "shampoo, grafted": lambda rate, **kwargs: eco.shampoo(rate, grafting="adam", **kwargs),
+  }[name]
+  for columns, largest, wanted in zip(
+    (512, 2048, 2048), (10_000, 10_000, 512), BYTES[name], strict=True
+  ):
+    params = {"w": eco.quantize(jnp.ones((512, columns)), eco.FP8)}
+    state = jax.eval_shape(make(1e-3, max_precond_dim=largest).init, params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params["w"].qvalue, state)))
+    assert size / params["w"].size == pytest.approx(wanted, abs=0.02)
