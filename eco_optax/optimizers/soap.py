@@ -74,7 +74,9 @@ def scale_by_soap(
 
   The first gradient sets the factors alone and gives no update, and moments do not know it, as in
   the authors' code: in its own eigenbasis a gradient is diagonal, and Adam would blow up the
-  roundings beside the diagonal.
+  roundings beside the diagonal. The longer side of a matrix has a factor without full rank at
+  first, and what `eigh` gives there is a matter of roundings: a run on other devices goes another
+  way, as after another seed.
 
   Args:
     b1: decay of the momentum, which is kept in the parameters' own axes.

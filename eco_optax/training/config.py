@@ -282,6 +282,12 @@ def validate(config: config_dict.ConfigDict) -> None:
         "moments.nu 'factored' and reduction_groups exclude each other: means over a split axis are"
         " sums in an order that depends on the devices; set one of them"
       )
+    if config.reduction_groups and config.optimizer.name in methods.MATRIX_OPTIMIZERS:
+      problems.append(
+        f"optimizer.name {config.optimizer.name!r} and reduction_groups exclude each other: its"
+        " products over a split axis are sums in an order that depends on the devices; set one of"
+        " them"
+      )
     problems += _release_problems(config)
     try:
       gradient_format = model(config).gradient_format

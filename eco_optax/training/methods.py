@@ -225,6 +225,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   ),
 }
 _FUSED = ("adamw", "nadamw")  # Optimizers that `eco.adamw` fuses with the rule.
+# Optimizers that multiply matrices, whose sums follow the devices that share one.
+MATRIX_OPTIMIZERS = ("soap", "shampoo")
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
