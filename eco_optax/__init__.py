@@ -17,6 +17,10 @@ from eco_optax.formats import Format as Format
 from eco_optax.matmul import matmul as matmul
 from eco_optax.optimizers.adamw import adamw as adamw
 from eco_optax.optimizers.sgd import sgd as sgd
+from eco_optax.optimizers.shampoo import scale_by_shampoo as scale_by_shampoo
+from eco_optax.optimizers.shampoo import shampoo as shampoo
+from eco_optax.optimizers.soap import scale_by_soap as scale_by_soap
+from eco_optax.optimizers.soap import soap as soap
 from eco_optax.quantized_array import QuantizedArray as QuantizedArray
 from eco_optax.quantized_array import dequantize as dequantize
 from eco_optax.quantized_array import quantize as quantize

@@ -165,6 +165,7 @@ class Metrics(NamedTuple):
   injection_to_momentum: jax.Array  # ‖injection‖ / ‖m̃‖
   lost_injection: jax.Array  # ‖m − m̃ − injection‖ / ‖injection‖
   kept_injection: jax.Array  # ⟨m − m̃, injection⟩ / ‖injection‖²
+  unpaid: jax.Array  # ‖e − D injection‖ / ‖e‖; 0 but where conjugate residuals find the injection
 
 
 class WatchState(NamedTuple):
@@ -245,6 +246,7 @@ def watch(
       ),
       lost_injection=lost_injection(seen.momentum, seen.injection, seen.stored),
       kept_injection=kept_injection(seen.momentum, seen.injection, seen.stored),
+      unpaid=_ratio(_norm(list(seen.unpaid.values())), _norm(list(seen.owed.values()))),
     )
     return updates, WatchState(new_state, seen.error, metrics)
 

@@ -1,6 +1,7 @@
 """SGD with momentum under quantization: closed forms, bounds and a simulator.
 
-Momentum is in the paper's form, m̃ = β m + (1 − β) g and u = −η m̃, see `sgdm`. The simulator runs
+Momentum is in the paper's form, m̃ = β m + (1 − β) g and u = −η m̃, see `sgdm`, or u = −η K m̃ with a
+preconditioner K that stays, see `preconditioned_sgdm`. The simulator runs
 the package's own transforms, so what it finds holds for them and not for a copy of their formulas.
 """
 
@@ -33,6 +34,42 @@ METHODS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
 def sgdm(learning_rate: float, beta: float) -> optax.GradientTransformation:
   """SGD with momentum as the theory has it: m̃ = β m + (1 − β) g, u = −η m̃."""
   return optax.chain(optax.ema(beta, debias=False), optax.scale_by_learning_rate(learning_rate))
+
+
+def preconditioned_sgdm(
+  learning_rate: float, beta: float, left: Any, right: Any
+) -> optax.GradientTransformation:
+  r"""SGD with momentum behind a preconditioner that stays: m̃ = β m + (1 − β) g, u = −η A m̃ B.
+
+  With A = L^(−1/4) and B = R^(−1/4) it is Shampoo with constant factors. On row-major vectors of
+  weights it is K = A ⊗ B, `np.kron(left, right)`. Its state does not know K; the rule inverts the
+  step by conjugate residuals, which are exact from as many steps on as K has different eigenvalues.
+
+  Args:
+    learning_rate: η.
+    beta: β.
+    left: A, symmetric and positive, (m, m) with m ≤ 3.
+    right: B, symmetric and positive, (n, n) with n ≤ 3: the rule tries an optimizer on matrices of
+      this size.
+
+  Returns:
+    A `GradientTransformation` for arrays (…, m, n).
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> tx = preconditioned_sgdm(0.5, 0.5, jnp.diag(jnp.array([1.0, 4.0])), jnp.eye(1))
+    >>> tx.update(jnp.ones((2, 1)), tx.init(jnp.ones((2, 1))))[0]
+    Array([[-0.25],
+           [-1.  ]], dtype=float32)
+  """
+  left, right = (jnp.asarray(side, jnp.float32) for side in (left, right))
+  times = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  precondition = optax.stateless(
+    lambda updates, _: jax.tree.map(lambda u: times(times(left, u), right), updates)
+  )
+  return optax.chain(
+    optax.ema(beta, debias=False), precondition, optax.scale_by_learning_rate(learning_rate)
+  )
 
 
 def _check_rates(learning_rate: Any, beta: Any) -> None:
@@ -138,6 +175,92 @@ def stationary_second_moment(
   if method == "eco":
     return variance * 2 / damping
   raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+def stationary_covariance(
+  method: str,
+  learning_rate: float,
+  beta: float,
+  curvature: Any,
+  preconditioner: Any,
+  variance: float = 1.0,
+) -> np.ndarray:
+  r"""E[x̂ x̂ᵀ] that stored weights settle at on f(x) = xᵀ H x / 2 behind a preconditioner K.
+
+  For u = −η K m̃ and a quantizer q(x) = x + ξ, E ξ ξᵀ = σ² 1. In y = K^(−1/2) x it is SGD with
+  momentum on the curvature K^(1/2) H K^(1/2) = W diag(a) Wᵀ with noise of covariance σ² K⁻¹, so
+  that modes i and j share noise. With s_i = η (1 − β) a_i they settle at
+
+  .. math::
+    E[x̂ x̂^T] = K^{1/2} W \left[ C ∘ (\sigma^2 W^T K^{-1} W) \right] W^T K^{1/2}, \quad
+    S_{ij} = \frac{1 - \beta^2}
+    {(1-\beta)^2 [(1+\beta)(s_i + s_j) - s_i s_j] + \beta (s_i - s_j)^2}
+
+  .. math::
+    \text{master weights: } & C_{ij} = 1 + s_i s_j S_{ij}
+    \\ \text{naive: } & C_{ij} = S_{ij} [(1-\beta)^2 + \beta (s_i + s_j) / (1+\beta)]
+    \\ \text{ECO: } & C_{ij} = S_{ij} (s_i + s_j) / (1+\beta)
+
+  As η → 0 ECO tends to σ²/(1 − β²) times the identity and master weights to σ² times it, whatever
+  K and H are: a preconditioner moves no floor. Naive removal grows as 1/η, with a covariance Y that
+  solves K H Y + Y H K = σ²/η. Where K and H commute, each eigendirection of theirs has what
+  `stationary_second_moment` says of one weight with η times its eigenvalue of K.
+
+  Args:
+    method: a name of `METHODS`.
+    learning_rate: η.
+    beta: decay of the momentum.
+    curvature: H, symmetric and positive, (n, n).
+    preconditioner: K, symmetric and positive, (n, n); `np.kron(left, right)` for matrices.
+    variance: σ².
+
+  Returns:
+    float64 array (n, n).
+
+  Raises:
+    ValueError: for an unknown method, a matrix that is not symmetric and positive, or a learning
+      rate at or above `stability_limit` of the largest curvature of K^(1/2) H K^(1/2).
+
+  Example:
+    >>> stationary_covariance("eco", 1e-9, 0.5, np.diag([1.0, 9.0]), np.diag([4.0, 1.0])).round(6)
+    array([[1.333333, 0.      ],
+           [0.      , 1.333333]])
+  """
+  _check_rates(learning_rate, beta)
+  h, k = (
+    _positive(name, x) for name, x in (("curvature", curvature), ("preconditioner", preconditioner))
+  )
+  values, vectors = np.linalg.eigh(k)
+  root, inverse = (vectors * values**p @ vectors.T for p in (0.5, -1.0))
+  a, modes = np.linalg.eigh(root @ h @ root)
+  if learning_rate >= stability_limit(beta, a[-1]):
+    raise ValueError(
+      f"no stationary state: learning_rate {learning_rate} is not below"
+      f" {stability_limit(beta, a[-1])}, where momentum {beta} becomes unstable"
+    )
+  s = learning_rate * (1 - beta) * a
+  total, product, gap = s[:, None] + s, s[:, None] * s, s[:, None] - s
+  shared = (1 - beta**2) / ((1 - beta) ** 2 * ((1 + beta) * total - product) + beta * gap**2)
+  if method in ("master_weights", "eco_keep_error"):
+    factors = 1 + product * shared
+  elif method == "naive":
+    factors = shared * ((1 - beta) ** 2 + beta * total / (1 + beta))
+  elif method == "eco":
+    factors = shared * total / (1 + beta)
+  else:
+    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+  to_weights = root @ modes
+  noise = variance * modes.T @ inverse @ modes
+  return to_weights @ (factors * noise) @ to_weights.T
+
+
+def _positive(name: str, matrix: Any) -> np.ndarray:
+  """A matrix in float64, which must be symmetric and positive."""
+  x = np.asarray(matrix, np.float64)
+  is_square = x.ndim == 2 and x.shape[0] == x.shape[1]
+  if not (is_square and np.allclose(x, x.T) and np.linalg.eigvalsh(x)[0] > 0):
+    raise ValueError(f"{name} must be a symmetric positive matrix, got {matrix!r}")
+  return x
 
 
 def momentum_bound(learning_rate: float, beta: float, gradient: float, variance: float) -> float:

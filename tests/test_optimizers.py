@@ -38,6 +38,21 @@ WORKS = {
   "ademamix": (contrib.ademamix, ADAM | dict(alpha=1.0)),
   "simplified_ademamix": (contrib.simplified_ademamix, ADAM | dict(alpha=1.0)),
   "adopt": (contrib.adopt, ADAM),
+  # Linear in the momentum, and not element-wise. Debts in the momentum are priced anew when the
+  # preconditioner is refreshed, which after ten steps from a single gradient is a large change.
+  "soap": (
+    lambda learning_rate, b1: optax.chain(
+      eco.scale_by_soap(b1, 0.99, precondition_frequency=4), optax.scale(-learning_rate)
+    ),
+    ADAM,
+  ),
+  "shampoo": (
+    lambda learning_rate, b1: optax.chain(
+      eco.scale_by_shampoo(b1, precondition_frequency=4, grafting="adam"),
+      optax.scale(-learning_rate),
+    ),
+    ADAM,
+  ),
 }
 # Relatives of those above, and longer chains of stock links.
 WORKS_ALONE = {
@@ -55,6 +70,18 @@ WORKS_ALONE = {
   "lars": (optax.lars, dict(learning_rate=1.0, momentum=0.5)),
   "ema of adam": (
     lambda b1: optax.chain(optax.scale_by_adam(b1=b1), optax.ema(b1), optax.scale(-RATE)),
+    dict(b1=0.5),
+  ),
+  "smoothed sgd": (  # Its state does not know the inverse of the smoothing.
+    lambda b1: optax.chain(
+      optax.trace(b1),
+      optax.stateless(
+        lambda u, _: jax.tree.map(
+          lambda x: x + 0.3 * jnp.roll(x, 1, 0) + 0.3 * jnp.roll(x, -1, 0) if x.ndim == 2 else x, u
+        )
+      ),
+      optax.scale(-RATE),
+    ),
     dict(b1=0.5),
   ),
   "the paper's sgd": (

@@ -15,7 +15,7 @@ from eco_optax.fused.step import Moments, Step
 from eco_optax.fused.transformation import Optimizer
 from eco_optax.optimizers import build
 from eco_optax.quantized_array import Rounding, Where
-from eco_optax.transforms.error_feedback import SMALLEST_DERIVATIVE
+from eco_optax.transforms.inverse import SMALLEST_DERIVATIVE
 
 
 class AdamScalars(NamedTuple):

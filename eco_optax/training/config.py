@@ -87,7 +87,8 @@ def defaults() -> config_dict.ConfigDict:
   config.replicated_limit_mib = 64
 
   config.optimizer = {
-    "name": "adamw",  # Or nadamw, amsgrad, ademamix, yogi, radam or sgd; see methods.py.
+    # Or nadamw, amsgrad, ademamix, yogi, radam, sgd, soap or shampoo; see methods.py.
+    "name": "adamw",
     "learning_rate": 1e-3,  # The schedule's peak.
     "start_fraction": 0.01,  # Of the peak, where the linear warm-up starts.
     "warmup_fraction": 0.1,  # Of the steps.
@@ -280,6 +281,12 @@ def validate(config: config_dict.ConfigDict) -> None:
       problems.append(
         "moments.nu 'factored' and reduction_groups exclude each other: means over a split axis are"
         " sums in an order that depends on the devices; set one of them"
+      )
+    if config.reduction_groups and config.optimizer.name in methods.MATRIX_OPTIMIZERS:
+      problems.append(
+        f"optimizer.name {config.optimizer.name!r} and reduction_groups exclude each other: its"
+        " products over a split axis are sums in an order that depends on the devices; set one of"
+        " them"
       )
     problems += _release_problems(config)
     try:

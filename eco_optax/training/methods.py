@@ -21,6 +21,7 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
+from eco_optax.training.models import transformer
 from eco_optax.transforms.master_weights import MasterWeightsState
 from eco_optax.transforms.packed import (
   Context,
@@ -257,12 +258,20 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "radam": optax.scale_by_radam,
   "galore": _galore,  # For weights in float32: ECO's rule refuses it.
   "sgd": lambda b1, **unused: optax.trace(b1),
+  # Of the linear layers inside blocks; embedding, head and norms take Adam's step.
+  "soap": lambda **adam: eco.scale_by_soap(**adam, matrices=transformer.is_block_kernel),
+  # With Adam's size of a step, so that Adam's learning rates serve.
+  "shampoo": lambda **adam: eco.scale_by_shampoo(
+    **adam, matrices=transformer.is_block_kernel, grafting="adam"
+  ),
 }
 _FUSED = ("adamw", "nadamw")  # Optimizers that `eco.adamw` fuses with the rule.
+# Optimizers that multiply matrices, whose sums follow the devices that share one.
+MATRIX_OPTIMIZERS = ("soap", "shampoo")
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Optax's optimizer of the config's name, with decoupled weight decay."""
+  """The optimizer of the config's name, Optax's where it has one, with decoupled weight decay."""
   o = config.optimizer
   return optax.chain(
     OPTIMIZERS[o.name](b1=o.b1, b2=o.b2, eps=o.eps),

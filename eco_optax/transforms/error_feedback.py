@@ -1,7 +1,8 @@
 """error_feedback_to_momentum: ECO, quantized training without master weights.
 
-The rule lives here, once. With J_t = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the element-wise
-derivatives of step t, a unit of momentum left by it moves the weights by
+The rule lives here, once. With J_t = ∂u/∂m, B = ∂m̃/∂m and P = 1 + ∂u/∂θ̂ the derivatives of
+step t, element-wise or J a matrix (`inverse` has J⁻¹), a unit of momentum left by it moves the
+weights by
 
     D = Σ B^{k−1} J_{t+k},  k = 1, 2, …
 
@@ -32,14 +33,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
 from eco_optax.quantized_array import dequantize, is_quantized
+from eco_optax.transforms import inverse
 from eco_optax.transforms import momentum as momentum_lib
-from eco_optax.transforms.momentum import Leaves, Momentum
+from eco_optax.transforms.momentum import Leaves, Momentum, Suits
 from eco_optax.transforms.packed import (
   Context,
   PackedTransformation,
@@ -53,9 +54,6 @@ from eco_optax.transforms.packed import (
   run,
   stored_weight,
 )
-
-# Below this |J| the update does not feel the momentum, so that nothing is worth injecting.
-SMALLEST_DERIVATIVE = np.float32(1e-30)
 
 # Steps ahead for which the schedule is asked.
 HORIZON = 128
@@ -85,6 +83,8 @@ class Observation(NamedTuple):
   momentum: Leaves  # m̃
   injection: Leaves  # what the rule adds to m̃
   stored: Leaves  # m as it is kept, in its own dtype
+  owed: Leaves  # what the injection has to move the weights by in one step
+  unpaid: Leaves  # what conjugate residuals left of it, of the leaves that they solved
 
 
 def dense_shapes(params: Any) -> Any:
@@ -200,27 +200,39 @@ def payback(rates: jax.Array, decay: jax.Array, bias_count: jax.Array | None = N
   return jnp.maximum(paid(rates * corrected), SHORTEST * paid(corrected))
 
 
+def due(error: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What the momentum has to move the weights by in a step like this one: e J / D.
+
+  Args:
+    error: e.
+    steps: D / J.
+
+  Returns:
+    It, and whether D can be trusted.
+  """
+  usable = (steps > 0) & jnp.isfinite(steps)
+  return jnp.where(usable, error / jnp.where(usable, steps, 1), 0), usable
+
+
 def inject(error: jax.Array, j: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What the memory-free rule adds to m̃, e / D, and where it can be trusted; steps is D / J."""
-  usable = (jnp.abs(j) > SMALLEST_DERIVATIVE) & (steps > 0) & jnp.isfinite(steps)
-  added = error / jnp.where(usable, steps, 1) / jnp.where(usable, j, 1)
-  return jnp.where(usable, added, 0), usable
+  """What the memory-free rule adds to m̃, e / D, for an element-wise J, and whether it does."""
+  owed, usable = due(error, steps)
+  added, reached = inverse.divide(owed, j)
+  return added, usable & reached
 
 
-def inject_exactly(
+def due_exactly(
   error: jax.Array,
   old: jax.Array,
-  j: jax.Array,
   b: jax.Array,
   p: jax.Array,
   p_next: jax.Array,
   j_ratio: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """What the exact rule adds to m̃: P' e_{t+1} / J' − B P e_t / J, and where it can be trusted."""
-  usable = (jnp.abs(j) > SMALLEST_DERIVATIVE) & (j_ratio > 0) & jnp.isfinite(j_ratio)
-  safe_j, safe_ratio = jnp.where(usable, j, 1), jnp.where(usable, j_ratio, 1)
-  added = (p_next / safe_ratio * error - b * p * old) / safe_j
-  return jnp.where(usable, added, 0), usable
+  """The same for the exact rule, P' e_{t+1} J / J' − B P e_t."""
+  usable = (j_ratio > 0) & jnp.isfinite(j_ratio)
+  owed = p_next / jnp.where(usable, j_ratio, 1) * error - b * p * old
+  return jnp.where(usable, owed, 0), usable
 
 
 def build(
@@ -253,15 +265,15 @@ def build(
   inner = optax.with_extra_args_support(inner)
   packed_quantizer = is_packed_transformation(quantizer)
   aware = learning_rate is not None
-  probes: dict[Any, tuple[str, ...]] = {}
+  probes: dict[Any, Suits] = {}
 
-  def plan(state: Any, params: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths of the quantized leaves, and of those whose rate precedes the momentum; may raise."""
+  def plan(state: Any, params: Any) -> tuple[tuple[str, ...], Suits]:
+    """Paths of the quantized leaves, and what is to be known of them; may raise."""
     if not packed_quantizer:
       trees.map_with_path(refuse_packed, params, is_leaf=is_quantized)
     paths = moved_paths(quantizer, state, params)
     if is_known:
-      return paths, ()
+      return paths, Suits()
     dense = dense_shapes(params)
     key = (paths, *((path, *spec) for path, spec in momentum_lib.miniature(dense).items()))
     if key not in probes:
@@ -296,7 +308,7 @@ def build(
       )
     updates, context = context.scale(updates)
     updates = float_gradients(updates, params)
-    paths, early = plan(state.quantizer, params)
+    paths, suits = plan(state.quantizer, params)
     dense = dequantize(params)
     weights = momentum_lib.flat(dense)
     where = Momentum({path: leaf.shape for path, leaf in weights.items()}, paths)
@@ -324,13 +336,13 @@ def build(
     count = state.step if count is None else count
     rates = rates_ahead(learning_rate, count)
     bias_counts = where.counts(step.state) if aware else {}
-    injection, stored = {}, {}
+    owed, usable = {}, {}
     for path in paths:
-      j, b = step.by_momentum[path], step.decay[path]
-      is_early = path in early
+      b = step.decay[path]
+      is_early = path in suits.early
       if not keep_error:
         own = jnp.ones_like(rates) if is_early else rates
-        injection[path], _ = inject(error[path], j, payback(own, b, bias_counts.get(path)))
+        owed[path], usable[path] = due(error[path], payback(own, b, bias_counts.get(path)))
       else:
         ratio = rate_ratio(learning_rate, count)
         j_ratio = jnp.ones([], jnp.float32) if is_early else ratio  # J' / J
@@ -340,14 +352,20 @@ def build(
         if step.by_weight is not None:
           p, p_next = decay_ratio(step.by_weight[path], ratio)
         old = last_error[path]
-        injection[path], usable = inject_exactly(error[path], old, j, b, p, p_next, j_ratio)
+        owed[path], usable[path] = due_exactly(error[path], old, b, p, p_next, j_ratio)
+    injection = inverse.invert(step, where.preconditioners(step.state), suits.solved, owed)
+
+    stored = {}
+    for path in paths:
+      if keep_error:
         # Without a step the debt stays.
-        error[path] = jnp.where(usable, error[path], old)
+        is_paid = usable[path] & injection.reached[path]
+        error[path] = jnp.where(is_paid, error[path], last_error[path])
       dtype = where.get(step.state)[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
       bits = rounding_lib.counter_bits(key, weights[path].shape, context.layer)
       stored[path] = rounding_lib.stochastic_cast(
-        step.momentum[path] + injection[path], dtype, bits
+        step.momentum[path] + injection.added[path], dtype, bits
       )
 
     new_state = ErrorFeedbackState(
@@ -358,7 +376,7 @@ def build(
     )
     if observe is None:
       return quantized, new_state
-    seen = Observation(error, step.momentum, injection, stored)
+    seen = Observation(error, step.momentum, injection.added, stored, owed, injection.unpaid)
     return quantized, (new_state, observe(seen))
 
   return PackedTransformation(init, update)
@@ -378,16 +396,24 @@ def error_feedback_to_momentum(
   .. math:: m \leftarrow \tilde m + e / D, \quad D = \sum_{k \ge 1} B^{k-1} J_{t+k}
 
   where J = ∂u/∂m and B = ∂m̃/∂m are found by differentiating the optimizer's own `update`, so that
-  no hyperparameter is told twice. D is what the rest of the run makes of a unit of momentum; at the
+  no hyperparameter is told twice. J is element-wise, as Adam's, or a preconditioner of matrices, as
+  Shampoo's and SOAP's. D is what the rest of the run makes of a unit of momentum; at the
   end of a decay to zero it is three quarters of what it would be at a constant rate.
   Without `learning_rate` J is taken to be constant, D = J / (1 − B): the paper's rule,
   (1/η)(1 − 1/β) e for SGD with momentum. It adds no buffer to the optimizer's.
 
   Args:
-    inner: a transformation whose update depends smoothly and element by element on its momentum:
-      `optax.adamw`, `optax.sgd` with momentum and many more, alone or inside `chain`, `masked`,
-      `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. It sees packed leaves as
-      float32. One that requires extra arguments of your own is not checked at `init`.
+    inner: a transformation whose update is linear in its momentum while its other state stays:
+      `optax.adamw`, `optax.sgd` with momentum, `eco.scale_by_soap` and many more, alone or inside
+      `chain`, `masked`, `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. It
+      sees packed leaves as float32. One that requires extra arguments of your own is not checked at
+      `init`. For an element-wise update J⁻¹ costs one derivative along ones, about a step of
+      `inner`. One that mixes elements is inverted by its state, if that has the methods
+      `precondition(path, momentum)`, which is J but for one factor per matrix, and
+      `unprecondition(path, update)`, its inverse: one derivative, and one call of each. Without
+      them J must be symmetric and definite. The rule then takes 16 conjugate residuals, each one
+      application of J, which leave a share of the error that `diagnostics.watch` measures as
+      `unpaid`; and J is taken to follow the learning rate.
     quantizer: `quantize_params`, or for float parameters any transformation that moves a proposed
       update (a rounding of your own, added noise). The error is the difference that it made.
     learning_rate: the schedule of `inner`. It makes the rule schedule-aware: J follows the rates of
@@ -406,7 +432,7 @@ def error_feedback_to_momentum(
   Raises:
     ValueError: at `init`, naming the leaf, if a quantized leaf has no momentum, or one that cannot
       carry an error back: Lion (the sign has no derivative), Muon, LAMB and norms clipped after the
-      momentum (not element-wise), b1 = 0.
+      momentum (not linear), b1 = 0.
 
   Example:
     >>> import jax.numpy as jnp, optax, eco_optax as eco

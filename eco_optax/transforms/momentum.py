@@ -13,8 +13,9 @@ import optax
 
 from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
-from eco_optax.transforms import eager
+from eco_optax.transforms import eager, linearity
 from eco_optax.transforms.factored import is_array
+from eco_optax.transforms.linearity import Leaves, Preconditioner
 from eco_optax.transforms.packed import update_stock
 from eco_optax.transforms.stored_moments import Kind
 
@@ -34,6 +35,8 @@ _BIAS_CORRECTED = (
   "ScaleByAdamState",
   "ScaleByAmsgradState",
   "ScaleByAdemamixState",
+  "ScaleBySoapState",
+  "ScaleByShampooState",
 )
 
 # Fields that hold a mean or a sum of squares, or what else is not negative.
@@ -41,8 +44,6 @@ _SECOND_FIELDS = ("nu", "nu_max", "v", "exp_avg_sq", "sum_of_squares")
 
 # Slower momenta, of an update with more than one.
 _SLOW_FIELDS = ("m2",)
-
-Leaves = dict[str, jax.Array]  # Arrays by the `/`-joined path of their parameter.
 
 
 def flat(tree: Any) -> Leaves:
@@ -174,9 +175,16 @@ class Momentum:
     """By path, the step count that the momentum's bias correction uses, where there is one."""
     nodes, _, owners = self._owners(state)
     return {
-      path: nodes[i].count
+      path: getattr(nodes[i], "averaged", nodes[i].count)  # SOAP's leaves the first gradient out.
       for path, (i, _) in owners.items()
       if type(nodes[i]).__name__ in _BIAS_CORRECTED
+    }
+
+  def preconditioners(self, state: Any) -> dict[str, Preconditioner]:
+    """By path, the states that know the inverse of their preconditioner."""
+    nodes, _, owners = self._owners(state)
+    return {
+      path: nodes[i] for path, (i, _) in owners.items() if isinstance(nodes[i], Preconditioner)
     }
 
 
@@ -204,14 +212,16 @@ def inner_count(state: Any) -> jax.Array | None:
 
 @dataclasses.dataclass(frozen=True)
 class Derivatives:
-  """What one step does, and its element-wise derivatives; all but the states by parameter path."""
+  """What one step does, and its derivatives along ones; all but the states by parameter path."""
 
   updates: Any
   state: Any
   momentum: Leaves  # m̃
-  by_momentum: Leaves  # J = ∂u/∂m
+  by_momentum: Leaves  # J 1, of J = ∂u/∂m; its diagonal, where J is element-wise.
   decay: Leaves  # B = ∂m̃/∂m
   by_weight: Leaves | None  # ∂u/∂θ̂ = P − 1
+  # Paths → a function of directions of these leaves' momenta: J along them.
+  linearized: Callable[[tuple[str, ...]], Callable[[Leaves], Leaves]]
 
 
 def differentiate(
@@ -226,6 +236,7 @@ def differentiate(
   """Runs one step of a stock optimizer and its derivatives along ones.
 
   For an element-wise update the derivative along a vector of ones is the diagonal of the Jacobian.
+  For one that is linear in another way it is a sample of it.
 
   Args:
     inner: the optimizer.
@@ -254,6 +265,14 @@ def differentiate(
   (_, new_momentum), (by_momentum, decay), (updates, new_state) = jax.jvp(
     lambda m: step(m, weights), (momentum,), (ones,), has_aux=True
   )
+
+  def linearized(paths: tuple[str, ...]) -> Callable[[Leaves], Leaves]:
+    own = {path: momentum[path] for path in paths}
+    update = lambda m: {path: step(momentum | m, weights)[0][0][path] for path in paths}
+    _, push = jax.linearize(update, own)
+    cast = lambda direction: {path: direction[path].astype(m.dtype) for path, m in own.items()}
+    return lambda direction: to_float32(push(cast(direction)))
+
   weight_tangents = None
   if by_weight:
     _, (weight_tangents, _), _ = jax.jvp(
@@ -267,6 +286,7 @@ def differentiate(
     to_float32(by_momentum),
     to_float32(decay),
     None if weight_tangents is None else to_float32(weight_tangents),
+    linearized,
   )
 
 
@@ -296,9 +316,16 @@ def miniature(params: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
   }
 
 
+class Suits(NamedTuple):
+  """What `probe` found out about leaves, by their paths."""
+
+  early: tuple[str, ...] = ()  # The learning rate is applied before the momentum, as in rmsprop.
+  solved: tuple[str, ...] = ()  # Linear, not element-wise, and with no inverse in the state.
+
+
 def probe(
   inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...]
-) -> tuple[str, ...]:
+) -> Suits:
   """Checks on a miniature of the parameters that momentum can carry an error back.
 
   Args:
@@ -307,15 +334,15 @@ def probe(
     paths: of the leaves that are quantized.
 
   Returns:
-    The paths whose learning rate is applied before the momentum, as in `optax.rmsprop`.
+    What the rule has to know of them.
 
   Raises:
     ValueError: naming the first leaf that has no momentum, or one on which the update does not
-      depend smoothly and element by element.
+      depend smoothly, and element by element or linearly.
   """
   shapes = miniature(params)
   treedef = jax.tree.structure(params)
-  return eager.now(lambda: _probe(inner, treedef, shapes, paths)) if paths else ()
+  return eager.now(lambda: _probe(inner, treedef, shapes, paths)) if paths else Suits()
 
 
 def _probe(
@@ -323,7 +350,7 @@ def _probe(
   treedef: Any,
   shapes: dict[str, tuple[tuple[int, ...], Any]],
   paths: tuple[str, ...],
-) -> tuple[str, ...]:
+) -> Suits:
   """`probe` on arrays of the given shapes and dtypes."""
   where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
   generator = np.random.default_rng(0)
@@ -361,41 +388,42 @@ def _probe(
     ) from failure
   # An argument of the user's own cannot be made up: then the rule is taken on trust.
   if eager.is_missing_argument(failure):
-    return ()
+    return Suits()
   if reports is None:
     raise ValueError(
       f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
       f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
     ) from failure
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
-  for path, (usual, at_ten, at_large) in reports.items():
-    message = _refusal(path, usual) or _refusal(path, at_large)
-    j, j_at_ten, j_at_large = (
-      np.asarray(report.by_momentum[path]) for report in (usual, at_ten, at_large)
-    )
-    # The derivative of a clip is 0 or what it is without.
-    if not message and np.any((j_at_ten != 0) & ~np.isclose(j, j_at_ten, rtol=0.05, atol=0)):
-      message = (
-        "the update is not linear in its momentum (its derivative changes with it), so a"
-        " quantization error put in it would not come back in full"
-      )
-    if not message and np.any((j != 0) & ((j_at_ten == 0) | (j_at_large == 0))):
-      message = (
-        "the update is clipped behind the momentum, and where it is clipped a quantization error"
-        " in the momentum is lost. Clip gradients instead, before the optimizer, as in"
-        " optax.chain(optax.clip(1.0), optax.adamw(schedule)), or leave the clip out"
-      )
+  for path, leaf in reports.items():
+    message = leaf.fault or _refusal(path, leaf.usual) or _refusal(path, leaf.at_large)
+    if not message and not leaf.mixes:
+      message = _nonlinearity(*(np.asarray(report.by_momentum[path]) for report in leaf.reports))
     if message:
       raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
-  # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
-  return tuple(
-    path
-    for path, (usual, _, _) in reports.items()
-    if any(
-      np.allclose(np.abs(usual.by_momentum[path]), np.abs(usual.decay[path]) ** k, rtol=1e-5)
-      for k in (1, 2)
-    )
+  # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate. Of
+  # an update that mixes elements it is taken to do so.
+  return Suits(
+    early=tuple(path for path, leaf in reports.items() if not leaf.mixes and leaf.is_early(path)),
+    solved=tuple(path for path, leaf in reports.items() if leaf.mixes and not leaf.knows),
   )
+
+
+def _nonlinearity(j: np.ndarray, j_at_ten: np.ndarray, j_at_large: np.ndarray) -> str | None:
+  """Why an element-wise update is not linear, from its J at usual, tenfold and huge momenta."""
+  # The derivative of a clip is 0 or what it is without.
+  if np.any((j_at_ten != 0) & ~np.isclose(j, j_at_ten, rtol=0.05, atol=0)):
+    return (
+      "the update is not linear in its momentum (its derivative changes with it), so a"
+      " quantization error put in it would not come back in full"
+    )
+  if np.any((j != 0) & ((j_at_ten == 0) | (j_at_large == 0))):
+    return (
+      "the update is clipped behind the momentum, and where it is clipped a quantization error"
+      " in the momentum is lost. Clip gradients instead, before the optimizer, as in"
+      " optax.chain(optax.clip(1.0), optax.adamw(schedule)), or leave the clip out"
+    )
+  return None
 
 
 class _Report(NamedTuple):
@@ -407,14 +435,49 @@ class _Report(NamedTuple):
   by_weight: Leaves  # P − 1
   one: Leaves  # A direction with a single nonzero element in each leaf.
   along_one: Leaves  # The derivative of the update in that direction.
+  drawn: Leaves  # A random direction.
+  along_drawn: Leaves  # The derivative in that one.
   spreads: jax.Array  # Whether the direction reaches other state than the momentum.
   is_large: bool = False
+
+  def mixes(self, path: str) -> bool:
+    """Whether an element of the update depends on another of the momentum."""
+    along = np.asarray(self.along_one[path], np.float32)
+    if np.any(along[np.asarray(self.one[path]) == 0] != 0):
+      return True
+    # A flip or a transpose may leave the one element where it is.
+    apart = np.asarray(self.by_momentum[path] * self.drawn[path], np.float32)
+    return not linearity.agree(self.along_drawn[path], apart)
+
+
+class _Found(NamedTuple):
+  """What was found out about a leaf."""
+
+  reports: tuple[_Report, _Report, _Report]  # At usual, tenfold and huge momenta.
+  mixes: bool  # Whether the update is not element-wise.
+  knows: bool  # Whether the state knows the inverse of its preconditioner.
+  fault: (
+    str | None
+  )  # Why an update that is not element-wise is not linear either, or not invertible.
+
+  @property
+  def usual(self) -> _Report:
+    return self.reports[0]
+
+  @property
+  def at_large(self) -> _Report:
+    return self.reports[2]
+
+  def is_early(self, path: str) -> bool:
+    """Whether the update is the momentum itself, or what it keeps of it with Nesterov."""
+    j, b = np.abs(self.usual.by_momentum[path]), np.abs(self.usual.decay[path])
+    return any(np.allclose(j, b**k, rtol=1e-5) for k in (1, 2))
 
 
 def _try_out(
   inner: optax.GradientTransformationExtraArgs, where: Momentum, draw: Any, extra_args: Any
-) -> dict[str, tuple[_Report, _Report, _Report]]:
-  """By path, reports at usual, tenfold and huge momenta; no path that the optimizer never moves."""
+) -> dict[str, _Found]:
+  """What was found out by path; no path that the optimizer never moves."""
   weights = draw(1.0)
   state = inner.init(weights)
   one = {
@@ -422,11 +485,15 @@ def _try_out(
     for path, m in where.get(state).items()
   }
 
+  noise = flat(draw(1.0))
+  drawn = {path: noise[path].astype(m.dtype) for path, m in where.get(state).items()}
+
   @jax.jit
   def step(grads: Any, state: Any) -> tuple[Any, _Report]:
     diagonal = differentiate(inner, where, grads, state, weights, extra_args, by_weight=True)
     run = lambda m: inner.update(grads, where.put(state, m), weights, **extra_args)
     _, (along_one, state_tangent) = jax.jvp(run, (where.get(state),), (one,))
+    along_drawn = diagonal.linearized(tuple(drawn))(drawn)
     pick = lambda tree: {path: leaf for path, leaf in flat(tree).items() if path in where.paths}
     others = where.put(state_tangent, jax.tree.map(jnp.zeros_like, one))
     spreads = [jnp.any(t != 0) for t in jax.tree.leaves(others) if t.dtype != jax.dtypes.float0]
@@ -437,13 +504,31 @@ def _try_out(
       diagonal.by_weight or {},
       one,
       pick(along_one),
+      drawn,
+      along_drawn,
       jnp.any(jnp.asarray(spreads)),
     )
     return diagonal.state, report
 
+  def sampler(grads: Any, state: Any) -> Callable[[Leaves, Leaves], linearity.Sample]:
+    """Steps at one state from any momentum, with the derivative along a direction."""
+
+    @jax.jit
+    def sample(momentum: Leaves, direction: Leaves) -> Any:
+      done = differentiate(inner, where, grads, where.put(state, momentum), weights, extra_args)
+      updates = {path: leaf for path, leaf in flat(done.updates).items() if path in where.paths}
+      along = done.linearized(tuple(momentum))(direction)
+      return updates, along, done.by_momentum, done.decay, done.state
+
+    def read(momentum: Leaves, direction: Leaves) -> linearity.Sample:
+      updates, along, ones, decay, new = jax.device_get(sample(momentum, direction))
+      return linearity.Sample(updates, along, ones, decay, where.preconditioners(new))
+
+    return read
+
   # Some optimizers treat their first step specially: a leaf is judged by its third that moves it.
   moves = dict.fromkeys(where.paths, 0)
-  done: dict[str, tuple[_Report, _Report, _Report]] = {}
+  done: dict[str, _Found] = {}
 
   def judge(before: Any, grads: Any, report: _Report) -> None:
     moved = jax.device_get({path: jnp.any(u != 0) for path, u in report.updates.items()})
@@ -457,8 +542,15 @@ def _try_out(
       large = {path: noise[path].astype(m.dtype) for path, m in momentum.items()}
       _, at_large = step(grads, where.put(before, large))
       reports = jax.device_get((report, at_ten, at_large))
+      reports = tuple(r._replace(is_large=k > 0) for k, r in enumerate(reports))
+      mixed = [path for path in ready if any(r.mixes(path) for r in reports)]
+      known = [path for path in ready if path in where.preconditioners(before)]
+      faults: dict[str, str] = {}
+      if paths := tuple(dict.fromkeys((*mixed, *known))):
+        random = lambda: flat(draw(1.0))
+        faults = linearity.faults(sampler(grads, before), momentum, random, paths)
       for path in ready:
-        done[path] = tuple(r._replace(is_large=k > 0) for k, r in enumerate(reports))  # type: ignore[assignment]
+        done[path] = _Found(reports, path in mixed, path in known, faults.get(path))
 
   counts = [*[0] * _PROBE_STEPS]
   for power in range(7, _LAST_POWER + 1):
@@ -487,12 +579,6 @@ def _at_count(state: Any, count: int) -> Any:
 
 def _refusal(path: str, report: _Report) -> str | None:
   """Why an error cannot be paid back through the momentum of a leaf, if it cannot."""
-  along = np.asarray(report.along_one[path], np.float32)
-  if np.any(along[np.asarray(report.one[path]) == 0] != 0):
-    return (
-      "the update is not element-wise in its momentum (a norm, a trust ratio or a matrix function"
-      " follows it), so a quantization error cannot be paid back through it"
-    )
   if report.is_large:  # Where an update is clipped element by element `probe` says so.
     return None
   if not np.any(report.decay[path]):

@@ -153,6 +153,10 @@ def changed(changes):
     ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
     ({"accumulation": 3}, "accumulation 3 does not divide batch_size 16"),
     ({"reduction_groups": 5}, "reduction_groups 5 does not divide batch_size 16 / accumulation 1"),
+    (
+      {"reduction_groups": 4, "optimizer.name": "soap"},
+      "optimizer.name 'soap' and reduction_groups exclude each other",
+    ),
     ({"model.loss_chunks": 3}, "model.loss_chunks 3 does not divide length 128"),
     ({"model.heads": 5}, "model: width 32 does not make 5 heads"),
     ({"model.remat": "some"}, "model: remat 'some' is none of none, dots, full"),

@@ -112,7 +112,28 @@ def test_one_step_of_each_method(method):
   assert used == pytest.approx((codes + scales, moments, residual))
 
 
-@pytest.mark.parametrize("name", methods.OPTIMIZERS)
+# That Optax does not have.
+OURS = ("soap", "shampoo")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_optimizers_precondition_kernels_alone(name):
+  config = get_config(**{"optimizer.name": name})
+  tx, mesh = loop.prepare(config)
+  state = step_lib.abstract_state(config, tx, mesh)
+  factors, *_ = [
+    node.left
+    for node in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "left"))
+    if hasattr(node, "left")
+  ]
+  found = jax.tree_util.tree_flatten_with_path(factors)[0]
+  assert {path[-1].key for path, _ in found} == {"kernel"}
+  # Layers and experts by themselves, rows with rows.
+  assert len(found) == 7
+  assert all(leaf.shape[0] == 2 and leaf.shape[-1] == leaf.shape[-2] for _, leaf in found)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.OPTIMIZERS if name not in OURS])
 def test_every_optimizer_is_optaxs_own(name):
   """ECO takes it, and float parameters take the steps of Optax's optimizer of the same name."""
   config = get_config(**{"optimizer.name": name, "optimizer.max_norm": 1e9})
