@@ -18,8 +18,8 @@ def leaf_by_leaf(inner: PackedTransformation) -> PackedTransformation:
   """Runs an optimizer on one packed leaf after another, and then on all float leaves.
 
   A matrix function has several float32 arrays of its matrix at once. Left alone, XLA may start on
-  all matrices of a model before it is done with any. Here a leaf's gradient does not exist before
-  the steps of the layer behind it are done, see `order`.
+  all matrices of a model before it is done with any. Here the numbers that a leaf's step begins
+  with, such as the step count, do not exist before the leaf before it is stored; see `order`.
 
   Args:
     inner: an optimizer that treats each leaf by itself.
@@ -36,26 +36,31 @@ def leaf_by_leaf(inner: PackedTransformation) -> PackedTransformation:
     states, treedef = flatten(state)
     optimizer = leafwise.Optimizer(inner, updates, params, state, extra_args)
     owned = optimizer.owned()
-    shared = pick(states, owned[None])  # Step counts.
+    shared = pick(states, owned[None])  # Step counts and coefficients.
+    moments = context.moments
     new_updates: Leaves = {}
     new_states: Leaves = {}
 
-    def step(paths: list[str], after: list[jax.Array]) -> None:
-      own = shared | pick(states, [x for path in paths for x in owned[path]])
-      own_grads = order.after(after, pick(grads, paths))
-      found = optimizer.step(own_grads, pick(weights, paths), own, context)
-      new_updates.update(found[0])
-      new_states.update(found[1])
+    def step(paths: list[str], behind: list[jax.Array]) -> list[jax.Array]:
+      """Takes the step of some leaves behind others; returns what is stored of them."""
+      own, own_context = shared, context
+      if behind:  # These are scalars and small: to wait takes no copy of what is large.
+        own, moments_step = order.after(behind, (shared, moments and moments.step))
+        own_context = context._replace(moments=moments and moments._replace(step=moments_step))
+      own_states = pick(states, [x for path in paths for x in owned[path]])
+      found, new = optimizer.step(
+        pick(grads, paths), pick(weights, paths), own | own_states, own_context
+      )
+      new_updates.update(found)
+      new_states.update(new)
+      stored = [(x.qvalue, x.scale) for x in found.values() if is_quantized(x)]
+      return jax.tree.leaves((stored, pick(new, own_states)))
 
-    ends: list[jax.Array] = []
+    behind: list[jax.Array] = []
     for stack in order.stacks(path for path, leaf in weights.items() if is_quantized(leaf)):
-      behind: list[jax.Array] = []
-      for layer in stack:
-        for path in layer:
-          step([path], behind)
-          behind = [new_updates[path].scale]
-      ends += behind
-    step([path for path, leaf in weights.items() if not is_quantized(leaf)], ends)
+      for path in (path for layer in stack for path in layer):
+        behind = step([path], behind)
+    step([path for path, leaf in weights.items() if not is_quantized(leaf)], behind)
     return (
       jax.tree.unflatten(updates_treedef, [new_updates[path] for path in grads]),
       jax.tree.unflatten(treedef, [new_states[path] for path in states]),

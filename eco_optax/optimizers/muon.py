@@ -63,7 +63,7 @@ def _spread(tree: Any, params: Any, is_leaf: Callable[[Any], bool] | None = None
   """By path of a parameter, the leaf of a tree that the parameters' tree begins with."""
   found: dict[str, Any] = {}
   paths = trees.map_with_path(lambda path, _: path, params)
-  note = lambda leaf, part: [found.__setitem__(path, leaf) for path in jax.tree.leaves(part)]
+  note = lambda leaf, part: found.update(dict.fromkeys(jax.tree.leaves(part), leaf))
   jax.tree.map(note, tree, paths, is_leaf=is_leaf)
   return found
 
