@@ -87,7 +87,7 @@ def defaults() -> config_dict.ConfigDict:
   config.replicated_limit_mib = 64
 
   config.optimizer = {
-    "name": "adamw",  # Or nadamw, amsgrad, ademamix, yogi, radam or sgd; see methods.py.
+    "name": "adamw",  # Or nadamw, amsgrad, ademamix, yogi, radam, sgd or muon; see methods.py.
     "learning_rate": 1e-3,  # The schedule's peak.
     "start_fraction": 0.01,  # Of the peak, where the linear warm-up starts.
     "warmup_fraction": 0.1,  # Of the steps.
@@ -205,7 +205,7 @@ RANGES: dict[str, _Check] = {
   "replicated_limit_mib": _natural,
   **{f"mesh.{axis}": (lambda n: n > 0 or n == -1, "above 0, or -1") for axis in sharding.AXES},
   "stochastic_after": _fraction,
-  "optimizer.name": _one_of(*methods.OPTIMIZERS),
+  "optimizer.name": _one_of(*methods.NAMES),
   "optimizer.learning_rate": _positive,
   "optimizer.start_fraction": _fraction,
   "optimizer.warmup_fraction": _fraction,
@@ -280,6 +280,11 @@ def validate(config: config_dict.ConfigDict) -> None:
       problems.append(
         "moments.nu 'factored' and reduction_groups exclude each other: means over a split axis are"
         " sums in an order that depends on the devices; set one of them"
+      )
+    if config.optimizer.name == methods.MUON and methods.of(config).family == methods.ECO:
+      problems.append(
+        f"method {config.method!r} puts errors in a momentum, and that of optimizer.name 'muon' does"
+        " not carry them back: set method 'mw_rtn' and residual 'int8'"
       )
     problems += _release_problems(config)
     try:

@@ -280,8 +280,8 @@ _ACCUMULATED_STEPS = 1024
 _LARGEST_GROWTH = 1.5
 _LAST_POWER = 24  # Ahead of 2^24 = 16.8 million steps a schedule has begun.
 _REMEDY = (
-  "Use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
-  " momentum), eco_optax.master_weights, which touches no momentum, or leave the leaf float"
+  "Or use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
+  " momentum), or leave the leaf float"
 )
 
 
@@ -297,7 +297,7 @@ def miniature(params: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 
 def probe(
-  inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...]
+  inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...], instead: str
 ) -> tuple[str, ...]:
   """Checks on a miniature of the parameters that momentum can carry an error back.
 
@@ -305,6 +305,7 @@ def probe(
     inner: the optimizer.
     params: dense parameters; only structure, shapes and dtypes are used.
     paths: of the leaves that are quantized.
+    instead: says what serves an optimizer that is refused.
 
   Returns:
     The paths whose learning rate is applied before the momentum, as in `optax.rmsprop`.
@@ -315,7 +316,7 @@ def probe(
   """
   shapes = miniature(params)
   treedef = jax.tree.structure(params)
-  return eager.now(lambda: _probe(inner, treedef, shapes, paths)) if paths else ()
+  return eager.now(lambda: _probe(inner, treedef, shapes, paths, instead)) if paths else ()
 
 
 def _probe(
@@ -323,8 +324,10 @@ def _probe(
   treedef: Any,
   shapes: dict[str, tuple[tuple[int, ...], Any]],
   paths: tuple[str, ...],
+  instead: str,
 ) -> tuple[str, ...]:
   """`probe` on arrays of the given shapes and dtypes."""
+  remedy = f"{instead}. {_REMEDY}"
   where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
   generator = np.random.default_rng(0)
 
@@ -341,7 +344,7 @@ def _probe(
     if path not in found:
       raise ValueError(
         f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
-        f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
+        f" {type(state).__name__} to put the quantization error in. {remedy}"
       )
     if is_quantized(found[path]):
       raise ValueError(
@@ -365,7 +368,7 @@ def _probe(
   if reports is None:
     raise ValueError(
       f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
-      f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
+      f" parameters to see what its update does with momentum ({failure}). {remedy}"
     ) from failure
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
   for path, (usual, at_ten, at_large) in reports.items():
@@ -386,7 +389,7 @@ def _probe(
         " optax.chain(optax.clip(1.0), optax.adamw(schedule)), or leave the clip out"
       )
     if message:
-      raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
+      raise ValueError(f"{trees.leaf_name(path)}: {message}. {remedy}")
   # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate.
   return tuple(
     path
