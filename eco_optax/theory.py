@@ -433,8 +433,10 @@ def polar_derivative(matrix: Any, direction: Any) -> jax.Array:
   p, s, qt, a, left, right = _singular(matrix, direction)
   sums = s[..., :, None] + s[..., None, :]
   inside = p @ ((a - _transposed(a)) / sums) @ qt
-  return inside + (left @ _transposed(qt) / s[..., None, :]) @ qt + p @ (
-    _transposed(p) @ right / s[..., :, None]
+  return (
+    inside
+    + (left @ _transposed(qt) / s[..., None, :]) @ qt
+    + p @ (_transposed(p) @ right / s[..., :, None])
   )
 
 
@@ -464,8 +466,10 @@ def polar_payback(matrix: Any, error: Any) -> jax.Array:
   p, s, qt, a, left, right = _singular(matrix, error)
   sums = s[..., :, None] + s[..., None, :]
   inside = p @ ((a - _transposed(a)) / 4 * sums) @ qt
-  return inside + (left @ _transposed(qt) * s[..., None, :]) @ qt + p @ (
-    _transposed(p) @ right * s[..., :, None]
+  return (
+    inside
+    + (left @ _transposed(qt) * s[..., None, :]) @ qt
+    + p @ (_transposed(p) @ right * s[..., :, None])
   )
 
 

@@ -33,7 +33,7 @@ def main(_: list[str]) -> None:
   for study in _STUDIES if _STUDY.value == "all" else [_STUDY.value]:
     if study == "muon":
       config = runpy.run_path(str(_ROOT / "configs" / "stdlib_1m.py"))["get_config"]()
-      failures += muon.run_study(out, muon.tiny(config), _SMALL.value)
+      failures += muon.run(out, muon.tiny(config), _SMALL.value)
     elif study == "similarity":
       name, steps = ("tiny", 20) if _SMALL.value else ("stdlib_1m", 400)
       config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
