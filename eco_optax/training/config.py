@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import optax.contrib
 from ml_collections import config_dict
 
 import eco_optax as eco
@@ -283,8 +284,12 @@ def validate(config: config_dict.ConfigDict) -> None:
       )
     if config.optimizer.name == methods.MUON and methods.of(config).family == methods.ECO:
       problems.append(
-        f"method {config.method!r} puts errors in a momentum, and that of optimizer.name 'muon' does"
-        " not carry them back: set method 'mw_rtn' and residual 'int8'"
+        f"method {config.method!r} puts errors in a momentum, which that of optimizer.name 'muon'"
+        " does not carry back: set method 'mw_rtn' and residual 'int8'"
+      )
+    if config.optimizer.name == methods.MUON and not hasattr(optax.contrib, "MuonDimensionNumbers"):
+      problems.append(
+        f"optimizer.name 'muon' needs Optax 0.2.6 for stacks of matrices, found {optax.__version__}"
       )
     problems += _release_problems(config)
     try:

@@ -1,4 +1,4 @@
-"""What Muon pays back of an error in its momentum, and which way trains best without master weights.
+"""What Muon pays back of an error in its momentum, and which way to train it loses least.
 
 The polar factor U of a momentum M is not linear in it. To first order a change E of M changes U by
 `theory.polar_derivative`: its antisymmetric part in M's singular bases, and nothing of its
@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
-from eco_optax import theory, trees
+from eco_optax import trees
 from eco_optax.training import methods, report, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline
@@ -44,33 +44,54 @@ from eco_optax.transforms.packed import (
   PackedTransformation,
   add_update,
   float_gradients,
-  run,
   stored_weight,
 )
+from eco_optax.transforms.packed import run as run_transformation
 from experiments import figures
 
 BETA = 0.95
 SHAPES = {"64 × 64": (64, 64), "128 × 64": (128, 64)}
 STEPS = 150
 STEPS_SHOWN = 100
+_ITERATIONS = 40  # From singular values down to 1e-5 of the norm, by 1.5 each.
 _SIZE = 1e-4  # Of what is put in the momentum, relative to it: small, so that derivatives count.
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Of five steps of Newton and Schulz, as Optax has them.
+
+
+def _factors(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """U and H of the polar decomposition M = U H, (n, m) with n ≥ m, by Newton's iteration.
+
+  It takes products alone, which a training step can afford, and has a derivative.
+  """
+  turned = lambda x: jnp.swapaxes(x, -1, -2)
+  size = jnp.linalg.norm(matrix, axis=(-2, -1), keepdims=True)
+  step = lambda _, x: 1.5 * x - 0.5 * x @ (turned(x) @ x)
+  u = jax.lax.fori_loop(0, _ITERATIONS, step, matrix / jnp.maximum(size, 1e-30))
+  h = turned(u) @ matrix
+  return u, (h + turned(h)) / 2
 
 
 # Rules: the change of the momentum M, to first order, for an error E of the weights. Both are n × m
 # with n ≥ m.
 
 
-def published(matrix: Any, error: Any) -> jax.Array:
+def published(matrix: jax.Array, error: jax.Array) -> jax.Array:
   """E (MᵀM)^{1/2}: the derivative of M (MᵀM)^{-1/2} where its square root is taken to stay."""
-  _, s, qt = jnp.linalg.svd(jnp.asarray(matrix), full_matrices=False)
-  return error @ (jnp.swapaxes(qt, -1, -2) * s[..., None, :]) @ qt
+  return error @ _factors(matrix)[1]
 
 
-RULES: dict[str, Callable[[Any, Any], jax.Array]] = {
+def antisymmetric(matrix: jax.Array, error: jax.Array) -> jax.Array:
+  """`theory.polar_payback` without singular values: in U's basis A is UᵀE, and S is H."""
+  u, h = _factors(matrix)
+  inside = jnp.swapaxes(u, -1, -2) @ error
+  turn = (inside - jnp.swapaxes(inside, -1, -2)) / 2
+  return u @ ((turn @ h + h @ turn) / 2) + (error - u @ inside) @ h
+
+
+RULES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "published rule": published,
-  "antisymmetric part alone": theory.polar_payback,
+  "antisymmetric part alone": antisymmetric,
 }
 
 
@@ -100,7 +121,7 @@ DIRECTIONS = {"exact polar factor": _polar, "five Newton-Schulz steps": _newton_
 
 def payback(
   shape: tuple[int, int],
-  rule: Callable[[Any, Any], Any] | None,
+  rule: Callable[[jax.Array, jax.Array], jax.Array] | None,
   direction: Callable[[np.ndarray], np.ndarray],
   draws: int = 4,
   steps: int = STEPS,
@@ -131,7 +152,7 @@ def payback(
       momentum = BETA * momentum + (1 - BETA) * draw()
     error = generator.standard_normal(shape)
     # η = 1; a step moves by −U(m̃), to which the momentum left behind has come down by β.
-    wanted = error if rule is None else np.asarray(rule(momentum, error), np.float64)
+    wanted = error if rule is None else np.asarray(rule(jnp.asarray(momentum), jnp.asarray(error)))
     added = -(1 - BETA) / BETA * wanted
     small = _SIZE * np.linalg.norm(momentum) / np.linalg.norm(added)
     error, other = error * small, momentum + added * small
@@ -151,18 +172,12 @@ def shares_by_ratio(count: int = 9) -> list[dict[str, float]]:
   """What comes back of a single element of A = PᵀEQ, at both places, by σⱼ / σᵢ; by `jax.jvp`."""
   rows = []
 
-  def polar(m: jax.Array) -> jax.Array:
-    x = m / jnp.linalg.norm(m)
-    for _ in range(100):  # Newton's iteration for the polar factor, which has a derivative.
-      x = 1.5 * x - 0.5 * x @ (x.T @ x)
-    return x
-
   for ratio in np.geomspace(0.05, 20, count):
     matrix = jnp.diag(jnp.asarray([1.0, ratio]))
     error = jnp.zeros((2, 2)).at[0, 1].set(1.0)
     row = {"ratio": float(ratio)}
     for name, rule in RULES.items():
-      _, back = jax.jvp(polar, (matrix,), (rule(matrix, error),))
+      _, back = jax.jvp(lambda m: _factors(m)[0], (matrix,), (rule(matrix, error),))
       row[name] = round(float(back[0, 1]), 6)
       row[f"{name}, other"] = round(float(back[1, 0]), 6)
     rows.append(row)
@@ -184,7 +199,7 @@ def simulate(draws: int = 4, steps: int = STEPS) -> dict[str, Any]:
 
 
 def with_rule(
-  config: ml_collections.ConfigDict, rule: Callable[[Any, Any], jax.Array]
+  config: ml_collections.ConfigDict, rule: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
   """Muon whose momentum is given the errors of stochastic rounding, as a rule says."""
   inner = optax.with_extra_args_support(methods.stock_optimizer(config))
@@ -200,7 +215,7 @@ def with_rule(
     updates, context = context.scale(updates)
     updates, dense = float_gradients(updates, params), eco.dequantize(params)
     updates, inner_state = inner.update(updates, inner_state, dense)
-    quantized, quantizer_state = run(
+    quantized, quantizer_state = run_transformation(
       quantizer, updates, quantizer_state, params, context, extra_args
     )
     weights = momentum_lib.flat(dense)
@@ -231,7 +246,7 @@ def with_rule(
 # Ways to train with Muon: what a config changes, and a rule where errors go into the momentum.
 _RESIDUAL = {"method": "mw_rtn", "residual": "int8"}
 _NAIVE = {"method": "naive_sr"}
-WAYS: dict[str, tuple[dict[str, Any], Callable[[Any, Any], jax.Array] | None]] = {
+WAYS: dict[str, tuple[dict[str, Any], Callable[[jax.Array, jax.Array], jax.Array] | None]] = {
   "master weights": ({"method": "mw_rtn"}, None),
   "int8 residual": (_RESIDUAL, None),
   "int8 residual, FP8 momentum": (
@@ -250,7 +265,7 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[Any, Any], jax.Array] | None]] =
 
 
 def train(
-  config: ml_collections.ConfigDict, rule: Callable[[Any, Any], jax.Array] | None
+  config: ml_collections.ConfigDict, rule: Callable[[jax.Array, jax.Array], jax.Array] | None
 ) -> dict[str, float]:
   """The validation loss of a run on the standard library, and its bytes per packed weight."""
   mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -286,21 +301,26 @@ def study(
   config: ml_collections.ConfigDict,
   formats: tuple[str, ...] = ("FP8", "INT4"),
   seeds: tuple[int, ...] = (0, 1),
+  done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[list[dict[str, Any]]]:
-  """Trains in every way, format and seed; yields all rows that there are after each."""
-  rows = []
+  """Trains in every way, format and seed; yields all rows that there are, after each new one."""
+  rows = list(done)
+  yield rows
   for seed in seeds:
     for format in formats:
       for name, (changes, rule) in WAYS.items():
+        setting = {"way": name, "format": format, "seed": seed}
+        if any(setting.items() <= row.items() for row in rows):
+          continue
         own = config.copy_and_resolve_references()
         own.update({"seed": seed, "format": format})
         own.optimizer.name = methods.MUON
         own.update_from_flattened_dict(changes)
-        rows.append({"way": name, "format": format, "seed": seed} | train(own, rule))
+        rows.append(setting | train(own, rule))
         yield rows
 
 
-def table(rows: list[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Losses of all ways in Markdown; differences to master weights are paired by seed."""
   formats = list(dict.fromkeys(row["format"] for row in rows))
   head = [f"{format}: bytes | {format}: loss" for format in formats]
@@ -319,10 +339,10 @@ def table(rows: list[Mapping[str, Any]]) -> str:
       if not values:
         cells += ["–", "–"]
         continue
-      error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
       sign = "" if way == "master weights" else "+"
-      cells += [f"{next(iter(own.values()))['bytes']:.2f}"]
-      cells += [f"{np.mean(values):{sign}.4f} ± {error:.4f}"]
+      cells += [f"{next(iter(own.values()))['bytes']:.2f}", f"{np.mean(values):{sign}.4f}"]
+      if len(values) > 1:
+        cells[-1] += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}"
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
@@ -364,12 +384,12 @@ def plot(found: Mapping[str, Any], out: pathlib.Path) -> None:
   left.set(xlabel="steps after the error", ylabel="% of the error that came back", ylim=(0, 108))
   left.legend(frameon=False, fontsize=8, loc="lower right")
   ratios = [row["ratio"] for row in found["by_ratio"]]
-  line = np.geomspace(ratios[0], ratios[-1], 100)
+  between = np.geomspace(ratios[0], ratios[-1], 100)
   for rule, color in colors.items():
     of = lambda key: [row[key] for row in found["by_ratio"]]
-    theory_of = line / (1 + line) if rule == "published rule" else np.full_like(line, 0.5)
-    right.plot(line, 100 * theory_of, color=color, lw=1)
-    right.plot(line, -100 * theory_of, color=color, lw=1, ls=":")
+    theory_of = between / (1 + between) if rule == "published rule" else np.full_like(between, 0.5)
+    right.plot(between, 100 * theory_of, color=color, lw=1)
+    right.plot(between, -100 * theory_of, color=color, lw=1, ls=":")
     right.plot(ratios, np.multiply(100, of(rule)), "o", color=color, mfc="none")
     right.plot(ratios, np.multiply(100, of(f"{rule}, other")), "x", color=color)
   right.plot([], [], "ko", mfc="none", label="at (i, j), where the error is")
@@ -409,7 +429,7 @@ def failures(found: Mapping[str, Any]) -> list[str]:
 
 
 def run(out: pathlib.Path, config: ml_collections.ConfigDict, small: bool = False) -> list[str]:
-  """Runs the simulation and the training runs, and writes what they found.
+  """Runs the simulation and the training runs that are not in `out` yet, and writes all.
 
   Args:
     out: the folder to write to: muon.json, muon.md and muon.png of the simulation, muon_runs.json
@@ -429,7 +449,10 @@ def run(out: pathlib.Path, config: ml_collections.ConfigDict, small: bool = Fals
   plot(found, out / "muon.png")
   if small:
     config.steps = 20
-  for rows in study(config, ("FP8",), (0,)) if small else study(config):
+  runs = out / "muon_runs.json"
+  before = json.loads(runs.read_text()) if runs.exists() else {}
+  done = before["rows"] if before.get("steps") == config.steps else []
+  for rows in study(config, ("FP8",), (0,), done) if small else study(config, done=done):
     write("muon_runs.json", machine | {"steps": config.steps, "rows": rows})
     (out / "muon_runs.md").write_text(table(rows))
   return failures(found)

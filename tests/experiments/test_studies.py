@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from eco_optax import diagnostics
+from eco_optax import diagnostics, theory
 from eco_optax.training import methods
 from experiments import results
 from experiments.studies import bounds, grid, muon, similarity, stationary
@@ -61,6 +61,13 @@ def test_muon_pays_back_a_part_where_sgd_pays_all():
       name: muon.payback((12, 12), rule, muon.DIRECTIONS["exact polar factor"], 2, 100)
       for name, rule in muon.RULES.items()
     }
+    draw = np.random.default_rng(0)
+    matrix, error = (jnp.asarray(draw.standard_normal((9, 6))) for _ in range(2))
+    wanted = theory.polar_payback(matrix, error)
+    np.testing.assert_allclose(muon.antisymmetric(matrix, error), wanted, atol=1e-8)
+    _, s, qt = np.linalg.svd(matrix, full_matrices=False)
+    wanted = np.asarray(error) @ (qt.T * s) @ qt
+    np.testing.assert_allclose(muon.published(matrix, error), wanted, atol=1e-8)
   # 1 − β^k after k steps.
   np.testing.assert_allclose(sgd.share, 1 - muon.BETA ** np.arange(1, 101), atol=1e-5)
   assert sgd.distance[-1] < 0.01
