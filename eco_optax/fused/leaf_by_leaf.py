@@ -19,7 +19,8 @@ def leaf_by_leaf(inner: PackedTransformation) -> PackedTransformation:
 
   A matrix function has several float32 arrays of its matrix at once. Left alone, XLA may start on
   all matrices of a model before it is done with any. Here the numbers that a leaf's step begins
-  with, such as the step count, do not exist before the leaf before it is stored; see `order`.
+  with, such as the step count, do not exist before the leaf before it is stored; see `order`. XLA's
+  CPU compiler does not keep to such orders.
 
   Args:
     inner: an optimizer that treats each leaf by itself.

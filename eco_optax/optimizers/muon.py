@@ -161,7 +161,8 @@ def muon(
   .. math:: \tilde θ = \hat θ + r + u, \quad \hat θ' = q(\tilde θ), \quad r' = \tilde θ - \hat θ'
 
   The step of a leaf reads its codes, residual and momentum, and writes them, before that of the
-  next begins: there is never more than one matrix in float32. With FP8 codes, an int8 residual and
+  next begins, and a stack is stepped matrix by matrix: GPUs and TPUs hold the float32 arrays of one
+  matrix at a time, CPUs those of one layer of each stack. With FP8 codes, an int8 residual and
   `eco.low_bit_moments` around it, training takes 3.06 bytes per parameter.
 
   Args:
