@@ -16,6 +16,7 @@ from eco_optax.formats import NVFP4 as NVFP4
 from eco_optax.formats import Format as Format
 from eco_optax.matmul import matmul as matmul
 from eco_optax.optimizers.adamw import adamw as adamw
+from eco_optax.optimizers.muon import muon as muon
 from eco_optax.optimizers.sgd import sgd as sgd
 from eco_optax.optimizers.shampoo import scale_by_shampoo as scale_by_shampoo
 from eco_optax.optimizers.shampoo import shampoo as shampoo

@@ -1,4 +1,4 @@
-"""SGD with momentum under quantization: closed forms, bounds and a simulator.
+"""SGD with momentum under quantization, in closed forms, bounds and a simulator; Muon's derivative.
 
 Momentum is in the paper's form, m̃ = β m + (1 − β) g and u = −η m̃, see `sgdm`, or u = −η K m̃ with a
 preconditioner K that stays, see `preconditioned_sgdm`. The simulator runs
@@ -521,3 +521,88 @@ def simulate_stationary(
   means = np.asarray(group_means, np.float64)[burn_in:].mean(axis=0)
   error = means.std(ddof=1) / math.sqrt(_GROUPS)
   return Estimate(float(means.mean()), float(error), burn_in, steps)
+
+
+def polar_derivative(matrix: Any, direction: Any) -> jax.Array:
+  r"""The derivative of the polar factor, which is what Muon makes of its momentum.
+
+  For M = P S Qᵀ the polar factor is U = P Qᵀ = M (MᵀM)^{-1/2}. A change E, seen in the singular
+  bases as A = Pᵀ E Q, changes it by
+
+  .. math::
+    dU = P \left[ \frac{A - A^\top}{\sigma_i + \sigma_j} \right] Q^\top
+      + (1 - P P^\top) E Q S^{-1} Q^\top + P S^{-1} P^\top E (1 - Q Q^\top)
+
+  The symmetric part of A is invisible: no change of the momentum along it, however large, moves a
+  weight. It is one of n (n + 1) / 2 directions of the n × m there are. The last two terms are zero
+  for square matrices.
+
+  Args:
+    matrix: (n, m) floats of full rank; leading axes are batches.
+    direction: E, of the same shape.
+
+  Returns:
+    dU, of the same shape, in the matrix's dtype.
+
+  Example:
+    >>> import numpy as np
+    >>> bool(np.all(polar_derivative(np.diag([2.0, 1.0]), np.diag([5.0, 7.0])) == 0))
+    True
+
+  References:
+    Kenney and Laub, `Polar decomposition and matrix sign function condition estimates
+    <https://doi.org/10.1137/0912027>`_, 1991.
+  """
+  p, s, qt, a, left, right = _singular(matrix, direction)
+  sums = s[..., :, None] + s[..., None, :]
+  inside = p @ ((a - _transposed(a)) / sums) @ qt
+  return (
+    inside
+    + (left @ _transposed(qt) / s[..., None, :]) @ qt
+    + p @ (_transposed(p) @ right / s[..., :, None])
+  )
+
+
+def polar_payback(matrix: Any, error: Any) -> jax.Array:
+  r"""The change of a matrix for which its polar factor changes by as much of an error as it can.
+
+  It is the pseudo-inverse of `polar_derivative`, which gives the error's antisymmetric part back,
+  in the singular bases, and what lies outside the range. The symmetric part is lost.
+
+  .. math::
+    X = P \left[ (\sigma_i + \sigma_j) \frac{A - A^\top}{4} \right] Q^\top
+      + (1 - P P^\top) E Q S Q^\top + P S P^\top E (1 - Q Q^\top)
+
+  Args:
+    matrix: (n, m) floats of full rank; leading axes are batches.
+    error: of the same shape.
+
+  Returns:
+    X, of the same shape, in the matrix's dtype.
+
+  Example:
+    >>> import numpy as np
+    >>> matrix, turn = np.diag([2.0, 1.0]), np.array([[0.0, 1.0], [-1.0, 0.0]])
+    >>> bool(np.allclose(polar_derivative(matrix, polar_payback(matrix, turn)), turn, atol=1e-6))
+    True
+  """
+  p, s, qt, a, left, right = _singular(matrix, error)
+  sums = s[..., :, None] + s[..., None, :]
+  inside = p @ ((a - _transposed(a)) / 4 * sums) @ qt
+  return (
+    inside
+    + (left @ _transposed(qt) * s[..., None, :]) @ qt
+    + p @ (_transposed(p) @ right * s[..., :, None])
+  )
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+  return jnp.swapaxes(x, -1, -2)
+
+
+def _singular(matrix: Any, other: Any) -> tuple[jax.Array, ...]:
+  """P, S and Qᵀ of a matrix; Pᵀ E Q of another, and its parts outside the range of P and of Q."""
+  matrix, other = jnp.asarray(matrix), jnp.asarray(other)
+  p, s, qt = jnp.linalg.svd(matrix, full_matrices=False)
+  a = _transposed(p) @ other @ _transposed(qt)
+  return p, s, qt, a, other - p @ (_transposed(p) @ other), other - other @ _transposed(qt) @ qt

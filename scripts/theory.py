@@ -9,16 +9,16 @@ from absl import flags
 from eco_optax.training import jobs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # experiments/ is not installed.
-from experiments.studies import bounds, grid, similarity, stationary
+from experiments.studies import bounds, grid, muon, similarity, stationary
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_STUDIES = ("stationary", "grid", "bounds", "similarity")
+_STUDIES = ("stationary", "grid", "bounds", "similarity", "muon")
 _STUDY = flags.DEFINE_enum(
   "study",
   "all",
   ["all", *_STUDIES],
-  "Closed forms under white noise, what a grid makes of them, bounds on a network, or similarity of"
-  " errors in training.",
+  "Closed forms under white noise, what a grid makes of them, bounds on a network, similarity of"
+  " errors in training, or what Muon pays back.",
 )
 _SMALL = flags.DEFINE_bool("small", False, "Fewer points, chains and steps: under a minute.")
 _RESULTS = jobs.define_path(
@@ -31,7 +31,10 @@ def main(_: list[str]) -> None:
   out, failures = pathlib.Path(_RESULTS.value), []
   out.mkdir(parents=True, exist_ok=True)
   for study in _STUDIES if _STUDY.value == "all" else [_STUDY.value]:
-    if study == "similarity":
+    if study == "muon":
+      config = runpy.run_path(str(_ROOT / "configs" / "stdlib_1m.py"))["get_config"]()
+      failures += muon.run(out, muon.tiny(config), _SMALL.value)
+    elif study == "similarity":
       name, steps = ("tiny", 20) if _SMALL.value else ("stdlib_1m", 400)
       config = runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]()
       config.steps = steps

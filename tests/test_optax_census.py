@@ -66,6 +66,7 @@ PARAMS, GRADS = eco.quantize(START, eco.FP8), jax.tree.map(jnp.sin, START)
 LABELS = {"k": "packed", "e": "packed", "b": "float"}
 OURS = {
   "eco.adamw": lambda: eco.adamw(1e-2),
+  "eco.muon": lambda: eco.low_bit_moments(eco.muon(1e-2, max_norm=1.0)),
   "rule": lambda: eco.error_feedback_to_momentum(optax.nadam(1e-2), eco.quantize_params()),
   "master weights": lambda: eco.master_weights(optax.lion(1e-2), eco.quantize_params()),
   "low_bit_moments": lambda: eco.low_bit_moments(eco.adamw(1e-2)),

@@ -369,6 +369,74 @@ def test_others_that_cannot_be_paid_back_raise(name):
   expect_error(RAISES_ALONE[name](), "momentum")
 
 
+def refused(make, params):
+  """The message of what is refused at `init`, and the line of code in it."""
+  with pytest.raises(ValueError, match="Keep the errors beside the weights") as error:
+    make().init(params)
+  message = str(error.value)
+  return message, message[message.index("tx = ") : message.index(" trains with this very optim")]
+
+
+@pytest.mark.parametrize("storage", ["packed", "emulated"])
+@pytest.mark.parametrize("name", [*RAISES, *RAISES_ALONE])
+def test_the_line_in_the_message_trains_with_that_optimizer(name, storage):
+  """It is run as it stands, and ends where the optimizer takes float32 weights."""
+  if name in NEWER and not (hasattr(optax, name) or hasattr(contrib, name)):
+    pytest.skip(f"this Optax has no {name}")
+  if storage == "emulated" and name not in ("muon", "lion", "lamb", "clipped adam"):
+    pytest.skip("the same line for all")
+  inner = RAISES[name][0](**RAISES[name][1]) if name in RAISES else RAISES_ALONE[name]()
+  weights, grads = problem()
+  packed = eco.quantize(weights, FORMAT)
+  params, quantizer = packed, QUANTIZER
+  if storage == "emulated":
+    params, quantizer = eco.dequantize(packed), EMULATOR
+  _, line = refused(lambda: eco.error_feedback_to_momentum(inner, quantizer), params)
+  assert ('"int8"' in line) == (storage == "packed")
+  names = {"eco_optax": eco, "optax": optax, "inner": inner, "quantizer": quantizer}
+  exec(line, names)
+  tx = names["tx"]
+  if name in ("polyak_sgd", "momo", "momo_adam"):  # They ask for the loss.
+    inner, tx = (
+      optax.GradientTransformation(
+        x.init, lambda g, s, p, x=x: x.update(g, s, p, value=jnp.ones([]))
+      )
+      for x in (inner, tx)
+    )
+  wanted = train(inner, eco.dequantize(packed), grads)
+  result = train(tx, params, grads)
+  # Their steps are as long as weights and gradients have changed so far, which a rounding of the
+  # first changes by as much: no two runs stay together.
+  if name in ("lbfgs", "dog"):
+    assert np.all(np.isfinite(eco.dequantize(result)["block"]["kernel"]))
+    return
+  # Half a step, and what 100 roundings of a residual add.
+  assert distance(result, wanted) < 0.9
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda schedule: eco.adamw(schedule, b1=0.0, max_norm=1.0, rounding="nearest", seed=3),
+    lambda schedule: eco.adamw(RATE, b1=0.0, weight_decay=0.0, nesterov=True),
+    lambda schedule: eco.sgd(schedule, momentum=0.0),
+  ],
+)
+def test_the_line_of_an_alias_spells_out_its_arguments(make):
+  """A schedule is called as the argument is; numbers are written out."""
+  schedule = optax.linear_schedule(RATE, 0.0, 100)
+  packed = eco.quantize(problem()[0], FORMAT)
+  _, line = refused(lambda: make(schedule), packed)
+  names = {"eco_optax": eco, "optax": optax, "learning_rate": schedule}
+  exec(line, names)
+  found = train(names["tx"], packed, problem()[1])
+  assert distance(found, eco.dequantize(packed)) > 1
+  if "adamw" in line:
+    assert "b1=0.0" in line
+    assert ("seed=3" in line) == ("optax.clip_by_global_norm(max_norm=1.0)" in line)
+    assert ("learning_rate=0.001" in line) == ("nesterov=True" in line)
+
+
 def after_momentum(fn):
   return optax.chain(
     optax.trace(0.9), optax.stateless(lambda u, _: jax.tree.map(fn, u)), optax.scale(-RATE)

@@ -115,7 +115,7 @@ def _merged(tree: Any, done: dict[str, Any]) -> Any:
   return trees.map_with_path(lambda path, leaf: done.get(path, leaf), tree, is_leaf=is_leaf)
 
 
-def _factor(updates: Any, scale: Any, max_norm: Any) -> jax.Array:
+def gradient_factor(updates: Any, scale: Any, max_norm: Any) -> jax.Array:
   """The gradients' factor: their scale times the clip factor, if a global norm is clipped."""
   scale = jnp.ones([], jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
   if max_norm is None:
@@ -171,7 +171,7 @@ def fuse(
   ) -> tuple[Any, ErrorFeedbackState]:
     require_params(params)
     require_state(state, ErrorFeedbackState, "this optimizer")
-    factor = _factor(float_gradients(updates, params), context.gradient_scale, max_norm)
+    factor = gradient_factor(float_gradients(updates, params), context.gradient_scale, max_norm)
     count, node = momentum_lib.inner_count(state.inner), optimizer.find(state.inner)
     weights, gradients = _flat_leaves(params), momentum_lib.flat(updates)
     moments, decays = optimizer.moments(state.inner), _decays(decay, mask, updates)

@@ -164,14 +164,17 @@ def adamw(
     learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root, weight_decay=weight_decay,
     max_norm=max_norm,
   )  # fmt: skip
-  optimizer = optax.adamw(
-    learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
-  )
+  arguments = {
+    "learning_rate": learning_rate, "b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root,
+    "mu_dtype": mu_dtype, "weight_decay": weight_decay, "mask": mask, "nesterov": nesterov,
+  }  # fmt: skip
+  optimizer = optax.adamw(**arguments)
   closed = None
   if not callable(weight_decay):
     closed = _closed_form(learning_rate, b1, b2, eps, eps_root, nesterov)
   return build.without_master_weights(
-    optimizer, closed, learning_rate, max_norm, keep_error, momentum=b1,
+    optimizer, closed, learning_rate, max_norm, keep_error,
+    spelling=build.spelled("optax.adamw", optax.adamw, **arguments), momentum=b1,
     format=format, where=where, rounding=rounding, seed=seed, fused=fused, decay=weight_decay,
     mask=mask,
   )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +56,21 @@ def injection_per_error(
   return error_feedback.inject(jnp.ones([], jnp.float32), j, steps)
 
 
+def spelled(name: str, fn: Callable[..., Any], **arguments: Any) -> str:
+  """A call as a line of code, with the arguments that are not the defaults of `fn`.
+
+  A number is written out, anything else, as a schedule, by the name of its argument.
+  """
+  defaults = inspect.signature(fn).parameters
+  is_plain = lambda x: x is None or type(x) in (bool, int, float, str)
+  given = [
+    f"{key}={value!r}" if is_plain(value) else f"{key}={key}"
+    for key, value in arguments.items()
+    if not (is_plain(value) and value == defaults[key].default)
+  ]
+  return f"{name}({', '.join(given)})"
+
+
 def _decays(momentum: Any) -> bool:
   """Whether a decay rate is a number above 0 and below 1."""
   return isinstance(momentum, (float, np.floating)) and bool(0 < momentum < 1)
@@ -66,6 +83,7 @@ def without_master_weights(
   max_norm: float | None,
   keep_error: bool,
   *,
+  spelling: str = "optimizer",
   momentum: Any = None,
   format: Format | None,
   where: Where | None,
@@ -82,6 +100,7 @@ def without_master_weights(
     learning_rate: the optimizer's.
     max_norm: clips the gradients' global norm, if given.
     keep_error: as in `error_feedback_to_momentum`.
+    spelling: of the stock optimizer, see `spelled`.
     momentum: decay rate of the momentum of an optimizer that is known to suit the rule, with its
       learning rate behind the momentum; else the optimizer is tried.
     format: as in `quantize_params`.
@@ -94,10 +113,17 @@ def without_master_weights(
   # Clipped before the momentum, never after: the momentum also holds the weights' errors.
   if max_norm is not None:
     optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+    clip = spelled("optax.clip_by_global_norm", optax.clip_by_global_norm, max_norm=max_norm)
+    spelling = f"optax.chain({clip}, {spelling})"
   quantizer = quantize_params(format, where, rounding, seed)
+  quantizer_spelling = spelled(
+    "eco_optax.quantize_params", quantize_params, format=format, where=where, rounding=rounding,
+    seed=seed,
+  )  # fmt: skip
   general = error_feedback.build(
     optimizer, quantizer, learning_rate, keep_error,
     is_known=_decays(momentum) and not isinstance(learning_rate, jax.core.Tracer),
+    spelling=f"{spelling}, {quantizer_spelling}",
   )  # fmt: skip
   if closed is None or keep_error or learning_rate is None:
     return general

@@ -114,9 +114,14 @@ def sgd(
     Nikdan et al, `ECO <https://arxiv.org/abs/2601.22101>`_, 2026, Algorithm 2.
   """
   build.require_numbers(learning_rate, momentum=momentum, max_norm=max_norm)
-  optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
+  arguments = {
+    "learning_rate": learning_rate, "momentum": momentum, "nesterov": nesterov,
+    "accumulator_dtype": accumulator_dtype,
+  }  # fmt: skip
+  optimizer = optax.sgd(**arguments)
   closed = _closed_form(learning_rate, momentum, nesterov) if momentum else None
   return build.without_master_weights(
-    optimizer, closed, learning_rate, max_norm, keep_error, momentum=momentum,
+    optimizer, closed, learning_rate, max_norm, keep_error,
+    spelling=build.spelled("optax.sgd", optax.sgd, **arguments), momentum=momentum,
     format=format, where=where, rounding=rounding, seed=seed, fused=fused,
   )  # fmt: skip

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import optax.contrib
 from ml_collections import config_dict
 
 import eco_optax as eco
@@ -87,7 +88,7 @@ def defaults() -> config_dict.ConfigDict:
   config.replicated_limit_mib = 64
 
   config.optimizer = {
-    # Or nadamw, amsgrad, ademamix, yogi, radam, sgd, soap or shampoo; see methods.py.
+    # Or nadamw, amsgrad, ademamix, yogi, radam, sgd, soap, shampoo or muon; see methods.py.
     "name": "adamw",
     "learning_rate": 1e-3,  # The schedule's peak.
     "start_fraction": 0.01,  # Of the peak, where the linear warm-up starts.
@@ -206,7 +207,7 @@ RANGES: dict[str, _Check] = {
   "replicated_limit_mib": _natural,
   **{f"mesh.{axis}": (lambda n: n > 0 or n == -1, "above 0, or -1") for axis in sharding.AXES},
   "stochastic_after": _fraction,
-  "optimizer.name": _one_of(*methods.OPTIMIZERS),
+  "optimizer.name": _one_of(*methods.NAMES),
   "optimizer.learning_rate": _positive,
   "optimizer.start_fraction": _fraction,
   "optimizer.warmup_fraction": _fraction,
@@ -287,6 +288,15 @@ def validate(config: config_dict.ConfigDict) -> None:
         f"optimizer.name {config.optimizer.name!r} and reduction_groups exclude each other: its"
         " products over a split axis are sums in an order that depends on the devices; set one of"
         " them"
+      )
+    if config.optimizer.name == methods.MUON and methods.of(config).family == methods.ECO:
+      problems.append(
+        f"method {config.method!r} puts errors in a momentum, which that of optimizer.name 'muon'"
+        " does not carry back: set method 'mw_rtn' and residual 'int8'"
+      )
+    if config.optimizer.name == methods.MUON and not hasattr(optax.contrib, "MuonDimensionNumbers"):
+      problems.append(
+        f"optimizer.name 'muon' needs Optax 0.2.6 for stacks of matrices, found {optax.__version__}"
       )
     problems += _release_problems(config)
     try:

@@ -21,6 +21,7 @@ import optax
 import optax.contrib
 
 import eco_optax as eco
+from eco_optax import trees
 from eco_optax.training.models import transformer
 from eco_optax.transforms.master_weights import MasterWeightsState
 from eco_optax.transforms.packed import (
@@ -265,14 +266,41 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     **adam, matrices=transformer.is_block_kernel, grafting="adam"
   ),
 }
+MUON = "muon"  # The name of Optax's Muon, whose momentum carries no error back.
+NAMES = (*OPTIMIZERS, MUON)
 _FUSED = ("adamw", "nadamw")  # Optimizers that `eco.adamw` fuses with the rule.
 # Optimizers that multiply matrices, whose sums follow the devices that share one.
-MATRIX_OPTIMIZERS = ("soap", "shampoo")
+MATRIX_OPTIMIZERS = ("soap", "shampoo", MUON)
+
+
+def _matrices(params: Any) -> Any:
+  """What Muon is for: linear layers of blocks, each matrix of a stack by itself."""
+  dimensions = optax.contrib.MuonDimensionNumbers(-2, -1)
+  return trees.map_with_path(
+    lambda path, _: dimensions if transformer.is_block_kernel(path) else None, params
+  )
+
+
+def _muon_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Of `optax.contrib.muon` and `eco.muon`; b1 and b2 are those of AdamW, for all other leaves."""
+  o = config.optimizer
+  return {
+    "learning_rate": schedule(config),
+    "eps": o.eps,
+    "weight_decay": o.weight_decay,
+    "adam_b1": o.b1,
+    "adam_b2": o.b2,
+    "adam_weight_decay": o.weight_decay,
+    "muon_weight_dimension_numbers": _matrices,
+    "consistent_rms": 0.2,  # Steps as long as AdamW's, so that both have one learning rate.
+  }
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """The optimizer of the config's name, Optax's where it has one, with decoupled weight decay."""
   o = config.optimizer
+  if o.name == MUON:
+    return optax.contrib.muon(**_muon_arguments(config))
   return optax.chain(
     OPTIMIZERS[o.name](b1=o.b1, b2=o.b2, eps=o.eps),
     optax.add_decayed_weights(o.weight_decay),
@@ -377,7 +405,15 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
   if method.family == FLOAT:
     tx = scaled(_low_bit(method, inner))
     return optax.with_extra_args_support(optax.chain(_clip_place(config), tx))
-  if method.family == MASTER_WEIGHTS:
+  is_muon = config.optimizer.name == MUON and method.stochastic_after == 1
+  if method.family == MASTER_WEIGHTS and is_muon:
+    tx = eco.muon(
+      **_muon_arguments(config),
+      residual=method.residual,  # type: ignore[arg-type]
+      rounding=method.rounding,  # type: ignore[arg-type]
+      seed=config.seed,
+    )
+  elif method.family == MASTER_WEIGHTS:
     tx = eco.master_weights(inner, quantizer(config), method.residual)  # type: ignore[arg-type]
   elif method.family == NAIVE:
     tx = eco.chain(inner, quantizer(config))

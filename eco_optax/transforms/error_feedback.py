@@ -138,6 +138,28 @@ def refuse_packed(path: str, leaf: Any) -> None:
     )
 
 
+def residual_instead(spelling: str, params: Any, paths: tuple[str, ...]) -> str:
+  """How errors are kept beside the weights at some paths, where no momentum carries them back.
+
+  Args:
+    spelling: as in `build`.
+    params: packed and float.
+    paths: of the leaves that are quantized.
+  """
+  float_paths: list[str] = []
+  trees.map_with_path(
+    lambda path, leaf: None if is_quantized(leaf) else float_paths.append(path),
+    params,
+    is_leaf=is_quantized,
+  )
+  # An integer counts parts of the step of a packed leaf's grid.
+  residual = "bfloat16" if set(paths) & set(float_paths) else "int8"
+  return (
+    f'Keep the errors beside the weights: tx = eco_optax.master_weights({spelling}, "{residual}")'
+    " trains with this very optimizer, whatever its momentum does"
+  )
+
+
 def rate_ratio(learning_rate: Callable[[jax.Array], Any] | None, count: jax.Array) -> jax.Array:
   """η_{t+1} / η_t; infinite where the rate was zero."""
   if learning_rate is None or not callable(learning_rate):
@@ -242,6 +264,7 @@ def build(
   keep_error: bool,
   observe: Callable[[Observation], Any] | None = None,
   is_known: bool = False,
+  spelling: str = "inner, quantizer",
 ) -> PackedTransformation:
   """`error_feedback_to_momentum`, with arguments for this package alone.
 
@@ -253,6 +276,7 @@ def build(
     observe: the update also hands out what this makes of what it did (`diagnostics`).
     is_known: whether the optimizer is known to suit, with its rate behind the momentum, so that it
       is not tried.
+    spelling: of `inner` and `quantizer`, as arguments in a line of code.
   """
   require_stock(
     inner,
@@ -277,7 +301,8 @@ def build(
     dense = dense_shapes(params)
     key = (paths, *((path, *spec) for path, spec in momentum_lib.miniature(dense).items()))
     if key not in probes:
-      probes[key] = momentum_lib.probe(inner, dense, paths)
+      instead = residual_instead(spelling, params, paths)
+      probes[key] = momentum_lib.probe(inner, dense, paths, instead)
     return paths, probes[key]
 
   def init(params: Any) -> ErrorFeedbackState:
@@ -432,7 +457,8 @@ def error_feedback_to_momentum(
   Raises:
     ValueError: at `init`, naming the leaf, if a quantized leaf has no momentum, or one that cannot
       carry an error back: Lion (the sign has no derivative), Muon, LAMB and norms clipped after the
-      momentum (not linear), b1 = 0.
+      momentum (not linear), b1 = 0. It has the line of code that trains with the same optimizer and
+      a residual of a byte per weight.
 
   Example:
     >>> import jax.numpy as jnp, optax, eco_optax as eco

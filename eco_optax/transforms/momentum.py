@@ -300,8 +300,8 @@ _ACCUMULATED_STEPS = 1024
 _LARGEST_GROWTH = 1.5
 _LAST_POWER = 24  # Ahead of 2^24 = 16.8 million steps a schedule has begun.
 _REMEDY = (
-  "Use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
-  " momentum), eco_optax.master_weights, which touches no momentum, or leave the leaf float"
+  "Or use an optimizer with element-wise momentum for this leaf (optax.adamw, optax.sgd with"
+  " momentum), or leave the leaf float"
 )
 
 
@@ -324,7 +324,7 @@ class Suits(NamedTuple):
 
 
 def probe(
-  inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...]
+  inner: optax.GradientTransformationExtraArgs, params: Any, paths: tuple[str, ...], instead: str
 ) -> Suits:
   """Checks on a miniature of the parameters that momentum can carry an error back.
 
@@ -332,6 +332,7 @@ def probe(
     inner: the optimizer.
     params: dense parameters; only structure, shapes and dtypes are used.
     paths: of the leaves that are quantized.
+    instead: says what serves an optimizer that is refused.
 
   Returns:
     What the rule has to know of them.
@@ -342,7 +343,7 @@ def probe(
   """
   shapes = miniature(params)
   treedef = jax.tree.structure(params)
-  return eager.now(lambda: _probe(inner, treedef, shapes, paths)) if paths else Suits()
+  return eager.now(lambda: _probe(inner, treedef, shapes, paths, instead)) if paths else Suits()
 
 
 def _probe(
@@ -350,8 +351,10 @@ def _probe(
   treedef: Any,
   shapes: dict[str, tuple[tuple[int, ...], Any]],
   paths: tuple[str, ...],
+  instead: str,
 ) -> Suits:
   """`probe` on arrays of the given shapes and dtypes."""
+  remedy = f"{instead}. {_REMEDY}"
   where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
   generator = np.random.default_rng(0)
 
@@ -368,7 +371,7 @@ def _probe(
     if path not in found:
       raise ValueError(
         f"{trees.leaf_name(path)} is quantized, but the optimizer keeps no momentum for it in"
-        f" {type(state).__name__} to put the quantization error in. {_REMEDY}"
+        f" {type(state).__name__} to put the quantization error in. {remedy}"
       )
     if is_quantized(found[path]):
       raise ValueError(
@@ -392,7 +395,7 @@ def _probe(
   if reports is None:
     raise ValueError(
       f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
-      f" parameters to see what its update does with momentum ({failure}). {_REMEDY}"
+      f" parameters to see what its update does with momentum ({failure}). {remedy}"
     ) from failure
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
   for path, leaf in reports.items():
@@ -400,7 +403,7 @@ def _probe(
     if not message and not leaf.mixes:
       message = _nonlinearity(*(np.asarray(report.by_momentum[path]) for report in leaf.reports))
     if message:
-      raise ValueError(f"{trees.leaf_name(path)}: {message}. {_REMEDY}")
+      raise ValueError(f"{trees.leaf_name(path)}: {message}. {remedy}")
   # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate. Of
   # an update that mixes elements it is taken to do so.
   return Suits(

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from eco_optax import diagnostics
+from eco_optax import diagnostics, theory
 from eco_optax.training import methods
 from experiments import results
-from experiments.studies import bounds, grid, similarity, stationary
+from experiments.studies import bounds, grid, muon, similarity, stationary
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "theory"
@@ -52,6 +52,41 @@ def test_small_grid_study_and_its_figure(tmp_path):
   # It notices predictions that are three times what is seen.
   wrong = [row | {"predicted": 3 * row["predicted"]} for row in rows]
   assert len(grid.failures(wrong, 3 * grid.TOLERANCE)) == 9
+
+
+def test_muon_pays_back_a_part_where_sgd_pays_all():
+  with jax.enable_x64(True):
+    sgd = muon.payback((12, 12), None, muon.DIRECTIONS["exact polar factor"], 1, 100)
+    found = {
+      name: muon.payback((12, 12), rule, muon.DIRECTIONS["exact polar factor"], 2, 100)
+      for name, rule in muon.RULES.items()
+    }
+    draw = np.random.default_rng(0)
+    matrix, error = (jnp.asarray(draw.standard_normal((9, 6))) for _ in range(2))
+    wanted = theory.polar_payback(matrix, error)
+    np.testing.assert_allclose(muon.antisymmetric(matrix, error), wanted, atol=1e-8)
+    _, s, qt = np.linalg.svd(matrix, full_matrices=False)
+    wanted = np.asarray(error) @ (qt.T * s) @ qt
+    np.testing.assert_allclose(muon.published(matrix, error), wanted, atol=1e-8)
+  # 1 − β^k after k steps.
+  np.testing.assert_allclose(sgd.share, 1 - muon.BETA ** np.arange(1, 101), atol=1e-5)
+  assert sgd.distance[-1] < 0.01
+  assert all(0.2 < own.share[-1] < 0.8 and own.distance[-1] > 0.4 for own in found.values())
+
+
+def test_published_tables_and_claims_of_muon():
+  found = json.loads((RESULTS / "muon.json").read_text())
+  assert not muon.failures(found)
+  # It notices a rule that pays all, and a share of one element that is another.
+  name = next(iter(found["payback"]))
+  wrong = found | {"payback": found["payback"] | {name: {"share": [0.5]}}}
+  assert len(muon.failures(wrong)) == 1
+  wrong = found | {"by_ratio": [row | {"published rule": 0.5} for row in found["by_ratio"]]}
+  assert len(muon.failures(wrong)) >= len(found["by_ratio"]) - 1
+  page = (ROOT / "docs" / "carry_back.md").read_text()
+  assert muon.payback_table(found).strip() in page
+  rows = json.loads((RESULTS / "muon_runs.json").read_text())["rows"]
+  assert muon.table(rows).strip() in page
 
 
 def test_the_networks_constants_hold_and_it_is_not_convex():

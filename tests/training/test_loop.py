@@ -20,6 +20,7 @@ from eco_optax.training import loop, memory, methods, metrics, report, sharding
 from eco_optax.training import step as step_lib
 from eco_optax.training.data import corpus, pipeline, shards
 from eco_optax.training.models import transformer
+from eco_optax.transforms import momentum as momentum_lib
 from experiments import faults
 from experiments.studies import comparison
 
@@ -133,7 +134,48 @@ def test_our_optimizers_precondition_kernels_alone(name):
   assert all(leaf.shape[0] == 2 and leaf.shape[-1] == leaf.shape[-2] for _, leaf in found)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.OPTIMIZERS if name not in OURS])
+@pytest.mark.skipif(
+  not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="stacks of matrices: Optax 0.2.6"
+)
+@pytest.mark.parametrize("release", [False, True])
+def test_two_steps_of_muon(release):
+  """Polar factors of the kernels, whatever their gradients' length, and AdamW for all else."""
+  changes = {"optimizer.name": "muon", "method": "mw_rtn", "residual": "int8", "release": release}
+  config = get_config(**changes, **{"mesh.data": 1, "moments.mu": "float8_e4m3fn", **FEW_TOKENS})
+  config_lib.validate(config)
+  tx, mesh = methods.optimizer(config), sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  state = step_lib.init_state(config, tx, mesh)
+  step = step_lib.make_train_step(config, tx, mesh)
+  tokens = np.random.default_rng(0).integers(0, 256, (8, 33), dtype=np.int32)
+  batch = pipeline.Batch(jax.device_put(tokens, sharding.batch_sharding(mesh)))
+  with jax.set_mesh(mesh):
+    for _ in range(2):
+      state, result = step(state, batch)
+  assert np.isfinite(result["loss"])
+  muon, adam = (optax.tree.get(state.opt_state, name) for name in ("MuonState", "ScaleByAdamState"))
+  paths = lambda tree: set(momentum_lib.flat(tree))
+  kernels = {path for path in paths(state.params) if path.endswith("/kernel")}
+  assert paths(muon.mu) == kernels
+  assert paths(adam.mu) == paths(adam.nu) == paths(state.params) - kernels
+  assert all(
+    np.any(np.asarray(x.qvalue).astype(np.float32)) for x in momentum_lib.flat(muon.mu).values()
+  )
+  used = memory.per_parameter(state, transformer.is_block_kernel)
+  scales = sum(
+    leaf.scale.nbytes for path, leaf in momentum_lib.flat(state.params).items() if path in kernels
+  ) / sum(leaf.size for path, leaf in momentum_lib.flat(state.params).items() if path in kernels)
+  assert used == pytest.approx((1 + scales, 1 + 1 / 32, 1))
+
+
+def test_muon_is_refused_with_errors_in_its_momentum():
+  config = get_config(**{"optimizer.name": "muon"})
+  with pytest.raises(ValueError, match="set method 'mw_rtn' and residual 'int8'"):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in methods.OPTIMIZERS if name not in (*OURS, "galore")]
+)
 def test_every_optimizer_is_optaxs_own(name):
   """ECO takes it, and float parameters take the steps of Optax's optimizer of the same name."""
   config = get_config(**{"optimizer.name": name, "optimizer.max_norm": 1e9})
