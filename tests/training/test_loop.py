@@ -135,6 +135,27 @@ def test_our_optimizers_precondition_kernels_alone(name):
 
 
 @pytest.mark.skipif(
+  not hasattr(optax.contrib, "scale_by_galore"), reason="GaLore is newer than this Optax"
+)
+def test_galore_projects_each_layers_kernels_alone():
+  generator = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)
+  grads = [{"kernel": draw(2, 64, 48), "embedding": draw(64, 48)} for _ in range(3)]
+  tx = methods.OPTIMIZERS["galore"](b1=0.9, b2=0.99, eps=1e-8)
+  adam = optax.scale_by_adam(0.9, 0.99, 1e-8)
+  own = optax.contrib.scale_by_galore(32, scale=0.25, base_optimizer=adam)
+  state, whole = tx.init(grads[0]), adam.init(grads[0]["embedding"])
+  layers = [own.init(grads[0]["kernel"][i]) for i in range(2)]
+  for grad in grads:
+    updates, state = tx.update(grad, state, grad)
+    expected, whole = adam.update(grad["embedding"], whole)
+    np.testing.assert_allclose(updates["embedding"], expected, rtol=1e-6)
+    for i in range(2):
+      expected, layers[i] = own.update(grad["kernel"][i], layers[i])
+      np.testing.assert_allclose(updates["kernel"][i], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(
   not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="stacks of matrices: Optax 0.2.6"
 )
 @pytest.mark.parametrize("release", [False, True])
