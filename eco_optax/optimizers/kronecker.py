@@ -146,7 +146,10 @@ def init_factors(params: Any, matrices: Where | None, max_precond_dim: int, name
 def require_whole(name: str, value: Any) -> None:
   """Raises `ValueError` for a number of steps or a size that is not a whole number above 0."""
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise ValueError(f"{name} must be an int above 0, got {value!r}")
+    raise ValueError(
+      f"{name} must be an int above 0, got {value!r}; optax.inject_hyperparams leaves it one if its"
+      " static_args name it"
+    )
 
 
 def eigenbasis(factor: jax.Array) -> tuple[jax.Array, jax.Array]:

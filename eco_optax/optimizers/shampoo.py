@@ -245,7 +245,6 @@ def shampoo(
   seed: int = 0,
   format: Format | None = None,
   where: Where | None = None,
-  keep_error: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Shampoo without master weights, and ECO.
 
@@ -270,7 +269,6 @@ def shampoo(
     seed: as in `quantize_params`.
     format: as in `quantize_params`.
     where: as in `quantize_params`.
-    keep_error: as in `error_feedback_to_momentum`.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
@@ -302,6 +300,6 @@ def shampoo(
     optax.scale_by_learning_rate(learning_rate),
   )
   return build.without_master_weights(
-    optimizer, None, learning_rate, max_norm, keep_error, momentum=b1,
+    optimizer, None, learning_rate, max_norm, keep_error=False, momentum=b1,
     format=format, where=where, rounding=rounding, seed=seed,
   )  # fmt: skip

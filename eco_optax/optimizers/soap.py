@@ -181,7 +181,6 @@ def soap(
   seed: int = 0,
   format: Format | None = None,
   where: Where | None = None,
-  keep_error: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """SOAP without master weights: Adam in the eigenbasis of Shampoo's factors, and ECO.
 
@@ -208,7 +207,6 @@ def soap(
     seed: as in `quantize_params`.
     format: as in `quantize_params`.
     where: as in `quantize_params`.
-    keep_error: as in `error_feedback_to_momentum`.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.
@@ -237,6 +235,6 @@ def soap(
     optax.scale_by_learning_rate(learning_rate),
   )
   return build.without_master_weights(
-    optimizer, None, learning_rate, max_norm, keep_error, momentum=b1,
+    optimizer, None, learning_rate, max_norm, keep_error=False, momentum=b1,
     format=format, where=where, rounding=rounding, seed=seed,
   )  # fmt: skip

@@ -129,6 +129,17 @@ def require_momenta(where: Momentum, state: Any) -> None:
       )
 
 
+def refuse_kept_errors(where: Momentum, state: Any) -> None:
+  """Raises `ValueError` where the exact rule meets a preconditioner that it cannot foresee."""
+  for path, node in where.preconditioners(state).items():
+    raise ValueError(
+      f"{trees.leaf_name(path)}: keep_error=True has to know the next step's preconditioner, and"
+      f" that of {type(node).__name__} changes, at a refreshment by many times. Leave keep_error"
+      " out, or store the error where no preconditioner meets it:"
+      ' eco_optax.master_weights(…, residual="int8") takes one byte per weight'
+    )
+
+
 def refuse_packed(path: str, leaf: Any) -> None:
   """Raises `ValueError` for a packed leaf, which a quantizer of one's own cannot move."""
   if is_quantized(leaf):
@@ -308,9 +319,11 @@ def build(
   def init(params: Any) -> ErrorFeedbackState:
     quantizer_state = quantizer.init(params)
     dense = dequantize(params)
+    inner_state = inner.init(dense)
     error = None
     if keep_error:
       paths = plan(quantizer_state, params)[0]
+      refuse_kept_errors(Momentum(momentum_lib.shapes_of(dense), paths), inner_state)
       error = trees.map_with_path(
         lambda path, leaf: (
           jnp.zeros_like(leaf, jnp.float32) if path in paths else optax.MaskedNode()
@@ -319,7 +332,7 @@ def build(
       )
     elif jax.tree.leaves(params):
       plan(quantizer_state, params)
-    return ErrorFeedbackState(jnp.zeros([], jnp.int32), inner.init(dense), quantizer_state, error)
+    return ErrorFeedbackState(jnp.zeros([], jnp.int32), inner_state, quantizer_state, error)
 
   def update(
     updates: Any, state: ErrorFeedbackState, params: Any, context: Context, **extra_args: Any
@@ -449,7 +462,8 @@ def error_feedback_to_momentum(
       .. math:: m \leftarrow \tilde m - B\,P\,e_{t-1}/J + P'\,e_t/J'
 
       which for SGD with momentum equals master weights. P = 1 + ∂u/∂θ̂ is of decoupled weight decay;
-      J' and P' are those of the next step.
+      J' and P' are those of the next step. SOAP's and Shampoo's J' is not known, so that it is
+      refused for them.
 
   Returns:
     A `GradientTransformationExtraArgs`. Apply its updates with `eco.apply_updates`.

@@ -259,6 +259,14 @@ def test_axes_that_are_not_a_matrix_are_named(make):
     make(1e-3, b2="x")
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_errors_are_not_kept_for_a_preconditioner_that_changes(name):
+  inner = optax.chain(OPTIMIZERS[name](0.95, 10), optax.scale(-RATE))
+  tx = eco.error_feedback_to_momentum(inner, eco.quantize_params(), keep_error=True)
+  with pytest.raises(ValueError, match="leaf 'w': keep_error=True has to know the next step's"):
+    tx.init(eco.quantize({"w": jnp.eye(4) + 0.5}, eco.FP8))
+
+
 def test_grafting_has_two_ways():
   with pytest.raises(ValueError, match="grafting must be 'none' or 'adam', got 'sgd'"):
     eco.shampoo(1e-3, grafting="sgd")
