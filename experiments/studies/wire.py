@@ -159,7 +159,7 @@ def methods(workers: int, smoothness: Any = None) -> dict[str, Any]:
 def course(
   problem: Problem, tx: Any, rate: float, steps: int, noise: float = 0.0, seed: int = 0
 ) -> np.ndarray:
-  """The gap f − f* at each step of gradient descent with an exchange, float64 of shape (steps + 1,)."""
+  """The gap f − f* after each step of gradient descent, float64 of shape (steps + 1,)."""
   n, d = problem.workers, problem.start.size
   start = jnp.asarray(problem.start, jnp.float32)
   state = jax.vmap(tx.init, axis_name="data", axis_size=n, in_axes=None)(start)
@@ -215,7 +215,8 @@ def convergence(
           row = {
             "problem": problem.name, "workers": n, "method": name, "rate": rate,
             "condition": float(problem.L / problem.mu),
-            "bound": float(1 - rate * problem.mu), "factor": measured_rate(gaps), "floor": floor_of(gaps),
+            "bound": float(1 - rate * problem.mu), "factor": measured_rate(gaps),
+            "floor": floor_of(gaps),
           }  # fmt: skip
           if name == "error feedback":
             row["floor_at_half"] = floor_of(course(problem, tx, rate / 2, 2 * steps))
