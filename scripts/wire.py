@@ -22,6 +22,7 @@ _STUDY = flags.DEFINE_enum(
   " steps compiled for a topology.",
 )
 _SMALL = flags.DEFINE_bool("small", False, "Of theory: four workers and one seed.")
+_PART = flags.DEFINE_enum("part", "all", ["all", *wire.parts()], "Of theory.")
 _TOPOLOGY = flags.DEFINE_string("topology", exchange.TOPOLOGIES[0], "Of traffic: four devices.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which runs stop for now.")
 _WORKDIR = jobs.define_path("workdir", "runs/wire", "Folder of the runs themselves.")
@@ -33,7 +34,7 @@ def main(_: list[str]) -> None:
   out = pathlib.Path(_RESULTS.value)
   config = runpy.run_path(str(_ROOT / "configs" / "stdlib_1m.py"))["get_config"]()
   if _STUDY.value == "theory":
-    failures = wire.run(out, _SMALL.value)
+    failures = wire.run(out, _SMALL.value, _PART.value)
     print((out / "theory.md").read_text())
     if failures:
       raise SystemExit("does not hold:\n" + "\n".join(failures))

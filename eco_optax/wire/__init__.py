@@ -13,6 +13,8 @@ from eco_optax.wire.compressors import random_k as random_k
 from eco_optax.wire.compressors import sign as sign
 from eco_optax.wire.compressors import top_k as top_k
 from eco_optax.wire.compressors import unpack as unpack
+from eco_optax.wire.cost import Cost as Cost
+from eco_optax.wire.cost import cost as cost
 from eco_optax.wire.feedback import compressed as compressed
 from eco_optax.wire.feedback import econtrol as econtrol
 from eco_optax.wire.feedback import econtrol_eta as econtrol_eta

@@ -17,8 +17,10 @@ from experiments.studies.sweep import Run
 
 DEVICES = 4
 SEEDS = (0, 1, 2)
-STEPS = 300
+STEPS = 150
 MESH = {"mesh.data": DEVICES, "mesh.fsdp": 1}
+# Four devices of two cores take seconds for a step.
+SIZE = {"length": 64, "steps": STEPS, "evaluate_every": STEPS, "checkpoint.every": STEPS}
 
 # What they change in the config; the first is what the others are held against.
 WIRES: dict[str, dict[str, Any]] = {
@@ -31,11 +33,11 @@ WIRES: dict[str, dict[str, Any]] = {
 TOPOLOGIES = ("v5p:2x2x1", "h100:4")
 
 
-def runs(rows: Mapping[str, Any], steps: int = STEPS) -> list[Run]:
+def runs(rows: Mapping[str, Any]) -> list[Run]:
   """All runs, one seed after another, whatever `rows` are finished."""
   del rows
   return [
-    Run(f"{name}, seed {seed}", MESH | changes | {"seed": seed, "steps": steps})
+    Run(f"{name}, seed {seed}", MESH | SIZE | changes | {"seed": seed})
     for seed in SEEDS
     for name, changes in WIRES.items()
   ]
