@@ -14,7 +14,7 @@ from eco_optax.wire import exchange as exchange_lib
 from eco_optax.wire import feedback
 from eco_optax.wire import state as state_lib
 from eco_optax.wire.compressors import Compressor, sign
-from eco_optax.wire.exchange import Exchange
+from eco_optax.wire.exchange import Axis, Exchange
 
 
 class OneBitAdamState(NamedTuple):
@@ -28,7 +28,7 @@ class OneBitAdamState(NamedTuple):
 
 
 def scale_by_one_bit_adam(
-  axis: str,
+  axis: Axis,
   warmup: int,
   b1: float = 0.9,
   b2: float = 0.999,
@@ -55,7 +55,7 @@ def scale_by_one_bit_adam(
   values are not moved.
 
   Args:
-    axis: of the mesh, over which workers exchange.
+    axis: of the mesh, or a tuple of several, over which workers exchange.
     warmup: steps of exact exchange, 1 or more; the paper takes 15 to 25% of all, and no fewer than
       the learning rate's warm-up.
     b1: decay of the momentum.

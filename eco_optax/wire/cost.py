@@ -56,7 +56,7 @@ def cost(
     >>> ethernet = 10e9 / 8  # Ten gigabits.
     >>> cost = wire.cost(1e9, 8, ethernet, wire.int4(), compute_seconds=1.0, coding_seconds=0.02)
     >>> print(f"{cost.exact:.2f} s, {cost.compressed:.2f} s, {cost.speedup:.1f} ×")
-    5.60 s, 0.79 s, 3.6 ×
+    5.60 s, 0.79 s, 3.7 ×
   """
   if workers < 2 or parameters <= 0 or bytes_per_second <= 0:
     raise ValueError(

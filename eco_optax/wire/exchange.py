@@ -13,6 +13,7 @@ from eco_optax import rounding as rounding_lib
 from eco_optax.wire.compressors import Compressor, Payload, from_rows, to_rows
 
 Exchange = Literal["scatter", "gather"]
+Axis = str | tuple[str, ...]  # Of the mesh, one or several, over which workers exchange.
 
 # In place of a leaf's path: the second compression draws bits of its own.
 _SECOND = "second compression"
@@ -21,7 +22,7 @@ _SECOND = "second compression"
 class Link(NamedTuple):
   """How workers reach each other: what all leaves of an exchange have in common."""
 
-  axis: str  # Of the mesh, or of `jax.vmap`.
+  axis: Axis
   compressor: Compressor
   exchange: Exchange
   seed: int
@@ -51,12 +52,13 @@ class Link(NamedTuple):
     """Random bits for the rows of one leaf, a worker's own, or all workers' for a linear one."""
     if not self.compressor.draws:
       return None
-    key = rounding_lib.stream_key(self.seed, step, path)
+    # Not the bits by which `quantize_params` of this seed rounds the leaf itself.
+    key = rounding_lib.stream_key(self.seed, step, f"wire/{path}")
     worker = None if self.compressor.linear else jax.lax.axis_index(self.axis)
     return rounding_lib.counter_bits(key, (rows, self.compressor.draws), worker)
 
 
-def axis_size(axis: str) -> int | None:
+def axis_size(axis: Axis) -> int | None:
   """The number of devices along an axis in scope, or None."""
   try:
     return int(jax.lax.axis_size(axis))

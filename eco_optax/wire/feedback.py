@@ -19,7 +19,7 @@ from eco_optax.quantized_array import Where
 from eco_optax.wire import exchange as exchange_lib
 from eco_optax.wire import state as state_lib
 from eco_optax.wire.compressors import Compressor
-from eco_optax.wire.exchange import Exchange, Link
+from eco_optax.wire.exchange import Axis, Exchange, Link
 from eco_optax.wire.state import WireState
 
 Arrays = dict[str, jax.Array]
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 def make_link(
   method: str,
   compressor: Compressor,
-  axis: str,
+  axis: Axis,
   exchange: Exchange,
   seed: int,
   weights: Sequence[float] | None = None,
@@ -130,7 +130,7 @@ def finish(
 
 def compressed(
   compressor: Compressor,
-  axis: str,
+  axis: Axis,
   *,
   seed: int = 0,
   workers: int | None = None,
@@ -145,7 +145,7 @@ def compressed(
 
   Args:
     compressor: of this module, such as `wire.fp8()`.
-    axis: of the mesh, over which workers exchange.
+    axis: of the mesh, or a tuple of several, over which workers exchange.
     seed: of random bits; the same on all workers.
     workers: their number, which `init` needs outside of the axis' scope.
     where: chooses leaves by path and leaf; None those of 512 values and more. Others are exchanged
@@ -168,7 +168,7 @@ def compressed(
 
 def error_feedback(
   compressor: Compressor,
-  axis: str,
+  axis: Axis,
   *,
   exchange: Exchange = "scatter",
   seed: int = 0,
@@ -187,7 +187,7 @@ def error_feedback(
 
   Args:
     compressor: a contraction, such as `wire.int4()` or `wire.sign()`.
-    axis: of the mesh, over which workers exchange.
+    axis: of the mesh, or a tuple of several, over which workers exchange.
     exchange: "scatter": payloads are exchanged in parts, added, compressed again and gathered,
       twice the bytes of a payload, with an error feedback of the second compression as in 1-bit
       Adam. "gather": all payloads go to all workers, which is exact, and less for 2 workers.
@@ -245,7 +245,7 @@ def error_feedback(
 
 def ef21(
   compressor: Compressor,
-  axis: str,
+  axis: Axis,
   *,
   smoothness: Sequence[float] | None = None,
   exchange: Exchange = "scatter",
@@ -266,7 +266,7 @@ def ef21(
 
   Args:
     compressor: a contraction, such as `wire.top_k()` or `wire.sign()`.
-    axis: of the mesh, over which workers exchange.
+    axis: of the mesh, or a tuple of several, over which workers exchange.
     smoothness: L_i of each worker's loss, for EF21-W: with w_i = L_i/Σ L, worker i compresses
       g_i/(n w_i) − h_i, and h adds up Σ w_i c_i. With compressors that scale with their input, as
       all of this module do, EF21-W takes the steps of EF21.
@@ -316,7 +316,7 @@ def ef21(
 
 def econtrol(
   compressor: Compressor,
-  axis: str,
+  axis: Axis,
   *,
   eta: float | None = None,
   exchange: Exchange = "scatter",
@@ -334,7 +334,7 @@ def econtrol(
 
   Args:
     compressor: a contraction, such as `wire.top_k()` or `wire.sign()`.
-    axis: of the mesh, over which workers exchange.
+    axis: of the mesh, or a tuple of several, over which workers exchange.
     eta: η; None is the paper's δ/(3 √(1 − δ) (1 + √(1 − δ))), at most 1.
     exchange: as in `error_feedback`.
     seed: of random bits; the same on all workers.

@@ -12,7 +12,7 @@ import optax
 from eco_optax import formats, trees
 from eco_optax.quantized_array import is_quantized
 from eco_optax.wire import exchange as exchange_lib
-from eco_optax.wire.exchange import Link
+from eco_optax.wire.exchange import Axis, Link
 
 Leaves = dict[str, Any]  # Arrays by the `/`-joined path of their parameter.
 
@@ -106,7 +106,7 @@ def check_gradients(updates: Any) -> None:
   trees.map_with_path(check, updates, is_leaf=is_quantized)
 
 
-def check_workers(axis: str, wanted: int | None, found: int) -> int:
+def check_workers(axis: Axis, wanted: int | None, found: int) -> int:
   """The number of workers.
 
   Raises:
@@ -148,12 +148,12 @@ def check_state(state: Any, chosen: Leaves, own: tuple[str, ...], shared: tuple[
       )
 
 
-def specs(state: Any, axis: str) -> Any:
+def specs(state: Any, axis: Axis) -> Any:
   """How an optimizer's state is split over workers, for `in_specs` and `out_specs`.
 
   Args:
     state: of an optimizer that has exchanges in it; arrays or shapes.
-    axis: of the mesh, over which workers exchange.
+    axis: of the mesh, or a tuple of several, over which workers exchange.
 
   Returns:
     The same tree of PartitionSpecs: workers' own arrays are split over the axis, others are whole.

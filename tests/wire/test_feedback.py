@@ -158,6 +158,25 @@ def test_vmap_and_shard_map_take_the_same_steps():
   np.testing.assert_array_equal(mapped_state.own["error"][:, 0], state.own["error"])
 
 
+def test_workers_may_be_along_several_axes():
+  axes = ("slice", "host")
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:N]).reshape(2, 2), axes)
+  updates = []
+  for axis, over in (("data", mesh_of()), (axes, mesh)):
+    tx = wire.error_feedback(wire.int4(BLOCK), axis, workers=N, where=EVERYTHING)
+    state = tx.init(jnp.zeros(SHAPE))
+    specs = wire.specs(state, axis)
+    step = jax.shard_map(
+      lambda g, state, tx=tx: tx.update(g[0], state),
+      mesh=over,
+      in_specs=(P(axis), specs),
+      out_specs=(P(), specs),
+      check_vma=False,
+    )
+    updates.append(jax.jit(step)(GRADIENTS[0], state)[0])
+  np.testing.assert_array_equal(*updates)
+
+
 def test_workers_draw_bits_of_their_own_and_the_same_ones_anew():
   """The mean of n roundings of one gradient varies n times less than a single one."""
   grads = jnp.broadcast_to(jnp.asarray(GRADIENTS[0, 0]), (N, *SHAPE))
