@@ -74,14 +74,14 @@ def test_the_table_of_runs_is_that_of_their_files_and_the_pages():
 
 @pytest.mark.parametrize("topology", exchange.TOPOLOGIES)
 def test_bytes_of_compiled_steps_are_those_of_the_codes(topology):
-  """Both ways, codes and scales of all values; what is beside them is a percent."""
+  """Both ways, codes and scales of all values; TPUs gather scales by a sum, which counts twice."""
   rows = [row for row in exchange.read(RESULTS)[1] if row["topology"] == topology]
   assert [row["wire"] for row in rows] == list(exchange.WIRES)
   for row in rows:
     name = exchange.WIRES[row["wire"]]["wire"]
     each = 4.0 if name == "none" else wire.COMPRESSORS[name]().bytes_per_value
     share = exchange.moved(row["collectives"]) / (2 * each * row["parameters"])
-    assert 0.97 < share < 1.05, row["wire"]
+    assert 0.97 < share < 1.1, row["wire"]
     if name != "none":
       assert {"all-to-all", "all-gather"} <= set(row["collectives"])
       assert "u8" in row["collectives"]["all-to-all"]
