@@ -1,5 +1,7 @@
 """Compressors: what is on the wire, and the constants of what is lost."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,11 @@ def inputs(block):
   return {name: row.astype(np.float32) for name, row in rows.items()}
 
 
+@functools.cache
+def roundtrip(compressor):
+  return jax.jit(lambda rows, bits: compressor.decode(compressor.encode(rows, bits), bits))
+
+
 def draws(compressor, row):
   """Many draws of C(row), shape (draws, block)."""
   bits = None
@@ -48,8 +55,7 @@ def draws(compressor, row):
     bits = np.random.default_rng(1).integers(0, 2**32, (DRAWS, compressor.draws), np.uint32)
   count = DRAWS if compressor.draws else 1
   rows = jnp.asarray(np.broadcast_to(row, (count, row.size)))
-  out = jax.jit(lambda x, b: compressor.decode(compressor.encode(x, b), b))(rows, bits)
-  return np.asarray(out, np.float64)
+  return np.asarray(roundtrip(compressor)(rows, bits), np.float64)
 
 
 def lost(compressor, row):
