@@ -59,6 +59,7 @@ MODULES = (
   "eco_optax.nnx",
   "eco_optax.rounding",
   "eco_optax.theory",
+  "eco_optax.wire",
 )
 
 
@@ -68,8 +69,8 @@ def public_names() -> set[str]:
   for module in map(importlib.import_module, MODULES):
     for name, thing in vars(module).items():
       own = getattr(thing, "__module__", module.__name__)
-      if module.__name__ == "eco_optax":
-        own = own.startswith("eco_optax") and "eco_optax"
+      if module.__name__ in ("eco_optax", "eco_optax.wire"):  # Of several files.
+        own = own.startswith(module.__name__) and module.__name__
       if not name.startswith("_") and not isinstance(thing, types.ModuleType):
         found |= {f"{module.__name__}.{name}"} if own == module.__name__ else set()
   return found

@@ -3,6 +3,7 @@
 from eco_optax import contraction as contraction
 from eco_optax import diagnostics as diagnostics
 from eco_optax import theory as theory
+from eco_optax import wire as wire
 from eco_optax.formats import FP8 as FP8
 from eco_optax.formats import FP8_BLOCK128 as FP8_BLOCK128
 from eco_optax.formats import FP8_E5M2 as FP8_E5M2

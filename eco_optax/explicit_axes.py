@@ -41,7 +41,7 @@ def dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partitio
   return PartitionSpec(*map(entry, shape, spec))
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying(x: Any) -> frozenset[str]:
   """The axes of an enclosing `shard_map` over which an array may differ from device to device."""
   aval: Any = jax.typeof(x)
   found = getattr(aval, "vma", None)  # Of JAX before 0.10.
@@ -54,7 +54,7 @@ def vary_like(x: Any, like: Any) -> Any:
   JAX does so wherever the two meet, and sums the gradient of x over these axes; but it does not for
   operands of a `jax.custom_vjp`.
   """
-  axes = tuple(_varying(like) - _varying(x))
+  axes = tuple(varying(like) - varying(x))
   if not axes:
     return x
   if hasattr(jax.lax, "pcast"):

@@ -21,7 +21,7 @@ LEVELS = (
     "matmul",
     "updates",
   ),
-  ("transforms",),
+  ("transforms", "wire"),
   ("fused",),
   ("optimizers",),
   # Theory simulates the transforms that it has closed forms of. "" is eco_optax/__init__.py.

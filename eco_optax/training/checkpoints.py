@@ -23,9 +23,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
+import eco_optax as eco
 from eco_optax.training import config as config_lib
+from eco_optax.training import step as step_lib
 from eco_optax.training.step import State
 
 VERSION = 1  # Of the layout; raised when an older reader would misread a newer checkpoint.
@@ -169,6 +172,8 @@ def save(
     "versions": dict(versions),
     "checksums": checksums(state),
   }
+  if (workers := step_lib.workers(state)) is not None:
+    record["workers"] = workers
   record["sha256"] = _digest(record)
   with _explained(f"could not save step {step}, or the one before it, in {checkpoints.directory}"):
     checkpoints.save(
@@ -221,8 +226,9 @@ def restore(
     record, reason = _attempt(lambda step=step: _read_record(folder, checkpoints, step))
     if record is not None:
       _check_same_run(record, config, data, f"{folder}/{step}")
+      own = _of_workers(target, record.get("workers"), f"{folder}/{step}", read_only)
       state, reason = _attempt(
-        lambda step=step, record=record: _read_state(checkpoints, step, record, target)
+        lambda step=step, record=record, own=own: _read_state(checkpoints, step, record, own)
       )
       if state is not None:
         if not read_only:
@@ -237,6 +243,29 @@ def restore(
       + ". Copy one back from elsewhere, or delete the folder to begin anew"
     )
   return None
+
+
+def _of_workers(target: Any, saved: int | None, where: str, read_only: bool) -> Any:
+  """The target of a restore, for errors of as many devices as a checkpoint has.
+
+  Raises:
+    ValueError: if the run is to go on with another number.
+  """
+  now = step_lib.workers(target)
+  if saved is None or saved == now:
+    return target
+  if not read_only:
+    raise ValueError(
+      f"{where} has the errors of {saved} devices, which exchange compressed gradients, and the"
+      f" mesh has {now}: continue on {saved} devices, or begin another run with config.init_from of"
+      " the exported weights"
+    )
+  # Nobody reads the errors; they are restored in their own shape, whole on each device.
+  shapes = jax.eval_shape(lambda wire: eco.wire.on_workers(wire, saved), target.wire)
+  whole = lambda x, old: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=NamedSharding(old.sharding.mesh, PartitionSpec())
+  )
+  return target._replace(wire=jax.tree.map(whole, shapes, target.wire))
 
 
 def _attempt(read: Any) -> tuple[Any, str]:

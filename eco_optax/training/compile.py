@@ -245,6 +245,10 @@ def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
         continue
       seen.add(stage[1])
     sides = [list(_shapes(side)) for side in (instruction.result, " ".join(instruction.operands))]
+    if instruction.operation.endswith("-start") and len(sides[0]) > len(sides[1]):
+      for operand in sides[1]:  # A start's result holds its operands too.
+        if operand in sides[0]:
+          sides[0].remove(operand)
     larger = max(sides, key=lambda side: sum(size for _, size in side))
     # TPUs scatter sums by a fusion of this name.
     is_scatter = instruction.computation.startswith("all-reduce-scatter")

@@ -76,6 +76,13 @@ def defaults() -> config_dict.ConfigDict:
   # exact clip then goes backwards once. On a mesh that splits parameters these parts are small.
   config.keep_gradients = False
 
+  # What devices send each other of their gradients: "none" sums them in `gradient_dtype`; fp8,
+  # int4, int3, int2, sign, top_k or random_k is a compressor of eco_optax.wire, of default values.
+  # What is lost comes back by `wire_method`: error_feedback, ef21 or econtrol. It is for meshes
+  # whose only axis is data.
+  config.wire = "none"
+  config.wire_method = "error_feedback"
+
   # Groups of sequences whose gradients are computed separately and summed in order: any number of
   # devices that divides the groups trains the same weights, bit for bit. Each device then holds a
   # whole gradient. 0: gradients are summed in the fastest order.
@@ -199,6 +206,8 @@ RANGES: dict[str, _Check] = {
   "dtype": _one_of(*_DTYPES),
   "gradient_dtype": _one_of(*_DTYPES),
   "reduce_dtype": _one_of(*_DTYPES),
+  "wire": _one_of("none", *eco.wire.COMPRESSORS),
+  "wire_method": _one_of(*methods.WIRE_METHODS),
   "batch_size": _positive,
   "length": _positive,
   "steps": _positive,
@@ -298,6 +307,13 @@ def validate(config: config_dict.ConfigDict) -> None:
       problems.append(
         f"optimizer.name 'muon' needs Optax 0.2.6 for stacks of matrices, found {optax.__version__}"
       )
+    if config.wire != "none":
+      for key in ("release", "reduction_groups"):
+        if config[key]:
+          problems.append(
+            f"wire {config.wire!r} and {key} {config[key]} exclude each other: gradients are"
+            " exchanged once all of them are there, as each device's own; set one of them"
+          )
     problems += _release_problems(config)
     try:
       gradient_format = model(config).gradient_format

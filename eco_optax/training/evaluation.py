@@ -146,6 +146,8 @@ def load(workdir: str | pathlib.Path) -> Trained:
   config.update(run["config"])
   # Parameters are split over whatever devices there are.
   config.mesh.update(data=1, fsdp=-1, tensor=1, expert=1)
+  if config.wire != "none":  # The state has errors, for which parameters are whole.
+    config.mesh.update(data=-1, fsdp=1)
   tx, mesh = methods.optimizer(config), sharding.make_mesh(config.mesh.to_dict())
   where = pathlib.Path(config.checkpoint.folder or folder / "checkpoints")
   saved = None

@@ -50,6 +50,7 @@ def prepare(
     hugging_face.check_config(config.init_from, config_lib.model(config))
   mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   check_batch(config, mesh)
+  methods.exchange(config, mesh)  # Raises where the mesh does not suit it.
   return methods.optimizer(config), mesh
 
 

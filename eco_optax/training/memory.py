@@ -12,7 +12,7 @@ import eco_optax as eco
 from eco_optax.training.step import State
 
 # In the order of the tables.
-KINDS = ("codes", "scales", "moments", "residual", "other parameters", "other moments")
+KINDS = ("codes", "scales", "moments", "residual", "other parameters", "other moments", "errors")
 
 
 class Leaf(NamedTuple):
@@ -65,6 +65,8 @@ def leaves(state: State) -> Iterator[Leaf]:
       kind = "residual" if "residual/" in name else "moments"
     yield Leaf(kind, name, array)
   yield Leaf("other moments", "skipped", state.skipped)
+  for path, array in jax.tree_util.tree_flatten_with_path(getattr(state, "wire", ()))[0]:
+    yield Leaf("errors", f"wire/{_name(path)}", array)
 
 
 def per_device(state: State) -> dict[str, int]:
@@ -104,7 +106,7 @@ def per_parameter(state: State, where: Any) -> Bytes:
   count = sum(math.prod(leaf.shape) for leaf in chosen.values())
   owned = lambda name: any(f"/{path}/" in f"/{name}/" for path in chosen)
   found = {"weights": 0, "moments": 0, "residual": 0}
-  for i, tree in enumerate(state):
+  for i, tree in enumerate(state[:3]):  # Errors of an exchange are of devices, not of parameters.
     for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
       if owned(_name(path)):
         kind = "weights" if i == 0 else "residual" if "residual/" in _name(path) else "moments"

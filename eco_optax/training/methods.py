@@ -10,6 +10,7 @@ library's public names, with two exceptions: `until`, which makes a quantizer ou
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ import ml_collections
 import numpy as np
 import optax
 import optax.contrib
+from jax.sharding import Mesh
 
 import eco_optax as eco
 from eco_optax import trees
@@ -294,6 +296,42 @@ def _muon_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
     "muon_weight_dimension_numbers": _matrices,
     "consistent_rms": 0.2,  # Steps as long as AdamW's, so that both have one learning rate.
   }
+
+
+# Ways of `config.wire_method` to feed back what the wire loses.
+WIRE_METHODS = {
+  "error_feedback": eco.wire.error_feedback,
+  "ef21": eco.wire.ef21,
+  "econtrol": eco.wire.econtrol,
+}
+
+
+def exchange(
+  config: ml_collections.ConfigDict, mesh: Mesh
+) -> optax.GradientTransformationExtraArgs | None:
+  """The exchange of gradients over the mesh axis `data`; None where the compiler sums them.
+
+  Raises:
+    ValueError: if the mesh has other axes of several devices.
+  """
+  if config.wire == "none":
+    return None
+  others = {axis: n for axis, n in mesh.shape.items() if axis != "data" and n > 1}
+  if others:
+    found = ", ".join(f"mesh.{axis} {n}" for axis, n in others.items())
+    raise ValueError(
+      f"config: wire {config.wire!r} needs whole parameters on each device, and there is {found}:"
+      " set mesh.data=-1, mesh.fsdp=1, mesh.tensor=1 and mesh.expert=1, or wire='none'"
+    )
+  return _exchange(config.wire_method, config.wire, config.seed, mesh.shape["data"])
+
+
+@functools.lru_cache(maxsize=8)  # One object for all who ask, by which shapes are found again.
+def _exchange(
+  method: str, compressor: str, seed: int, workers: int
+) -> optax.GradientTransformationExtraArgs:
+  made = eco.wire.COMPRESSORS[compressor]()
+  return WIRE_METHODS[method](made, "data", seed=seed, workers=workers)
 
 
 def stock_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

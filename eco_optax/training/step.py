@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eco_optax as eco
 from eco_optax.interop import hugging_face
@@ -55,9 +55,28 @@ class State(NamedTuple):
   skipped: Any  # int32 scalar: steps skipped because loss or gradient was not finite.
 
 
-def make_init(config: ml_collections.ConfigDict, tx: optax.GradientTransformation) -> Any:
+class ExchangingState(NamedTuple):
+  """A `State` of a run whose devices exchange compressed gradients, see `config.wire`."""
+
+  params: Any
+  opt_state: Any
+  skipped: Any
+  wire: Any  # Of `methods.exchange`: errors, which each device has of its own.
+
+
+def workers(state: Any) -> int | None:
+  """The number of devices that a state's errors are of; None where nothing is compressed."""
+  if not isinstance(state, ExchangingState):
+    return None
+  return int(jax.tree.leaves(state.wire.own)[0].shape[0])
+
+
+def make_init(
+  config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
+) -> Any:
   """A function of no arguments that returns a run's first state."""
-  return _make_init(config_lib.model(config), config.seed, config_lib.formats(config)[0], tx)
+  model, weight_format = config_lib.model(config), config_lib.formats(config)[0]
+  return _make_init(model, config.seed, weight_format, tx, methods.exchange(config, mesh))
 
 
 def _make_init(
@@ -65,48 +84,56 @@ def _make_init(
   seed: int,
   weight_format: eco.Format | None,
   tx: optax.GradientTransformation,
+  exchange: optax.GradientTransformation | None,
 ) -> Any:
-  def init() -> State:
+  def init() -> Any:
     params = transformer.init(model, seed, weight_format)
-    return State(params, tx.init(params), jnp.zeros([], jnp.int32))
+    state = State(params, tx.init(params), jnp.zeros([], jnp.int32))
+    return state if exchange is None else ExchangingState(*state, exchange.init(params))
 
   return init
 
 
 @functools.lru_cache(maxsize=8)  # A run asks three times, and a trace of `tx.init` takes seconds.
 def _shapes(
-  model: TransformerConfig, weight_format: eco.Format | None, tx: optax.GradientTransformation
-) -> State:
+  model: TransformerConfig,
+  weight_format: eco.Format | None,
+  tx: optax.GradientTransformation,
+  exchange: optax.GradientTransformation | None,
+) -> Any:
   """Shapes and dtypes of a first state, which depend on no seed."""
-  return jax.eval_shape(_make_init(model, 0, weight_format, tx))
+  return jax.eval_shape(_make_init(model, 0, weight_format, tx, exchange))
 
 
 def abstract_state(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
-) -> State:
+) -> Any:
   """Shapes, dtypes and shardings of a run's state; nothing is allocated.
 
   Raises:
     ValueError: naming any large array that the mesh would leave whole on every device.
   """
-  shapes = _shapes(config_lib.model(config), config_lib.formats(config)[0], tx)
+  exchange = methods.exchange(config, mesh)
+  shapes = _shapes(config_lib.model(config), config_lib.formats(config)[0], tx, exchange)
   sharding.check_sharded(shapes, mesh, config.replicated_limit_mib * 2**20)
+  in_place = sharding.shardings(shapes, mesh)
+  if exchange is not None:
+    specs = eco.wire.specs(shapes.wire, "data")
+    in_place = in_place._replace(wire=jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
   return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.shardings(shapes, mesh),
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, in_place
   )
 
 
 def init_state(
   config: ml_collections.ConfigDict, tx: optax.GradientTransformation, mesh: Mesh
-) -> State:
+) -> Any:
   """A run's first state; each device makes or reads its own part, layer by layer."""
   target = abstract_state(config, tx, mesh)
   in_place = jax.tree.map(lambda x: x.sharding, target)
   with jax.set_mesh(mesh):
     if not config.init_from:
-      return jax.jit(make_init(config, tx), out_shardings=in_place)()
+      return jax.jit(make_init(config, tx, mesh), out_shardings=in_place)()
     model = config_lib.model(config)
     params = hugging_face.load(config.init_from, target.params, model)
     opt_state = jax.jit(tx.init, out_shardings=in_place.opt_state)(params)
@@ -121,7 +148,12 @@ def init_state(
         out_shardings=(in_place.params, in_place.opt_state),
         donate_argnums=(0, 1),
       )(params, opt_state, master)
-    return State(params, opt_state, jax.device_put(jnp.zeros([], jnp.int32), in_place.skipped))
+    skipped = jax.device_put(jnp.zeros([], jnp.int32), in_place.skipped)
+    exchange = methods.exchange(config, mesh)
+    if exchange is None:
+      return State(params, opt_state, skipped)
+    errors = jax.jit(exchange.init, out_shardings=in_place.wire)(params)
+    return ExchangingState(params, opt_state, skipped, errors)
 
 
 def _compiler_options(platform: str) -> dict[str, bool]:
@@ -194,8 +226,37 @@ def make_train_step(
 
     return jax.lax.scan(add, zeros, batch)[0]
 
-  def ordinary(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    metrics, grads = accumulated(state.params, batch)
+  exchange = methods.exchange(config, mesh)
+
+  def exchanged(params: Any, errors: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any, Any]:
+    """Means over devices, which compute their own gradients and exchange them compressed."""
+
+    def alone(params: Any, errors: Any, batch: Batch) -> Any:
+      assert exchange is not None
+      metrics, grads = accumulated(params, batch)
+      # Behind the exchange none would be finite.
+      bad = _first_without_norm(jax.tree.leaves(grads))
+      none = np.int32(2**31 - 1)
+      first = jax.lax.pmin(jnp.where(bad < 0, none, bad), "data")
+      grads, errors = exchange.update(grads, errors)
+      metrics = jax.lax.pmean(metrics, "data")
+      return metrics | {"bad_leaf": jnp.where(first == none, -1, first)}, grads, errors
+
+    whole, specs = PartitionSpec(), eco.wire.specs(errors, "data")
+    return jax.shard_map(  # type: ignore[no-any-return]
+      alone,
+      mesh=mesh,
+      in_specs=(whole, specs, PartitionSpec("data")),
+      out_specs=(whole, whole, specs),
+      check_vma=False,
+    )(params, errors, batch)
+
+  def ordinary(state: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+    if exchange is None:
+      metrics, grads = accumulated(state.params, batch)
+    else:
+      metrics, grads, errors = exchanged(state.params, state.wire, batch)
+      state = state._replace(wire=errors)
     # A sum over the devices' parts would depend on how many there are.
     norm = (
       sharding.on_each_device(methods.global_norm)
@@ -205,7 +266,8 @@ def make_train_step(
     metrics["grad_norm"] = norm(grads)
 
     # A norm that is not finite: some element is not, or their sum of squares overflows.
-    metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
+    if exchange is None:
+      metrics["bad_leaf"] = _first_without_norm(jax.tree.leaves(grads))
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     # A branch around the update would copy all moments on a GPU; a scale of NaN skips the step.
     before = methods.previous_norm(state.opt_state)
@@ -217,7 +279,8 @@ def make_train_step(
     )
     opt_state = methods.with_norm(opt_state, metrics["grad_norm"], is_finite)
     skipped = state.skipped + jnp.where(is_finite, 0, 1)
-    return State(eco.apply_updates(state.params, updates), opt_state, skipped), metrics
+    params = eco.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state, skipped=skipped), metrics
 
   parts = accumulation(config, mesh)
   clips_before = config.optimizer.clip == "previous"  # Then a step is given its factor.
