@@ -86,15 +86,13 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
   """
   takes_whole = inner.takes_whole if isinstance(inner, PackedTransformation) else lambda *_: ()
 
-  tried: set[Any] = set()  # Trees of shapes; a run asks for its state's shapes, then for the state.
+  # A run asks for its state's shapes, then for the state, and `value_and_step` for a miniature's.
+  tried: set[Any] = set()
 
   def init(params: Any) -> optax.OptState:
-    if _stacks(flatten(params)[0]):
-      leaves, treedef = jax.tree.flatten(params)
-      shapes = treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-      if shapes not in tried:
-        _check_separable(inner, params)
-        tried.add(shapes)
+    if _stacks(flatten(params)[0]) and (kind := leafwise.kind(params)) not in tried:
+      _check_separable(inner, params)
+      tried.add(kind)
     return inner.init(params)
 
   def update(

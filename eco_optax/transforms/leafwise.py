@@ -77,13 +77,24 @@ class Optimizer(NamedTuple):
     return flatten(new_updates)[0], flatten(new_state)[0]
 
 
-def _miniature(leaf: Any, generator: np.random.Generator) -> Any:
-  """A leaf of the same kind with a few layers and a few channels or blocks."""
+def _few(leaf: Any) -> tuple[int, ...]:
+  """The shape of a few layers and a few channels or blocks of a leaf."""
   block = getattr(getattr(leaf, "format", None), "granularity", ())
   least = (3,) * leaf.ndim if isinstance(block, str) else (3,) * (leaf.ndim - len(block)) + block
-  shape = tuple(min(n, m) for n, m in zip(leaf.shape, least, strict=True))
-  values = jnp.asarray(generator.standard_normal(shape), jnp.float32)
+  return tuple(min(n, m) for n, m in zip(leaf.shape, least, strict=True))
+
+
+def _miniature(leaf: Any, generator: np.random.Generator) -> Any:
+  """A small leaf of the same kind."""
+  values = jnp.asarray(generator.standard_normal(_few(leaf)), jnp.float32)
   return quantize_array(values, leaf.format) if is_quantized(leaf) else values.astype(leaf.dtype)
+
+
+def kind(params: Any) -> Any:
+  """What of the parameters decides `responses`: the same for trees of the same miniature."""
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+  few = [(_few(x), jnp.dtype(x.dtype), x.format if is_quantized(x) else None) for x in leaves]
+  return treedef, tuple(few)
 
 
 def responses(

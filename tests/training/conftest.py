@@ -8,6 +8,11 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import methods
 from eco_optax.training import step as step_lib
 
+# What a run does between its steps, which are the same without.
+_NOT_IN_A_STEP = dict.fromkeys(
+  ("nonfinite", "log_every", "evaluate_every", "evaluate_batches", "checkpoint.every")
+)
+
 
 @pytest.fixture(scope="module")
 def made():
@@ -21,7 +26,7 @@ def traced_once(made, monkeypatch):
 
   def shared(make):
     def cached(config, *rest):
-      key = make.__name__, json.dumps(config_lib.flat(config) | {"nonfinite": ""})
+      key = make.__name__, json.dumps(config_lib.flat(config) | _NOT_IN_A_STEP)
       if key not in made:
         # Of its own config, since the test may change that of the run.
         made[key] = make(config.copy_and_resolve_references(), *rest)

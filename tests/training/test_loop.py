@@ -41,8 +41,9 @@ def get_config(name="tiny", **changes):
   return config
 
 
-# Enough for runs that are not asked to have learned anything.
-FEW_TOKENS = {"batch_size": 8, "length": 32}
+# Enough for runs that are not asked to have learned anything, and the same for all of them, so that
+# `traced_once` has one step for them.
+SHORT = {"batch_size": 8, "length": 32, "steps": 16}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -323,8 +324,8 @@ def test_bad_configs_are_refused_before_any_step(changes, message, tmp_path):
 
 
 def test_a_run_that_diverges_says_where(tmp_path, traced_once):
-  # One step at this rate leaves weights whose square is no number; steps 5 and 10 are logged.
-  config = get_config(steps=10, log_every=5, **FEW_TOKENS, **{"optimizer.learning_rate": 1e38})
+  # One step at this rate leaves weights whose square is no number; every fifth step is logged.
+  config = get_config(log_every=5, **SHORT, **{"optimizer.learning_rate": 1e38})
   with pytest.raises(FloatingPointError, match=r"at step 1 with method 'eco_sr'"):
     loop.train(config, tmp_path)
   config.nonfinite = "record"
@@ -366,9 +367,7 @@ def end_of(workdir):
 
 
 def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys, traced_once):
-  config = get_config(
-    steps=16, log_every=2, evaluate_every=8, **FEW_TOKENS, **{"checkpoint.every": 4}
-  )
+  config = get_config(log_every=2, evaluate_every=8, **SHORT, **{"checkpoint.every": 4})
   whole = loop.train(config, tmp_path / "whole")
   with monkeypatch.context() as patch:
     stop_before(patch, 7)
@@ -402,7 +401,7 @@ def test_a_run_that_was_asked_to_stop_goes_on(tmp_path, monkeypatch, capsys, tra
 
 
 def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys, traced_once):
-  config = get_config(steps=12, log_every=4, **FEW_TOKENS, **{"checkpoint.every": 4})
+  config = get_config(log_every=4, **SHORT, **{"checkpoint.every": 4})
   monkeypatch.setattr(pipeline, "batches", pipeline.batches)  # Restored after the test.
   faults.poison("7")
   with pytest.raises(
@@ -423,9 +422,7 @@ def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys, traced_onc
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 def test_an_update_beyond_float32_is_never_saved(nonfinite, tmp_path, traced_once):
-  config = get_config(
-    steps=5, nonfinite=nonfinite, log_every=1, **FEW_TOKENS, **{"checkpoint.every": 1}
-  )
+  config = get_config(nonfinite=nonfinite, log_every=1, **SHORT, **{"checkpoint.every": 1})
   config.optimizer.update(learning_rate=3e38, start_fraction=1.0, weight_decay=1e6)
   with pytest.raises(
     FloatingPointError, match=r"too large for the weights, first of .* at step 1 "
@@ -445,8 +442,8 @@ def test_prepared_data_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     loop.train(config, tmp_path)
 
 
-def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
-  config = get_config(steps=8, **FEW_TOKENS)
+def test_comparison_continues_where_it_stopped(tmp_path, monkeypatch, traced_once):
+  config = get_config(**SHORT)
   runs = {"a": {"method": "mw_rtn"}, "b": {"method": "eco_sr"}}
   rows = comparison.compare(config, tmp_path / "runs", tmp_path / "results", runs)
   monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("a complete run was run again"))

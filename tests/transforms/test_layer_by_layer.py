@@ -9,6 +9,7 @@ import pytest
 
 import eco_optax as eco
 from eco_optax import rounding
+from eco_optax.transforms import leafwise
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -107,6 +108,27 @@ def test_what_couples_layers_is_refused_and_named(couples):
   if "trust" not in str(couples):
     updates, _ = good.update(grads, good.init(params), params)
     assert isinstance(updates["blocks"]["up"], eco.QuantizedArray)
+
+
+def test_trees_of_one_kind_are_tried_once(monkeypatch):
+  tried, honest = [], leafwise.responses
+  monkeypatch.setattr(leafwise, "responses", lambda *args: tried.append(1) or honest(*args))
+  tx = eco.layer_by_layer(eco.sgd(1e-2))
+  stack = lambda *shape, format=eco.FP8: {"w": eco.quantize(jnp.ones(shape), format)}
+  for times, params in [
+    (1, stack(12, 16, 8)),
+    (1, stack(5, 24, 16)),  # Of which the miniature is the same.
+    (2, stack(12, 16, 8, format=eco.INT8)),
+    (3, stack(2, 16, 8)),
+    (4, {"w": stack(12, 16, 8)["w"], "b": jnp.ones(8)}),
+    (4, stack(12, 16, 8)),
+  ]:
+    jax.eval_shape(tx.init, params)
+    tx.init(params)
+    assert len(tried) == times
+  # What has no stack in it is not tried at all.
+  tx.init({"w": eco.quantize(jnp.ones((16, 8)), eco.FP8)})
+  assert len(tried) == 4
 
 
 def test_missing_params_are_named():
