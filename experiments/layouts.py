@@ -22,7 +22,9 @@ _KERNELS = {name: (WIDTH, WIDTH) for name in ("query", "key", "value", "out")} |
   "up": (WIDTH, HIDDEN),
   "down": (HIDDEN, WIDTH),
 }
-WEIGHTS = LAYERS * sum(rows * columns for rows, columns in _KERNELS.values())
+
+
+_TX = eco.layer_by_layer(eco.adamw(1e-3))
 
 
 class Way(NamedTuple):
@@ -30,7 +32,6 @@ class Way(NamedTuple):
 
   transposed: bool  # (out, in).
   gradient_format: eco.Format | None = None  # Of cotangents.
-  low_bit: bool = False  # Whether moments are FP8.
 
   def init(self) -> Any:
     """Packed kernels, layers along the first axis."""
@@ -55,27 +56,21 @@ class Way(NamedTuple):
     x, _ = jax.lax.scan(block, x, params)
     return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
-  @property
-  def tx(self) -> Any:
-    """The optimizer."""
-    tx = eco.layer_by_layer(eco.adamw(1e-3))
-    return eco.low_bit_moments(tx) if self.low_bit else tx
-
   def step(self, params: Any, state: Any, x: jax.Array) -> tuple[Any, Any, jax.Array]:
     """New kernels, state and the loss."""
     make = eco.value_and_grad(self.loss, gradient_dtype=jnp.bfloat16, dense=False)
     value, grads = make(params, x)
-    updates, state = self.tx.update(grads, state, params)
+    updates, state = _TX.update(grads, state, params)
     return eco.apply_updates(params, updates), state, value
 
 
-def ways() -> dict[str, Way]:
-  """What is compared, both layouts of each."""
-  found = {}
-  for name, transposed in (("(in, out)", False), ("(out, in)", True)):
-    found[name] = Way(transposed)
-    found[f"{name}, FP8 cotangents"] = Way(transposed, eco.FP8_TOKEN)
-    found[f"{name}, FP8 moments"] = Way(transposed, low_bit=True)
+def ways(has_float8: bool) -> dict[str, Way]:
+  """What is compared, on a device with or without units for products of float8."""
+  layouts = {"(in, out)": False, "(out, in)": True}
+  found = {name: Way(transposed) for name, transposed in layouts.items()}
+  if has_float8:
+    for name, transposed in layouts.items():
+      found[f"{name}, FP8 cotangents"] = Way(transposed, eco.FP8_TOKEN)
   return found
 
 
@@ -88,22 +83,23 @@ def measure(way: Way, device: Any) -> dict[str, Any]:
 
   Returns:
     Bytes that the step reads and writes by the compiler's count, that it copies or transposes, and
-    of its temporaries; its operations, and those of its products by dtype.
+    of its temporaries; and operations of its products by dtype.
   """
   params = jax.eval_shape(way.init)
-  state = jax.eval_shape(way.tx.init, params)
+  state = jax.eval_shape(_TX.init, params)
   x = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16)
   arguments = compile_lib.on_device(device, (params, state, x))
+  # As the harness has it.
+  options: Any = {"xla_gpu_enable_triton_gemm": False} if device.platform == "gpu" else {}
   with compile_lib.abstractly(device), compile_lib.without_cache():
-    compiled = jax.jit(way.step, donate_argnums=(0, 1)).lower(*arguments).compile()
-  cost: Any = compiled.cost_analysis()
+    compiled = jax.jit(way.step, donate_argnums=(0, 1)).lower(*arguments).compile(options)
+  cost: Any = compiled.cost_analysis() or {}  # There is none of programs for GPUs.
   used: Any = compiled.memory_analysis()
-  text = compiled.as_text()
+  text: Any = compiled.as_text()
   return {
-    "bytes": cost["bytes accessed"],
+    "bytes": cost.get("bytes accessed"),
     "copied": compile_lib.bytes_copied(text),
     "temporaries": used.temp_size_in_bytes,
-    "operations": cost["flops"],
     "products": compile_lib.products(text),
     "kernels": text.count("tpu_custom_call") or text.count('"__gpu$xla.gpu.triton"'),
   }
@@ -112,11 +108,11 @@ def measure(way: Way, device: Any) -> dict[str, Any]:
 def study(topology: str, show: Callable[[str], None]) -> dict[str, dict[str, Any]]:
   """Each way's figures on one device of a topology, by its name."""
   device, found = compile_lib.topology_devices(topology)[0], {}
-  for name, way in ways().items():
+  for name, way in ways(not topology.startswith("v5p")).items():
     row = found[name] = measure(way, device)
+    moved = f"{row['bytes'] / 2**30:.2f} GiB read and written  " if row["bytes"] else ""
     show(
-      f"{topology}  {row['bytes'] / 2**30:7.2f} GiB read and written"
-      f"  {row['copied'] / 2**20:7.0f} MiB copied  {row['temporaries'] / 2**30:5.2f} GiB temporary"
-      f"  {row['operations'] / 1e12:5.1f}e12 operations  {name}"
+      f"{topology}  {moved}{row['copied'] / 2**20:.0f} MiB copied"
+      f"  {row['temporaries'] / 2**30:.2f} GiB temporary  {name}"
     )
   return found
