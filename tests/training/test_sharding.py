@@ -175,7 +175,7 @@ def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
   # No harness: a sharded packed tree, stock jit, told where the parameters lie.
   mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
   w = jax.random.normal(jax.random.key(0), (3, 64, 64))
-  params = eco.quantize({"blocks": {"up": {"kernel": w}}}, eco.FP8)
+  params = eco.quantize({"blocks": {"up": {"kernel": w}}}, eco.FP8.transposed)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
   tx = eco.layer_by_layer(eco.low_bit_moments(eco.adamw(1e-2, seed=3)))
   grads = {"blocks": {"up": {"kernel": jnp.sin(w)}}}
@@ -191,6 +191,6 @@ def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
     return [tree["blocks"]["up"]["kernel"] for tree in (params, moments.mu, moments.nu)]
 
   for one, many in zip(run(params), run(placed), strict=True):
-    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 32, 16)
+    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 16, 32)
     differ = np.asarray(one.qvalue).view(np.uint8) != np.asarray(many.qvalue).view(np.uint8)
     assert np.sum(differ) <= 3  # Once in a million, where a last place decides; moments follow.
