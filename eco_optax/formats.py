@@ -150,6 +150,9 @@ class Format:
     """The axes that one scale's maximum runs over, for `"tensor"` and `"channel"`."""
     if self.granularity == "tensor":
       return tuple(range(-min(2, ndim), 0))
+    return self._axes()
+
+  def _axes(self) -> tuple[int, ...]:
     axes = self.contraction_axis
     if callable(axes):
       raise ValueError(
@@ -166,6 +169,26 @@ class Format:
     if callable(chosen):
       raise ValueError(f"contraction_axis gives a function for leaf {path!r}: return its axes")
     return dataclasses.replace(self, contraction_axis=chosen)
+
+  @property
+  def transposed(self) -> Format:
+    """The format of transposed matrices, in which the same weights share a scale.
+
+    Raises:
+      ValueError: where a function of path and leaf says which axes are summed over.
+
+    Example:
+      >>> import eco_optax as eco
+      >>> eco.FP8.transposed, eco.MXFP8.transposed.granularity
+      (Format('float8_e4m3fn', 'channel', contraction_axis=-1), (1, 32))
+    """
+    if isinstance(self.granularity, tuple):
+      *lead, rows, columns = (1,) * (2 - len(self.granularity)) + self.granularity
+      return dataclasses.replace(self, granularity=(*lead, columns, rows))
+    if self.granularity == "tensor":
+      return self
+    axes = tuple({-2: -1, -1: -2}.get(axis, axis) for axis in self._axes())
+    return dataclasses.replace(self, contraction_axis=axes)
 
   def widened(self, shape: tuple[int, ...]) -> Format:
     """The format whose scales serve more than one weight of an array of `shape`, if there is one.

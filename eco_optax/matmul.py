@@ -16,11 +16,12 @@ from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_arr
 _FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)}
 
 
-class _Formats(NamedTuple):
-  """What the factors of a product and of its gradient are rounded to; None leaves them float."""
+class _How(NamedTuple):
+  """The static part of a product; formats of factors are None where these stay float."""
 
   activation: Format | None
   gradient: Format | None
+  axis: int = 0  # Of the kernel, that the product sums over: 1 of (out, in).
 
 
 def check_gradient_format(format: Format, weights: Format) -> None:
@@ -56,12 +57,12 @@ def _float8(codes: jax.Array) -> jax.Array:
   return codes if codes.dtype in _FLOAT8 else codes.astype(jnp.float8_e4m3fn)
 
 
-def _outer_scale(w: QuantizedArray) -> jax.Array | None:
+def _outer_scale(w: QuantizedArray, axis: int) -> jax.Array | None:
   """The product's scale, one per output channel, for formats whose scale is outside the sum."""
   if w.format.granularity == "tensor" or (
-    w.format.granularity == "channel" and w.format.contraction_axis == -2
+    w.format.granularity == "channel" and w.format.contraction_axis == axis - 2
   ):
-    return jnp.squeeze(w.float_scale(), -2)
+    return jnp.squeeze(w.float_scale(), axis)
   return None
 
 
@@ -75,7 +76,7 @@ def _factor(x: jax.Array, format: Format | None) -> tuple[jax.Array, jax.Array |
   return packed.dequantize(x.dtype), None
 
 
-def _dot(values: jax.Array, kernel: jax.Array, dtype: Any, kernel_axis: int = 0) -> jax.Array:
+def _dot(values: jax.Array, kernel: jax.Array, dtype: Any, kernel_axis: int) -> jax.Array:
   """The product of activations and a kernel, codes or floats, over one axis of the kernel.
 
   Two factors of float8 codes go to the compiler unconverted, which takes float8 units where the
@@ -109,26 +110,24 @@ def _times(y: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(
-  formats: _Formats,
+  how: _How,
   x: jax.Array,
   w: jax.Array | QuantizedArray,
   sink: jax.Array | None,
   stream: jax.Array | None,
 ) -> jax.Array:
   del sink, stream  # Of use in the backward pass only.
-  return _product(formats.activation, x, w)
+  return _product(how, x, w)
 
 
-def _product(
-  activation_format: Format | None, x: jax.Array, w: jax.Array | QuantizedArray
-) -> jax.Array:
-  values, x_scale = _factor(x, activation_format)
+def _product(how: _How, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
+  values, x_scale = _factor(x, how.activation)
   w_scale = None
-  if isinstance(w, QuantizedArray) and (w_scale := _outer_scale(w)) is not None:
+  if isinstance(w, QuantizedArray) and (w_scale := _outer_scale(w, how.axis)) is not None:
     kernel = w.codes
   else:
     kernel = _dense(w, x.dtype)
-  y = _dot(values, kernel, x.dtype)
+  y = _dot(values, kernel, x.dtype, how.axis)
   return _times(_times(y, x_scale), w_scale).astype(x.dtype)
 
 
@@ -137,44 +136,46 @@ def _dense(w: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
 
 
 def _input_gradient(
-  format: Format, dy: jax.Array, w: QuantizedArray, stream: jax.Array | None
+  format: Format, axis: int, dy: jax.Array, w: QuantizedArray, stream: jax.Array | None
 ) -> jax.Array:
-  """`dy @ wᵀ` of cotangents rounded per token and the codes of w.
+  """`dy @ wᵀ` of cotangents rounded per token and the codes of w, whose inputs are on an axis.
 
   The sum runs over output channels. Their scales are multiplied into the cotangents before the
   rounding. Scales per input channel are applied to the sums.
   """
   scale, y = w.float_scale(), dy
-  is_by_output = scale.shape[0] == 1
+  is_by_output = scale.shape[axis] == 1
   if is_by_output:
-    y = _times(y, scale[0])
+    y = _times(y, jnp.squeeze(scale, axis))
   bits = None if stream is None else rounding.counter_bits(stream, y.shape)
   packed = quantize_array(y, format, "nearest" if bits is None else "stochastic", bits)
-  dx = _times(_dot(packed.codes, _float8(w.codes), dy.dtype, 1), packed.float_scale())
-  return (dx if is_by_output else _times(dx, scale[:, 0])).astype(dy.dtype)
+  dx = _dot(packed.codes, _float8(w.codes), dy.dtype, 1 - axis)
+  dx = _times(dx, packed.float_scale())
+  return (dx if is_by_output else _times(dx, jnp.squeeze(scale, 1 - axis))).astype(dy.dtype)
 
 
 def _forward(
-  formats: _Formats, x: jax.Array, w: Any, sink: jax.Array | None, stream: jax.Array | None
+  how: _How, x: jax.Array, w: Any, sink: jax.Array | None, stream: jax.Array | None
 ) -> tuple[jax.Array, Any]:
   # Without the sink, which a checkpoint would keep as an array of zeros.
-  return _product(formats.activation, x, w), (x, w, sink, stream)
+  return _product(how, x, w), (x, w, sink, stream)
 
 
-def _backward(formats: _Formats, residuals: Any, dy: jax.Array) -> tuple:
+def _backward(how: _How, residuals: Any, dy: jax.Array) -> tuple:
   x, w, sink, stream = residuals
 
   def products(
     x: jax.Array, w: Any, dy: jax.Array, stream: jax.Array | None
   ) -> tuple[jax.Array, jax.Array]:
-    values, x_scale = _factor(x, formats.activation)  # Made again: cheaper than keeping them.
+    values, x_scale = _factor(x, how.activation)  # Made again: cheaper than keeping them.
     values = _times(values, x_scale).astype(x.dtype)
-    if formats.gradient is None:
-      dx = _dot(dy, _dense(w, x.dtype), x.dtype, 1).astype(x.dtype)
+    if how.gradient is None:
+      dx = _dot(dy, _dense(w, x.dtype), x.dtype, 1 - how.axis).astype(x.dtype)
     else:
-      dx = _input_gradient(formats.gradient, dy, w, stream)
+      dx = _input_gradient(how.gradient, how.axis, dy, w, stream)
     dims = (tuple(range(x.ndim - 1)),) * 2
-    dw = jax.lax.dot_general(values, dy, (dims, ((), ())), preferred_element_type=jnp.float32)
+    factors = (dy, values) if how.axis else (values, dy)
+    dw = jax.lax.dot_general(*factors, (dims, ((), ())), preferred_element_type=jnp.float32)
     return dx, dw
 
   like = x, w.qvalue if is_quantized(w) else w
@@ -195,6 +196,7 @@ def matmul(
   activation_format: Format | None = None,
   gradient_format: Format | None = None,
   gradient_key: Any = None,
+  transposed: bool = False,
 ) -> jax.Array:
   """`x @ w` for a packed or float kernel, with activations quantized on the way in.
 
@@ -221,6 +223,9 @@ def matmul(
       E5M2 by E5M2: for `eco.FP8_E5M2` weights take `eco.FP8_TOKEN`.
     gradient_key: a PRNG key or an integer, a new one for every step and layer: cotangents are then
       rounded stochastically, and dx is its own mean without rounding. None rounds to nearest.
+    transposed: whether w is stored `(out, in)`; the product is `x @ wᵀ`. Scales per output channel
+      are then those of a format with `contraction_axis=-1`. Float8 units of Hopper read kernels so,
+      and others as fast.
 
   Returns:
     Activations of shape `(…, out)` in x's dtype. A token whose cotangent has a NaN or an infinity
@@ -244,8 +249,9 @@ def matmul(
     Micikevicius et al, `FP8 formats for deep learning <https://arxiv.org/abs/2209.05433>`_, 2022
     (E5M2 for gradients).
   """
-  if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-    raise ValueError(f"matmul takes (…, in) and (in, out), got {x.shape} and {w.shape}")
+  if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[int(transposed)]:
+    kernel = "(out, in)" if transposed else "(in, out)"
+    raise ValueError(f"matmul takes (…, in) and {kernel}, got {x.shape} and {w.shape}")
   if activation_format is not None:
     activation_format.check(x.shape, "activations")
   if gradient_format is None and gradient_key is not None:
@@ -260,11 +266,11 @@ def matmul(
         " eco_optax.value_and_grad(…, dense=False), or pass no gradient_format"
       )
     check_gradient_format(gradient_format, w.format)
-  formats, stream = _Formats(activation_format, gradient_format), None
+  how, stream = _How(activation_format, gradient_format, int(transposed)), None
   if gradient_key is not None:
     stream = rounding.stream_key(seed_of(gradient_key), 0, "cotangent")
   vary = explicit_axes.vary_like
   if isinstance(w, QuantizedArray):
     sink = None if w.sink is None else vary(w.sink, x)
-    return _matmul(formats, vary(x, w.qvalue), dataclasses.replace(w, sink=None), sink, stream)
-  return _matmul(formats, vary(x, w), vary(w, x), None, stream)
+    return _matmul(how, vary(x, w.qvalue), dataclasses.replace(w, sink=None), sink, stream)
+  return _matmul(how, vary(x, w), vary(w, x), None, stream)

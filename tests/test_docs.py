@@ -124,6 +124,16 @@ def test_traffic_between_devices_is_that_of_the_reports(config, devices, step, r
   assert row in (DOCS / "pretraining.md").read_text()
 
 
+def test_what_layouts_of_kernels_copy_is_that_of_the_compiled_steps():
+  found = json.loads((ROOT / "results/layouts.json").read_text())
+  rows, columns = (found["h100:1"]["rows"][name]["copied"] for name in ("(out, in)", "(in, out)"))
+  copied = f"copies {rows / 2**20:.0f} MiB, and {columns / 2**20:.0f} MiB with kernels"
+  assert copied in (DOCS / "performance.md").read_text()
+  by_way = [found["v5p:2x2x1"]["rows"][name] for name in ("(out, in)", "(in, out)")]
+  for key in ("bytes", "copied", "temporaries"):
+    assert f"{by_way[0][key] / 2**20:.0f}" == f"{by_way[1][key] / 2**20:.0f}"
+
+
 def test_pages_have_the_summary_of_the_claims():
   from experiments.studies import claims, sweep
 

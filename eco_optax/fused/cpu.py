@@ -20,6 +20,7 @@ from eco_optax.fused.leaf import (
   matrices,
   matrix_numbers,
   origin,
+  over_parts,
   tile_bits,
 )
 from eco_optax.fused.step import (
@@ -32,7 +33,13 @@ from eco_optax.fused.step import (
   propose,
   settle,
 )
-from eco_optax.quantized_array import QuantizedArray, Rounding, is_quantized, matrix_scale
+from eco_optax.quantized_array import (
+  QuantizedArray,
+  Rounding,
+  is_quantized,
+  largest_magnitude,
+  matrix_scale,
+)
 from eco_optax.transforms.factored import Factors
 from eco_optax.transforms.stored_moments import pack_like, unpack
 
@@ -99,8 +106,8 @@ def by_size(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
 def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """`step.definition` for CPUs, where a chunk of rows suits the leaf.
 
-  Where scales depend on a whole column or matrix, a first loop over the chunks finds its largest
-  proposal.
+  Where scales depend on a whole column or matrix, or on a row that several devices have, a first
+  loop over the chunks finds its largest proposal.
 
   Args:
     step: as in `step.definition`.
@@ -122,7 +129,9 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   # Arrays with rows of their own for each chunk, and the scales of whole columns or matrices.
   flat = lambda x: _as_bits(x).reshape(-1, x.shape[-1])
   fields = _arrays(leaf.weight)
-  per_chunk = {"qvalue", "scale"} if isinstance(format.granularity, tuple) else {"qvalue"}
+  by_row = format.granularity == "channel" and format.contraction_axis == -1
+  has_own_scales = by_row or isinstance(format.granularity, tuple)
+  per_chunk = {"qvalue", "scale"} if has_own_scales else {"qvalue"}
   weight = {name: flat(x) for name, x in fields.items() if name in per_chunk}
   whole = {
     name: x.reshape(m.stack, 1, x.shape[-1]) for name, x in fields.items() if name not in per_chunk
@@ -151,6 +160,15 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     unpacked = unpack(old), tuple(map(unpack, old_moments))
     return plan, propose(plan, leaf.scalars, own_gradient, *unpacked), chunk
 
+  def largest_of_rows(matrix: jax.Array, stored: Any) -> jax.Array:
+    def chunk(i: jax.Array, largest: jax.Array) -> jax.Array:
+      plan, proposal, _ = propose_chunk(stored, matrix, i)
+      own = largest_magnitude(plan.value(proposal), (-1,), keepdims=True)
+      return jax.lax.dynamic_update_slice_in_dim(largest, own, i * size, 0)
+
+    zeros = jnp.zeros((m.rows, 1), jnp.float32)
+    return over_parts(leaf, jax.lax.fori_loop(0, chunks, chunk, zeros))
+
   def largest_proposals(matrix: jax.Array, stored: Any) -> jax.Array:
     def chunk(i: jax.Array, largest: jax.Array) -> jax.Array:
       plan, proposal, _ = propose_chunk(stored, matrix, i)
@@ -164,8 +182,10 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
 
   def one_matrix(matrix: jax.Array, carry: Any) -> Any:
     stored, new_whole = carry
-    # Block scales alone do without.
+    # Scales of blocks and rows do without.
     largest = largest_proposals(matrix, stored) if whole else None
+    if by_row and leaf.part and leaf.part.sharing:
+      largest = largest_of_rows(matrix, stored)
     unit = None
     if format.two_level and largest is not None:
       unit, largest = matrix_scale(largest, format), None
@@ -174,7 +194,10 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
       plan, proposal, chunk = propose_chunk(stored, matrix, i)
       number = None if numbers is None else numbers[matrix]
       bits = lambda k: tile_bits(keys[k], number, at.columns, at.row + i * size, at.column, shape)
-      new_weight, *moments = settle(plan, leaf.scalars, proposal, bits, largest, unit)
+      own_largest = largest
+      if by_row and largest is not None:
+        own_largest = jax.lax.dynamic_slice_in_dim(largest, i * size, size)
+      new_weight, *moments = settle(plan, leaf.scalars, proposal, bits, own_largest, unit)
       old = dataclasses.replace(chunk.weight, tensor_scale=unit)
       new = _arrays(pack_like(old, new_weight))
       new_moments = tuple(

@@ -359,7 +359,7 @@ class _Program(NamedTuple):
   def spread(self, scale: jax.Array, group: Group) -> jax.Array:
     """Stored scales, with the axes of `_Groups.split`."""
     if scale.dtype == jnp.uint8:
-      scale = _from_byte(scale)
+      scale = leaf_lib.scale_of_byte(scale.astype(jnp.int32))
     if group[1] == 1:  # (blocks, columns)
       return scale.reshape(scale.shape[0], 1, self.plan.width // self.plan.per, self.plan.per)
     return scale[:, None, :, None, None]
@@ -368,7 +368,11 @@ class _Program(NamedTuple):
     """Writes a tile's scales."""
     columns = self.plan.width if group[1] == 1 else scale.shape[2]
     scale = scale.reshape(scale.shape[0], columns)
-    self.store(ref, tile, _to_byte(scale) if ref.dtype == jnp.uint8 else scale)
+    self.store(
+      ref,
+      tile,
+      leaf_lib.byte_of_scale(scale).astype(jnp.uint8) if ref.dtype == jnp.uint8 else scale,
+    )
 
   def read(self, tile: _Tile) -> _Read:
     """A tile's proposal."""
@@ -449,19 +453,6 @@ class _Program(NamedTuple):
 def _arrays(stored: Stored) -> int:
   """How many arrays of a moment a step writes."""
   return 0 if stored.is_read_only else 2 if stored.format else 1
-
-
-def _from_byte(scale: jax.Array) -> jax.Array:
-  """float32 scales from those of float8_e8m0fnu, as bytes."""
-  exponent = scale.astype(jnp.int32)
-  raw = jnp.where(exponent == 0, np.int32(1 << 22), exponent << 23)
-  raw = jnp.where(exponent == np.int32(255), np.int32(0x7FC00000), raw)
-  return gpu_math.float_of(raw)
-
-
-def _to_byte(scale: jax.Array) -> jax.Array:
-  """The reverse, of normal powers of two and NaN."""
-  return ((gpu_math.bits_of(scale) >> 23) & np.int32(255)).astype(jnp.uint8)
 
 
 def _unpack(stored: jax.Array, format: Format) -> jax.Array:

@@ -91,7 +91,7 @@ class Matrices(NamedTuple):
 
 
 def matrices(leaf: Leaf) -> Matrices | None:
-  """The leaf as matrices; None unless columns, matrices or blocks of these share scales."""
+  """The leaf as matrices; None unless columns, rows, matrices or blocks share scales."""
   weight = leaf.weight
   format, shape = weight.format, weight.shape
   unit = 8 // format.bits
@@ -101,7 +101,7 @@ def matrices(leaf: Leaf) -> Matrices | None:
     if len(format.granularity) != 2:
       return None
     unit = math.lcm(unit, format.granularity[0])
-  elif format.granularity == "channel" and format.contraction_axis != -2:
+  elif format.granularity == "channel" and format.contraction_axis not in (-2, -1):
     return None
   unit = math.lcm(unit, *map(block_rows, leaf.moments))
   return Matrices(math.prod(shape[:-2]), shape[-2], shape[-1], unit)
@@ -177,8 +177,9 @@ def over_parts(leaf: Leaf, largest: jax.Array) -> jax.Array:
 
 
 def largest_proposal(leaf: Leaf, proposal: jax.Array) -> jax.Array:
-  """The largest magnitude of each whole column or matrix that shares a scale, on all devices."""
-  axes = (-2,) if leaf.weight.format.granularity == "channel" else (-2, -1)
+  """The largest magnitude of each whole column, row or matrix with one scale, on all devices."""
+  format = leaf.weight.format
+  axes = format.reduce_axes(2) if format.granularity == "channel" else (-2, -1)
   return over_parts(leaf, largest_magnitude(proposal, axes, keepdims=True))
 
 
@@ -200,6 +201,18 @@ def stream(leaf: Leaf) -> Stream:
   """The place of a leaf's matrices."""
   stacked = leaf.layer is not None or leaf.weight.ndim > 2
   return Stream(origin(leaf).columns, math.prod(leaf.weight.shape[:-2]) if stacked else 0)
+
+
+def scale_of_byte(byte: jax.Array) -> jax.Array:
+  """float32 scales from the bytes of float8_e8m0fnu ones, as int32."""
+  raw = jnp.where(byte == 0, np.int32(1 << 22), byte << 23)
+  raw = jnp.where(byte == np.int32(255), np.int32(0x7FC00000), raw)
+  return jax.lax.bitcast_convert_type(raw, jnp.float32)
+
+
+def byte_of_scale(scale: jax.Array) -> jax.Array:
+  """The reverse, of normal powers of two and NaN."""
+  return (jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23) & np.int32(255)
 
 
 def _arrays(moment: Any) -> tuple[jax.Array, ...]:

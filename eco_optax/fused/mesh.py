@@ -51,7 +51,9 @@ def _sharing(weight: QuantizedArray, split: Split) -> tuple[str, ...]:
   """Mesh axes along which a scale, or a scale of scales, has weights."""
   if weight.format.granularity == "tensor" or weight.format.two_level:
     return split[-2] + split[-1]
-  return split[-2] if weight.format.granularity == "channel" else ()
+  if weight.format.granularity != "channel":
+    return ()
+  return tuple(axis for k in weight.format.reduce_axes(2) for axis in split[k])
 
 
 def on_parts(

@@ -1,7 +1,8 @@
 """Packed weights as the compressed-tensors layout has them, which transformers and vLLM serve.
 
-A module's weight is there `(out, in)`, where a kernel is `(in, out)`: codes and scales are
-transposed and otherwise stay the bits that they are.
+A module's weight is there `(out, in)`. Codes and scales of a kernel `(in, out)` are transposed, and
+those of one stored `(out, in)` are not; both keep their bits. Formats are those of kernels `(in,
+out)`, see `Format.transposed`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from eco_optax import quantized_array
 from eco_optax.formats import Format
 from eco_optax.interop import json_fields
 from eco_optax.interop.json_fields import FLAG, LIST, OBJECT, POSITIVE, TEXT
@@ -307,20 +310,31 @@ def _finish_arguments(arguments: json_fields.Fields) -> None:
   arguments.finish()
 
 
-def encode(weight: QuantizedArray, packed: bool) -> dict[str, np.ndarray]:
+def encode(
+  weight: QuantizedArray, packed: bool, *, transposed: bool = False
+) -> dict[str, np.ndarray]:
   """One matrix's tensors, named as behind the module's name.
 
   Args:
-    weight: of shape (in, out).
+    weight: of shape (in, out), or (out, in) if `transposed`.
     packed: whether its layout is one of those called pack-quantized.
+    transposed: whether the weight is stored as tensors are there.
 
   Returns:
     `weight` or `weight_packed`, `weight_scale`, and what else the layout has.
   """
   weight = jax.device_get(weight)
   format, (inputs, outputs) = weight.format, weight.shape
-  codes = np.ascontiguousarray(np.asarray(weight.qvalue).T)
-  scale = np.ascontiguousarray(np.asarray(weight.scale).T)
+  codes, scale, odd = np.asarray(weight.qvalue), np.asarray(weight.scale), weight.odd
+  if transposed:
+    inputs, outputs = outputs, inputs
+    if format.bits == 4:  # Two of a channel in a byte, not of two channels.
+      code = jnp.asarray(weight.code_bits).T.astype(jnp.int32)
+      qvalue, odd = quantized_array.pack(code, format)
+      codes = np.asarray(qvalue).T
+  else:
+    codes, scale = codes.T, scale.T
+  codes, scale = np.ascontiguousarray(codes), np.ascontiguousarray(scale)
   tensors: dict[str, np.ndarray] = {}
   if format.granularity == "tensor":
     scale = np.repeat(scale, outputs, 0)  # See `scheme`.
@@ -331,7 +345,7 @@ def encode(weight: QuantizedArray, packed: bool) -> dict[str, np.ndarray]:
     flip = np.uint8(0x88 if format.bits == 4 else 0x80)
     words = np.full((outputs, -(-inputs * format.bits // 32) * 4), flip ^ flip, np.uint8)
     words[:, : codes.shape[1]] = codes.view(np.uint8) ^ flip
-    if weight.odd:  # Nothing is behind the last code.
+    if odd:  # Nothing is behind the last code.
       words[:, codes.shape[1] - 1] &= 0xF
     tensors["weight_packed"] = words.view(np.int32)
     tensors["weight_shape"] = np.array([outputs, inputs], np.int64)
@@ -346,16 +360,20 @@ def encode(weight: QuantizedArray, packed: bool) -> dict[str, np.ndarray]:
   return tensors
 
 
-def decode(tensors: Mapping[str, np.ndarray], format: Format, name: str) -> QuantizedArray:
+def decode(
+  tensors: Mapping[str, np.ndarray], format: Format, name: str, *, transposed: bool = False
+) -> QuantizedArray:
   """The matrix whose tensors these are, in NumPy arrays.
 
   Args:
     tensors: of one module, see `encode`.
     format: of the result; `"tensor"` takes scales for each channel if they are equal.
     name: of the module, for errors.
+    transposed: whether the result is to be stored as tensors are there.
 
   Returns:
-    A QuantizedArray of shape (in, out) with the bits that are stored.
+    A QuantizedArray of shape (in, out) with the bits that are stored; if `transposed` of shape
+    (out, in) and in `format.transposed`.
 
   Raises:
     ValueError: if the tensors are not of this format, naming the module.
@@ -407,7 +425,14 @@ def decode(tensors: Mapping[str, np.ndarray], format: Format, name: str) -> Quan
   if format.two_level:
     tensor_scale = (1 / np.asarray(tensors["weight_global_scale"], np.float32)).reshape(1, 1)
   qvalue: Any = codes.T
-  return QuantizedArray(qvalue, scale.T, format, tensor_scale, None, odd)
+  weight = QuantizedArray(qvalue, scale.T, format, tensor_scale, None, odd)
+  if not transposed:
+    return weight
+  qvalue, odd = codes, False
+  if format.bits == 4:
+    code = jnp.asarray(jax.tree.map(jnp.asarray, weight).code_bits).T.astype(jnp.int32)
+    qvalue, odd = quantized_array.pack(code, format)
+  return QuantizedArray(qvalue, scale, format.transposed, tensor_scale, None, odd)
 
 
 def _scale_shape(format: Format, inputs: int, outputs: int) -> tuple[int, int]:

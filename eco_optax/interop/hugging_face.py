@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face: the names of their tensors, and both ways.
 
-Parameters are those of `eco_optax.training.models.transformer`: kernels are `(in, out)` where
-checkpoints have `(out, in)`, and layers and experts are stacked along leading axes.
+Parameters are those of `eco_optax.training.models.transformer`: kernels are `(out, in)`, as in
+checkpoints; head and router are `(in, out)`; layers and experts are stacked along leading axes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eco_optax.formats import Format
 from eco_optax.interop import compressed_tensors, config_json, gguf, safetensors
 from eco_optax.interop.config_json import check_config as check_config
 from eco_optax.interop.config_json import read_config as read_config
-from eco_optax.quantized_array import QuantizedArray, is_quantized
+from eco_optax.quantized_array import QuantizedArray, is_quantized, pack
 from eco_optax.transforms.stacks import write_layer
 
 if typing.TYPE_CHECKING:  # The harness imports the library, never the reverse.
@@ -43,7 +43,8 @@ class _Place(NamedTuple):
   name: str  # Of the module; has {layer} and {expert}.
   layers: tuple[int, ...] | None = None  # The leading axis of the parameter.
   experts: int = 0  # The axis behind it.
-  is_linear: bool = False  # Whether it is (in, out) here and (out, in) there.
+  is_linear: bool = False  # Whether it is the weight of a Linear there.
+  transposed: bool = False  # Whether it is (in, out) here and (out, in) there.
   rotary: int = 0  # The head width of channels whose pairs are apart there and side by side here.
   gain: float = 1.0  # Its values there over those here.
   parts: int = 0  # The leading axis of a table: parts of its rows, which are one tensor there.
@@ -70,16 +71,18 @@ class _Place(NamedTuple):
     shape = tuple(leaf.shape[self.lead :])
     if self.parts:
       return (self.parts * shape[0], *shape[1:])
-    return shape[::-1] if self.is_linear else shape
+    return shape[::-1] if self.transposed else shape
 
 
 def _places(kind: str, config: TransformerConfig) -> dict[str, _Place]:
   """Where each parameter is, by its path."""
   tables = {"embedding": _Place("model.embed_tokens")}
   if not config.tied_embedding:
-    tables["head"] = _Place("lm_head", is_linear=True)
+    tables["head"] = _Place("lm_head", is_linear=True, transposed=True)
   if config.quantized == "all":
-    in_parts = lambda place: place._replace(is_linear=False, parts=config.vocabulary_parts)
+    in_parts = lambda place: place._replace(
+      is_linear=False, transposed=False, parts=config.vocabulary_parts
+    )
     tables = {f"{path}/rows": in_parts(place) for path, place in tables.items()}
   places = {**tables, "norm/scale": _Place("model.norm")}
   rotary = config.head_width if config.rope_interleaved else 0
@@ -108,7 +111,7 @@ def _places(kind: str, config: TransformerConfig) -> dict[str, _Place]:
     routed, parts = "mlp", _PARTS
     if kind == "mixtral":
       routed, parts = "block_sparse_moe", ("w1", "w3", "w2")
-    put("moe/router", f"{routed}.gate", is_linear=True)
+    put("moe/router", f"{routed}.gate", is_linear=True, transposed=True)
     _put_mlp(put, "moe/experts", routed + ".experts.{expert}", parts, experts=config.experts)
     if config.shared_experts and kind == "qwen2_moe":
       _put_mlp(put, "moe/shared", "mlp.shared_expert", gain=2.0)
@@ -142,23 +145,29 @@ def _shared_gates(kind: str, config: TransformerConfig) -> list[str]:
 
 
 def _pairs_apart(x: Any, width: int, back: bool = False) -> Any:
-  """Channels of heads along the last axis: (2i, 2i + 1) to (i, i + K / 2), or back."""
-  *rest, size = x.shape
+  """Channels of heads along the first axis: (2i, 2i + 1) to (i, i + K / 2), or back."""
+  size, *rest = x.shape
   if not width or size == 1:  # All channels share a scale.
     return x
   pairs = (2, width // 2) if back else (width // 2, 2)
-  return x.reshape(*rest, size // width, *pairs).swapaxes(-1, -2).reshape(x.shape)
+  return x.reshape(size // width, *pairs, *rest).swapaxes(1, 2).reshape(x.shape)
 
 
 def _turned(w: QuantizedArray, width: int, back: bool = False) -> QuantizedArray:
   """`_pairs_apart` of a packed kernel: channels and their scales change places."""
-  if width and w.scale.shape[-1] not in (1, w.shape[-1]):
+  if not width:
+    return w
+  if w.scale.shape[0] not in (1, w.shape[0]):
     raise ValueError(
       f"kernels in {w.format} of a model with rope_interleaved cannot be saved: channels have to"
       " change places, and blocks of channels share a scale"
     )
   turn = functools.partial(_pairs_apart, width=width, back=back)
-  return dataclasses.replace(w, qvalue=turn(w.qvalue), scale=turn(w.scale))
+  if w.format.bits == 8:
+    qvalue = turn(w.qvalue)
+  else:  # Two channels share a byte.
+    qvalue, _ = pack(turn(w.code_bits).astype(jnp.int32), w.format)
+  return dataclasses.replace(w, qvalue=qvalue, scale=turn(w.scale))
 
 
 def _scaled(w: QuantizedArray, gain: float) -> QuantizedArray:
@@ -336,24 +345,26 @@ def _load(tensors: _Tensors, place: _Place, leaf: Any, stored_format: Format | N
   def in_float(name: str) -> np.ndarray:
     own = _tensors_of(tensors, place, name)
     if "weight_scale" in own:
-      packed = compressed_tensors.decode(own, stored_format or leaf.format, name)
+      format = stored_format or leaf.format.transposed
+      packed = compressed_tensors.decode(own, format, name, transposed=not place.transposed)
       x = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
     else:
       x = np.asarray(own["weight"])
-      x = x.T if place.is_linear else x
+      x = x.T if place.transposed else x
     x = _pairs_apart(x, place.rotary, back=True)
     return x if place.gain == 1 else x / np.float32(place.gain)
 
   if not is_quantized(leaf):
     return _assemble(leaf, place, in_float)
   _, first = next(place.names())
-  has_codes = "weight_scale" in _module(tensors, first) and _has_codes(stored_format, leaf.format)
+  wanted = leaf.format.transposed
+  has_codes = "weight_scale" in _module(tensors, first) and _has_codes(stored_format, wanted)
   if place.parts or not has_codes:
     return _quantized(leaf, place, in_float, _dtype(tensors, place))
 
   @functools.lru_cache(maxsize=1)  # Each of its fields is asked for.
   def packed(name: str) -> QuantizedArray:
-    w = compressed_tensors.decode(_module(tensors, name), leaf.format, name)
+    w = compressed_tensors.decode(_module(tensors, name), wanted, name, transposed=True)
     w = _turned(w, place.rotary, back=True)
     return w if place.gain == 1 else _scaled(w, 1 / place.gain)
 
@@ -456,7 +467,7 @@ def save(
   told = config_json.write(kind, config, np.dtype(dtype).name, length) | dict(more or {})
   packed = False
   if formats:
-    group = compressed_tensors.scheme(formats.pop(), config.activation_format)
+    group = compressed_tensors.scheme(formats.pop().transposed, config.activation_format)
     packed = group["format"] == "pack-quantized"
     told["quantization_config"] = {
       "quant_method": "compressed-tensors",
@@ -478,7 +489,9 @@ def save(
     }
   for path, leaf in leaves.items():  # What cannot be saved should be told before hours are spent.
     if has_codes(path) and places[path].rotary:
-      shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)  # On no mesh.
+      # Of one matrix, on no mesh.
+      matrix = lambda x, lead=places[path].lead: jax.ShapeDtypeStruct(x.shape[lead:], x.dtype)
+      shapes = jax.tree.map(matrix, leaf)
       jax.eval_shape(functools.partial(_turned, width=places[path].rotary), shapes)
 
   def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -530,8 +543,8 @@ def _saved(
       if is_quantized(x):
         x = _turned(x, place.rotary)
         x = x if place.gain == 1 else _scaled(x, place.gain)
-        for end, tensor in compressed_tensors.encode(x, packed).items():
+        for end, tensor in compressed_tensors.encode(x, packed, transposed=True).items():
           yield f"{name}.{end}", tensor
       else:
         x = _pairs_apart(x, place.rotary) * np.float32(place.gain)
-        yield f"{name}.{place.end}", np.asarray(x.T if place.is_linear else x).astype(dtype)
+        yield f"{name}.{place.end}", np.asarray(x.T if place.transposed else x).astype(dtype)

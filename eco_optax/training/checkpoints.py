@@ -31,7 +31,9 @@ from eco_optax.training import config as config_lib
 from eco_optax.training import step as step_lib
 from eco_optax.training.step import State
 
-VERSION = 1  # Of the layout; raised when an older reader would misread a newer checkpoint.
+# Of the layout; raised when an older reader would misread a newer checkpoint. Version 1 has kernels
+# of shape (in, out), and (out, in) since.
+VERSION = 2
 
 # Keys of a config that may change when a run resumes: its numbers depend on none of them.
 FREE = (
@@ -317,7 +319,8 @@ def _check_same_run(
   if record["version"] != VERSION:
     raise ValueError(
       f"{where} has version {record['version']}, and this eco_optax reads version {VERSION}:"
-      f" continue it with the eco_optax that wrote it ({record['versions'].get('eco_optax')})"
+      f" continue it with the eco_optax that wrote it ({record['versions'].get('eco_optax')}), or"
+      " export it there (scripts/export.py) and start a new run from it (config.init_from)"
     )
   # JSON turns tuples into lists. A key that the record lacks is newer than it, and its default is
   # the behaviour from before.

@@ -126,7 +126,7 @@ def parameter_table(state: State) -> str:
         _name(path),
         "×".join(map(str, leaf.shape)),
         (leaf.format.dtype if _is_packed(leaf) else leaf.dtype).name,
-        _format_name(leaf.format) if _is_packed(leaf) else "",
+        _format_name(_name(path), leaf.format) if _is_packed(leaf) else "",
         _sharding_name(first),
         f"{size:,}",
       )
@@ -139,7 +139,9 @@ def parameter_table(state: State) -> str:
   return "\n".join([line(rows[0]), "─" * len(line(rows[0])), *map(line, rows[1:])])
 
 
-def _format_name(format: eco.Format) -> str:
+def _format_name(name: str, format: eco.Format) -> str:
+  """As the config has it; kernels are (out, in)."""
+  format = format.transposed if name.endswith("/kernel") else format
   presets = {x: name for name, x in vars(eco).items() if isinstance(x, eco.Format)}
   return presets.get(format, repr(format))
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import eco_optax as eco
 from eco_optax import rounding
+from eco_optax.formats import Format
 from eco_optax.fused import cpu, gpu, gpu_math, mesh, tpu
 from eco_optax.fused.leaf import Leaf
 from eco_optax.fused.step import by_layers, definition
@@ -30,6 +31,13 @@ STEPS = {
 FORMATS = {
   name: getattr(eco, name)
   for name in ("FP8", "FP8_E5M2", "INT8", "INT4", "FP8_BLOCK128", "MXFP8", "MXFP4", "NVFP4")
+}
+# Of kernels stored (…, out, in).
+ROWS = {
+  "FP8 rows": Format("float8_e4m3fn", contraction_axis=-1),
+  "INT4 rows": Format("int4", contraction_axis=-1),
+  "MXFP8 rows": Format("float8_e4m3fn", (1, 32), "float8_e8m0fnu"),
+  "NVFP4 rows": Format("float4_e2m1fn", (1, 16), "float8_e4m3fn"),
 }
 
 
@@ -139,6 +147,12 @@ CASES = {  # Step, format and how moments are stored; how else than stochastical
   ("adamw", "FP8", "bfloat16"): (),
   ("adamw", "FP8", "factored"): (),
   ("adamw", "NVFP4", "factored"): ("nearest",),
+  ("adamw", "FP8 rows", "float32"): ("nearest",),
+  ("adamw", "FP8 rows", "factored"): (),
+  ("sgd", "FP8 rows", "float8_e4m3fn"): (),
+  ("adamw", "INT4 rows", "int8"): (),
+  ("adamw", "MXFP8 rows", "float8_e4m3fn"): ("nearest",),
+  ("adamw", "NVFP4 rows", "float32"): (),
 }
 
 
@@ -153,7 +167,7 @@ def main():
     for how in (*hows, "stochastic"):
       layer = 5 if how == "stochastic" else None
       shape, dtype = ((2, 512, 256), jnp.bfloat16) if layer else ((640, 128), jnp.float32)
-      leaf = make(STEPS[name], FORMATS[preset], shape, layer, dtype, moments_in)
+      leaf = make(STEPS[name], (FORMATS | ROWS)[preset], shape, layer, dtype, moments_in)
       assert tpu.applies(leaf)
       wanted = run(definition, STEPS[name], how, leaf)
       others = [cpu.by_rows, by_interpreted_panels]

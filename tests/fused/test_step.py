@@ -208,7 +208,11 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
     (eco.FP8, (256, 100)),
     (eco.FP8, (2**16, 128)),
     (eco.Format("int8", (4, 4)), (256, 128)),
-    (eco.Format("float8_e4m3fn", contraction_axis=-1), (256, 128)),
+    (eco.Format("float8_e4m3fn", contraction_axis=(-2, -1)), (256, 128)),
+    (fused_leaves.ROWS["FP8 rows"], (256, 100)),
+    (fused_leaves.ROWS["FP8 rows"], (100, 128)),
+    (fused_leaves.ROWS["FP8 rows"], (32, 2**17)),
+    (eco.Format("float8_e4m3fn", (1, 8)), (256, 128)),
   ]:
     leaf = jax.eval_shape(lambda f=format, s=shape: fused_leaves.make(SGD, f, s))
     assert not tpu_kernels.applies(leaf)
@@ -227,6 +231,7 @@ def test_shapes_that_do_not_tile_keep_to_the_definition():
   [
     (eco.FP8, P("x", "y")),
     (eco.FP8, P(None, ("y", "x"))),
+    (fused_leaves.ROWS["FP8 rows"], P("x", "y")),
     (eco.INT4, P("x")),
     # Eight rows are a quarter of a block: such parts are none, and the definition is partitioned.
     (eco.MXFP8, P(("x", "y"))),
@@ -309,19 +314,25 @@ def compile_for(where, leaf):
 
 
 @pytest.mark.parametrize(
-  # Gradient, codes and moments; then scales of 32 rows, in float32 in the kernel and around it.
-  ("moments_in", "once", "scales"),
+  # Gradient, codes and moments; then scales of 32 weights, for columns in float32 in the kernel and
+  # around it, for rows as they are stored.
+  ("preset", "moments_in", "once", "scales"),
   [
-    ("float8_e4m3fn", 2 + 2 + 4, 2.0),
-    ("bfloat16", 2 + 2 + 8, 0.02),
-    ("factored", 2 + 2 + 2, 1.0),
+    ("FP8", "float8_e4m3fn", 2 + 2 + 4, 2.0),
+    ("FP8", "bfloat16", 2 + 2 + 8, 0.02),
+    ("FP8", "factored", 2 + 2 + 2, 1.0),
+    ("FP8 rows", "float32", 2 + 2 + 16, 0.02),
+    ("FP8 rows", "float8_e4m3fn", 2 + 2 + 4, 0.7),
+    ("FP8 rows", "factored", 2 + 2 + 2, 0.35),
+    ("MXFP8 rows", "float32", 2 + 2 + 16, 0.35),
   ],
 )
-def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once, scales):
+def test_kernels_read_and_write_moments_as_they_are_stored(tpu, preset, moments_in, once, scales):
   shape = (4096, 16384)
+  format = (fused_leaves.FORMATS | fused_leaves.ROWS)[preset]
   leaf = jax.eval_shape(
     lambda: fused_leaves.make(
-      ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
+      ADAMW, format, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
     )
   )
   size = shape[0] * shape[1]
@@ -335,14 +346,19 @@ def test_kernels_read_and_write_moments_as_they_are_stored(tpu, moments_in, once
 @pytest.mark.parametrize(
   # Output channels that are whole take one pass. Of those whose rows several devices have, the
   # largest proposals are found in one more: gradient, codes and moments.
-  ("spec", "moments_in", "wanted"),
-  [(P(None, "x"), "int8", 9.8), (P("x", None), "float32", 20 + 2 + 1 + 8)],
+  ("preset", "spec", "moments_in", "wanted"),
+  [
+    ("FP8", P(None, "x"), "int8", 9.8),
+    ("FP8", P("x", None), "float32", 20 + 2 + 1 + 8),
+    ("FP8 rows", P(None, "x"), "float32", 20 + 2 + 1 + 8),
+  ],
 )
-def test_kernels_compile_for_several_tpus(compile_lib, tpus, spec, moments_in, wanted):
+def test_kernels_compile_for_several_tpus(compile_lib, tpus, preset, spec, moments_in, wanted):
   shape = (4096, 16384)
+  format = (fused_leaves.FORMATS | fused_leaves.ROWS)[preset]
   leaf = jax.eval_shape(
     lambda: fused_leaves.make(
-      ADAMW, eco.FP8, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
+      ADAMW, format, shape, gradient_dtype=jnp.bfloat16, moments_in=moments_in
     )
   )
   size = shape[0] * shape[1] // len(tpus)
@@ -353,7 +369,9 @@ def test_kernels_compile_for_several_tpus(compile_lib, tpus, spec, moments_in, w
   assert used.temp_size_in_bytes / size < 0.3
   # What is exchanged is one number for each channel.
   found = compile_lib.collectives(compiled.as_text())
-  assert found == ({} if spec[0] is None else {"all-reduce": {"s32": {"count": 1, "bytes": 65536}}})
+  is_whole = leaf.weight.scale.shape[1] > 1 and spec[0] is None
+  exchanged = {"count": 1, "bytes": 4 * leaf.weight.scale.size}
+  assert found == ({} if is_whole else {"all-reduce": {"s32": exchanged}})
 
 
 @pytest.mark.parametrize(

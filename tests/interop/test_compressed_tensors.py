@@ -26,8 +26,10 @@ LAYOUTS = {
 }
 
 
-def kernel(format, inputs=128, outputs=256):
+def kernel(format, inputs=128, outputs=256, transposed=False):
   x = np.random.default_rng(0).standard_normal((inputs, outputs)).astype(np.float32)
+  if transposed:
+    return eco.quantize(jnp.asarray(x.T), format.transposed)
   return eco.quantize(jnp.asarray(x), format)
 
 
@@ -93,6 +95,25 @@ def test_rows_that_do_not_fill_their_last_word(format, inputs):
   back = compressed_tensors.decode(tensors, format, "module")
   assert back.shape == w.shape
   np.testing.assert_array_equal(back.qvalue, w.qvalue)
+
+
+@pytest.mark.parametrize("inputs", [128, 9])
+@pytest.mark.parametrize("format", LAYOUTS, ids=repr)
+def test_a_kernel_stored_out_in_has_the_same_tensors(format, inputs):
+  if inputs == 9 and (isinstance(format.granularity, tuple) or format.dtype.name[0] == "f"):
+    pytest.skip("blocks, and words of floats, are whole")
+  is_packed = compressed_tensors.scheme(format)["format"] == "pack-quantized"
+  stored = kernel(format, inputs, transposed=True)
+  tensors = compressed_tensors.encode(stored, is_packed, transposed=True)
+  wanted = compressed_tensors.encode(kernel(format, inputs), is_packed)
+  assert tensors.keys() == wanted.keys()
+  for name, x in wanted.items():
+    assert tensors[name].dtype == x.dtype
+    np.testing.assert_array_equal(tensors[name], x)
+  back = compressed_tensors.decode(tensors, format, "module", transposed=True)
+  assert (back.format, back.shape, back.odd) == (stored.format, stored.shape, stored.odd)
+  np.testing.assert_array_equal(back.qvalue, stored.qvalue)
+  np.testing.assert_array_equal(np.asarray(back.scale), np.asarray(stored.scale))
 
 
 def test_scales_in_bfloat16_are_read():

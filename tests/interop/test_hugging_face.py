@@ -116,7 +116,7 @@ def deepseek_checkpoint(folder, dtype=np.float32):
     around = 1 if len(shape) == 1 else 0
     x = (around + 0.2 * generator.standard_normal(shape)).astype(dtype)
     tensors[f"{name}.weight"] = x
-    return x.T.astype(np.float32) if len(shape) == 2 else x.astype(np.float32)
+    return x.astype(np.float32)
 
   def mlp(name, hidden):
     return {
@@ -140,7 +140,7 @@ def deepseek_checkpoint(folder, dtype=np.float32):
     experts = [mlp(f"{at}.mlp.experts.{e}", c.expert_width) for e in range(c.experts)]
     return block | {
       "moe": {
-        "router": new(f"{at}.mlp.gate", c.experts, c.width),
+        "router": new(f"{at}.mlp.gate", c.experts, c.width).T,
         "experts": jax.tree.map(lambda *x: np.stack(x), *experts),
         "shared": mlp(f"{at}.mlp.shared_experts", 2 * c.expert_width),
       }
@@ -148,11 +148,11 @@ def deepseek_checkpoint(folder, dtype=np.float32):
 
   blocks = [layer(i) for i in range(c.layers)]
   params = {
-    "embedding": new("model.embed_tokens", c.vocabulary, c.width).T,
+    "embedding": new("model.embed_tokens", c.vocabulary, c.width),
     "dense_blocks": jax.tree.map(lambda x: x[None], blocks[0]),
     "blocks": jax.tree.map(lambda *x: np.stack(x), *blocks[1:]),
     "norm": {"scale": new("model.norm", c.width)},
-    "head": new("lm_head", c.vocabulary, c.width),
+    "head": new("lm_head", c.vocabulary, c.width).T,
   }
   tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
   folder.mkdir()
@@ -202,7 +202,8 @@ def test_deepseek_moe_is_read_and_computes_what_it_is_defined_as(tmp_path):
 @pytest.mark.parametrize("format", [eco.FP8, eco.INT4, eco.NVFP4, eco.Format("int8", (32, 32))])
 def test_weights_are_quantized_on_the_way_and_the_same_on_any_mesh(tmp_path, format):
   params = deepseek_checkpoint(tmp_path / "deepseek", ml_dtypes.bfloat16)
-  wanted = eco.quantize(jax.tree.map(jnp.asarray, params), format, transformer.is_block_kernel)
+  params = jax.tree.map(jnp.asarray, params)
+  wanted = eco.quantize(params, format.transposed, transformer.is_block_kernel)
   target = shapes(DEEPSEEK, format)
   assert_same(hugging_face.load(tmp_path / "deepseek", target, DEEPSEEK), wanted)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "expert": 2})
@@ -296,7 +297,8 @@ def test_a_quantized_checkpoint_is_read_in_float_too(tmp_path):
 def test_codes_of_another_format_are_read_as_values(tmp_path):
   config, params = export("llama", tmp_path / "out")
   found = hugging_face.load(tmp_path / "out", shapes(config, eco.INT4), config)
-  assert_same(found, eco.quantize(eco.dequantize(params), eco.INT4, transformer.is_block_kernel))
+  format = eco.INT4.transposed
+  assert_same(found, eco.quantize(eco.dequantize(params), format, transformer.is_block_kernel))
 
 
 def rewrite(folder, change):

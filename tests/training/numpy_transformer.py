@@ -60,7 +60,7 @@ def attention(config, p, x_LxD, layer):
   length = len(x_LxD)
   heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
   is_global = config.window == 0 or (layer + 1) % config.global_every == 0
-  linear = lambda name: x_LxD @ p[name]["kernel"] + p[name].get("bias", 0)
+  linear = lambda name: x_LxD @ p[name]["kernel"].T + p[name].get("bias", 0)
   query, key, value = linear("query"), linear("key"), linear("value")
   if config.joint_qk_norm:
     query = rms_norm(config, p["query_norm"]["scale"], query)
@@ -82,13 +82,14 @@ def attention(config, p, x_LxD, layer):
       logits = capped(logits / np.sqrt(config.query_scalar or width), config.attention_cap)
       for weight, m in zip(softmax(logits), seen, strict=True):
         mixed[at, head] += weight * value[m, kv_head]
-  return mixed.reshape(length, heads * width) @ p["out"]["kernel"]
+  return mixed.reshape(length, heads * width) @ p["out"]["kernel"].T
 
 
 def mlp(config, p, x):
-  up = x @ p["up"]["kernel"]
-  hidden = activate(config, x @ p["gate"]["kernel"]) * up if config.gated else activate(config, up)
-  return hidden @ p["down"]["kernel"]
+  linear = lambda name, x: x @ p[name]["kernel"].T
+  up = linear("up", x)
+  hidden = activate(config, linear("gate", x)) * up if config.gated else activate(config, up)
+  return linear("down", hidden)
 
 
 def route(config, router, x_LxD):

@@ -223,7 +223,7 @@ def test_another_version_is_refused(state, tmp_path, monkeypatch):
   save(tmp_path, state, tiny())
   monkeypatch.undo()
   with pytest.raises(
-    ValueError, match="has version 0, and this eco_optax reads version 1: continue"
+    ValueError, match="has version 0, and this eco_optax reads version 2: continue"
   ):
     restore(tmp_path, tiny())
 
@@ -261,6 +261,6 @@ def test_a_checksum_knows_every_bit():
 def test_a_record_is_read_by_anyone(state, tmp_path):
   save(tmp_path, state, tiny(), losses={2: 1.5})
   record = json.loads((tmp_path / "2" / "record" / "metadata").read_text())
-  assert (record["version"], record["step"], record["examples"]) == (1, 2, 16)
+  assert (record["version"], record["step"], record["examples"]) == (2, 2, 16)
   assert record["config"]["optimizer.b2"] == 0.98
   assert record["checksums"]["params/head"] == checkpoints.checksums(state)["params/head"]

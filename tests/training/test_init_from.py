@@ -59,7 +59,7 @@ def test_weights_are_the_checkpoints(checkpoint, method, sizes):
   folder, params = checkpoint
   state = first_state(small(method=method, format="INT4", init_from=str(folder)), sizes)
   if method != "bf16_mw":
-    params = eco.quantize(params, eco.INT4, transformer.is_block_kernel)
+    params = eco.quantize(params, eco.INT4.transposed, transformer.is_block_kernel)
   assert jax.tree.structure(state.params) == jax.tree.structure(params)
   for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
     np.testing.assert_array_equal(x, y)

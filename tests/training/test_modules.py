@@ -225,8 +225,8 @@ def test_linear_quantizes_its_inputs_where_it_is_packed(packed):
   x = inputs(B, 5, 16)
   x[0, 0] = 0  # As rows of zeros that fill up a block of an expert.
   if packed:
-    linear.kernel.set_value(eco.quantize(linear.kernel.get_value(), eco.FP8))
-  kernel = np.asarray(eco.dequantize(linear.kernel.get_value()), np.float64)
+    linear.kernel.set_value(eco.quantize(linear.kernel.get_value(), eco.FP8.transposed))
+  kernel = np.asarray(eco.dequantize(linear.kernel.get_value()), np.float64).T
   seen = float64_tokens(x) if packed else x
   # Sums of 16 float32 products at values of order 0.1.
   np.testing.assert_allclose(linear(jnp.asarray(x)), seen @ kernel, atol=1e-6)

@@ -93,7 +93,7 @@ def test_rows_are_in_int8_with_a_scale_each(name):
   assert rows.power_of_two == format.power_of_two
   params = jax.eval_shape(lambda: transformer.init(PACKED, 0, eco.NVFP4))
   assert params["head"]["rows"].scale.shape == (3, 16, 1)
-  assert params["blocks"]["mlp"]["up"]["kernel"].format == eco.NVFP4
+  assert params["blocks"]["mlp"]["up"]["kernel"].format == eco.NVFP4.transposed
 
 
 def test_checkpoints_are_read_into_parts_and_written_as_one_tensor(tmp_path):
@@ -102,7 +102,7 @@ def test_checkpoints_are_read_into_parts_and_written_as_one_tensor(tmp_path):
   hugging_face.save(tmp_path / "float", dense, plain)
   parts = {"embedding": dense["embedding"], "head": dense["head"].T}
   in_parts = dense | {name: {"rows": x.reshape(3, 16, 32)} for name, x in parts.items()}
-  packed = eco.quantize(in_parts, eco.FP8, transformer.is_block_kernel)
+  packed = eco.quantize(in_parts, eco.FP8.transposed, transformer.is_block_kernel)
   packed = eco.quantize(packed, tables.row_format(eco.FP8), lambda path, _: "rows" in path)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "expert": 2})
   shapes = jax.eval_shape(lambda: packed)

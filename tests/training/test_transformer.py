@@ -558,7 +558,7 @@ def test_experts_alone_or_all_linears_of_blocks_are_quantized(quantized, count):
   if quantized == "experts":
     assert packed == {f"blocks/moe/experts/{name}/kernel" for name in ("gate", "up", "down")}
   # Each expert of each layer has scales of its own, one for each output.
-  assert params["blocks"]["moe"]["experts"]["up"]["kernel"].scale.shape == (2, 6, 1, 8)
+  assert params["blocks"]["moe"]["experts"]["up"]["kernel"].scale.shape == (2, 6, 8, 1)
 
 
 @pytest.mark.parametrize(

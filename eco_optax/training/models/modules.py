@@ -40,8 +40,9 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """x @ kernel, packed or float, plus a bias if asked for.
+  """x @ kernelᵀ, packed or float, plus a bias if asked for.
 
+  Kernels are (out, in): an output channel, whose weights share a scale, is one row in memory.
   With `experts` there is one kernel for each, and one is put in the place of all to be called.
   """
 
@@ -58,7 +59,8 @@ class Linear(nnx.Module):
   ):
     # Additions to the residual stream start small, because 2 × layers of them add up.
     scale = INIT_SCALE / math.sqrt(2 * config.layers) if writes_residual else INIT_SCALE
-    self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs)))
+    drawn = scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs))
+    self.kernel = nnx.Param(jnp.swapaxes(drawn, -1, -2))
     self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
     self.formats = config.activation_format, config.gradient_format
 
@@ -66,7 +68,7 @@ class Linear(nnx.Module):
     """Shape (…, inputs) to (…, outputs), by one kernel."""
     kernel = self.kernel.get_value()
     formats = self.formats if isinstance(kernel, eco.QuantizedArray) else ()
-    y = eco.matmul(x, kernel, *formats)
+    y = eco.matmul(x, kernel, *formats, transposed=True)
     if self.bias is None:
       return y
     bias = self.bias.get_value().astype(y.dtype)

@@ -76,11 +76,12 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
   Args:
     config: of the model.
     seed: of the random numbers.
-    format: of the linear layers that the model quantizes, see `tables.row_format` for embedding
-      and head; None leaves them float32.
+    format: of the linear layers that the model quantizes, as of kernels `(in, out)`, see
+      `tables.row_format` for embedding and head; None leaves them float32.
 
   Returns:
-    A tree of float32 and, with a format, QuantizedArray leaves.
+    A tree of float32 and, with a format, QuantizedArray leaves. Kernels are `(…, out, in)`, and
+    packed ones have `format.transposed`.
   """
   rngs = nnx.Rngs(params=jax.random.key(seed))
   size = (config.vocabulary, config.width)
@@ -97,7 +98,9 @@ def init(config: TransformerConfig, seed: int, format: eco.Format | None = None)
 
     def layer(key: jax.Array, stack: str = stack) -> Params:
       block = {stack: nnx.to_pure_dict(nnx.state(_block(config, stack, key), nnx.Param))}
-      return (eco.quantize(block, format, is_quantized(config)) if format else block)[stack]
+      if format:
+        block = eco.quantize(block, format.transposed, is_quantized(config))
+      return block[stack]
 
     params[stack] = jax.lax.map(layer, keys[np.array(layers)])
   norm = modules.RMSNorm(config, config.width)
