@@ -506,9 +506,8 @@ def table(found: dict[str, Any]) -> str:
     "|---|" + "---|" * len(models),
   ]
   for name in dict.fromkeys(row["method"] for row in found["one_bit_adam"]):
-    own = {row["model"]: row for row in found["one_bit_adam"] if row["method"] == name}
-    shown = lambda row: ", ".join(f"{x:.4f}" for x in row["losses"]) if row else "–"
-    cells = [shown(own.get(model)) for model in models]
+    ends = {row["model"]: row["losses"] for row in found["one_bit_adam"] if row["method"] == name}
+    cells = [", ".join(f"{x:.4f}" for x in ends.get(model, [])) or "–" for model in models]
     lines.append(f"| {name} | {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
