@@ -506,8 +506,10 @@ def table(found: dict[str, Any]) -> str:
     "|---|" + "---|" * len(models),
   ]
   for name in dict.fromkeys(row["method"] for row in found["one_bit_adam"]):
-    own = [row for row in found["one_bit_adam"] if row["method"] == name]
-    cells = [", ".join(f"{x:.4f}" for x in row["losses"]) for row in own]
+    reached = {
+      row["model"]: row["losses"] for row in found["one_bit_adam"] if row["method"] == name
+    }
+    cells = [", ".join(f"{x:.4f}" for x in reached.get(model, [])) or "–" for model in models]
     lines.append(f"| {name} | {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
