@@ -111,7 +111,8 @@ def strong_params(name, packed):
 
   if packed:
     dense = strong_params(name, False)
-    return jax.jit(lambda p: eco.quantize(p, eco.FP8, transformer.is_quantized(config)))(dense)
+    where = transformer.is_quantized(config)
+    return jax.jit(lambda p: eco.quantize(p, eco.FP8.transposed, where))(dense)
   dense = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
   return jax.tree_util.tree_map_with_path(strong, dense)
 
@@ -430,7 +431,8 @@ def test_init_layer_by_layer_gives_the_codes_of_the_whole(family, format):
   config = transformer.TransformerConfig(**{**FAMILIES[family], **sizes})
   format = getattr(eco, format)
   params = transformer.init(config, 5, format)
-  whole = eco.quantize(transformer.init(config, 5), format, transformer.is_quantized(config))
+  dense = transformer.init(config, 5)
+  whole = eco.quantize(dense, format.transposed, transformer.is_quantized(config))
   assert jax.tree.structure(params) == jax.tree.structure(whole)
   for ours, wanted in zip(codes_of(params), codes_of(whole), strict=True):
     assert ours.dtype == wanted.dtype
