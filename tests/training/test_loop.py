@@ -163,7 +163,7 @@ def test_galore_projects_each_layers_kernels_alone():
 def test_two_steps_of_muon(release):
   """Polar factors of the kernels, whatever their gradients' length, and AdamW for all else."""
   changes = {"optimizer.name": "muon", "method": "mw_rtn", "residual": "int8", "release": release}
-  config = get_config(**changes, **{"mesh.data": 1, "moments.mu": "float8_e4m3fn", **FEW_TOKENS})
+  config = get_config(**changes, **{"mesh.data": 1, "moments.mu": "float8_e4m3fn", **SHORT})
   config_lib.validate(config)
   tx, mesh = methods.optimizer(config), sharding.make_mesh({"data": 1}, jax.devices()[:1])
   state = step_lib.init_state(config, tx, mesh)
