@@ -387,12 +387,17 @@ def test_all_of_the_state_is_donated(step):
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_one_device_copies_no_stack(tpu, release):
+@pytest.mark.parametrize("topology", ["v5e:2x2", "h100:1"])
+def test_one_device_copies_no_stack(tpu, topology, release):
+  try:
+    devices = compile_lib.topology_devices(topology)
+  except ImportError as error:
+    pytest.skip(str(error))
   config = small("eco_sr")
   config.update({"release": release, "nonfinite": "skip"})
   config.model.update(width=128, heads=2, mlp_width=256)
   with jax.numpy_dtype_promotion("standard"):
-    compiled, _ = compile_lib.compile_step(config, tpu[:1])
+    compiled, _ = compile_lib.compile_step(config, devices[:1])
   assert not stacks_copied(compiled, 3 * 128**2)
 
 
