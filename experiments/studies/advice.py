@@ -2,15 +2,14 @@
 
 It is asked in the middle of a run with float32 weights, at each learning rate, and its verdicts are
 held against finished runs of the same config, whose methods trained from the start. A method lost
-what its validation loss is above that of master weights of the same format, rate and seed.
+what its validation loss is above that of the same run with float32 weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,49 +24,22 @@ from eco_optax.training.models import transformer
 from experiments.studies import sweep
 
 BATCHES = 32
-# Nats; two standard errors of a difference between the runs that are compared are about as much.
+# Nats per token; two standard errors of a difference between two such runs are about as much.
 TOLERANCE = 0.02
 FORMATS = {"FP8": eco.FP8, "INT4": eco.INT4}
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """Runs of a study that tell what each way lost."""
-
-  config: str  # In configs/.
-  share: float  # Of the config's steps that the runs took.
-  rates: tuple[float, ...]
-  seeds: tuple[int, ...]
-  reference: str  # What runs with master weights are called.
-  names: dict[str, str]  # What runs are called, by way of `advise`.
-
-  def runs(self, way: str, format: str, rate: float) -> list[str]:
-    """Of one way or of the reference, by seed."""
-    name = self.names.get(way, self.reference)
-    return [f"{name}, {format}, lr {rate:g}, seed {seed}" for seed in self.seeds]
-
-
-CASES = {
-  "storage": Case(
-    "stdlib_1m", 0.5, (2e-3, 2e-4), (0, 1, 2), "float32 residual",
-    {
-      "ECO, stochastic": "no residual: ECO + SR",
-      "ECO, nearest": "no residual: ECO + RTN",
-      "no feedback, stochastic": "nothing: naive SR",
-      "int8 residual, nearest": "int8 residual",
-    },
-  ),
-  "claims": Case(
-    "packages_1m", 1.0, (6e-4, 2e-3, 6e-3), (0,), "master weights + RTN",
-    {
-      "ECO, stochastic": "ECO + SR, schedule-aware",
-      "ECO, nearest": "ECO + RTN, schedule-aware",
-      "no feedback, stochastic": "naive SR",
-      "no feedback, nearest": "naive RTN",
-      "int8 residual, nearest": "int8 residual + RTN",
-    },
-  ),
-}  # fmt: skip
+# Of the study of claims, on configs/packages_1m.py, with seed 0; all steps of it.
+CONFIG, STUDY = "packages_1m", "claims"
+RATES = (6e-4, 2e-3, 6e-3)
+REFERENCE = "BF16 master weights, none"
+NAMES = {
+  "ECO, stochastic": "ECO + SR, schedule-aware",
+  "ECO, nearest": "ECO + RTN, schedule-aware",
+  "no feedback, stochastic": "naive SR",
+  "no feedback, nearest": "naive RTN",
+  "int8 residual, nearest": "int8 residual + RTN",
+}
 
 
 def ask(config: ml_collections.ConfigDict, rate: float, show: Callable[[str], Any]) -> list[Any]:
@@ -119,44 +91,37 @@ def ask(config: ml_collections.ConfigDict, rate: float, show: Callable[[str], An
   ]
 
 
-def held(results: pathlib.Path, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def held(results: pathlib.Path, verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """Verdicts with what the runs lost, of those that have runs.
 
   Args:
     results: folder with each study's runs.
-    found: verdicts by case, as `ask` returns them.
+    verdicts: as `ask` returns them, of all rates.
 
   Returns:
-    The verdicts with `case`, `lost` (nats, the mean over seeds) and `is_right`.
+    The verdicts with `lost` (nats) and `is_right`.
   """
-  rows = []
-  for name, verdicts in found.items():
-    case, done = CASES[name], sweep.read(results / name / "runs.jsonl")
-    for verdict in verdicts:
-      if verdict["way"] not in case.names:
-        continue
-      own, others = (
-        sweep.losses(done, case.runs(way, verdict["format"], verdict["rate"]))
-        for way in (verdict["way"], case.reference)
-      )
-      pairs = [(x, y) for x, y in zip(own, others, strict=True) if x is not None and y is not None]
-      if pairs:
-        lost, _, _ = sweep.mean_and_error([x - y for x, y in pairs])
-        is_right = verdict["is_safe"] == (lost <= TOLERANCE)
-        rows.append(verdict | {"case": name, "lost": lost, "is_right": is_right})
+  done, rows = sweep.read(results / STUDY / "runs.jsonl"), []
+  for verdict in verdicts:
+    tail = f"lr {verdict['rate']:g}, seed 0"
+    names = f"{NAMES[verdict['way']]}, {verdict['format']}, {tail}", f"{REFERENCE}, {tail}"
+    own, reference = sweep.losses(done, names)
+    if own is not None and reference is not None:
+      lost = own - reference
+      rows.append(verdict | {"lost": lost, "is_right": verdict["is_safe"] == (lost <= TOLERANCE)})
   return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
   """What was said and what came, in Markdown, and how often it was right."""
   lines = [
-    "| runs | rate | format | way | loss, expected | progress lost, expected | said"
+    "| rate | format | way | loss, expected | progress lost, expected | said"
     " | lost by runs | right |",
-    "|---" * 9 + "|",
+    "|---" * 8 + "|",
   ]
   for row in rows:
     said = "safe" if row["is_safe"] else "not safe"
-    cells = [row["case"], f"{row['rate']:g}", row["format"], row["way"], f"{row['loss']:+.4f}"]
+    cells = [f"{row['rate']:g}", row["format"], row["way"], f"{row['loss']:+.4f}"]
     right = "yes" if row["is_right"] else "no"
     cells += [f"{row['progress']:.0%}", said, f"{row['lost']:+.4f}", right]
     lines.append(f"| {' | '.join(cells)} |")
@@ -172,6 +137,6 @@ def write(folder: pathlib.Path, report: dict[str, Any]) -> str:
   """Writes advice.json and table.md to results/advice; returns the table."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "advice.json").write_text(json.dumps(report, indent=1) + "\n")
-  text = table(held(folder.parent, report["found"]))
+  text = table(held(folder.parent, report["verdicts"]))
   (folder / "table.md").write_text(text)
   return text
