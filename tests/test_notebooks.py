@@ -37,7 +37,7 @@ def outputs(request):
 
 
 def check_quickstart(text):
-  assert "float8_e4m3fn (2, 64, 128) 1.06 bytes per weight" in text
+  assert "float8_e4m3fn (2, 128, 64) 1.06 bytes per weight" in text
   rows = dict(re.findall(r"^(.+?)\s+validation (\d\.\d+)", text, re.MULTILINE))
   loss = {name: float(value) for name, value in rows.items()}
   # What the notebook is there to show, with room for other versions' roundings.

@@ -26,7 +26,7 @@ from experiments.studies import sweep
 BATCHES = 32
 # Nats per token; two standard errors of a difference between two such runs are about as much.
 TOLERANCE = 0.02
-FORMATS = {"FP8": eco.FP8, "INT4": eco.INT4}
+FORMATS = {"FP8": eco.FP8.transposed, "INT4": eco.INT4.transposed}
 
 
 # Of the study of claims, on configs/packages_1m.py, with seed 0; all steps of it.
