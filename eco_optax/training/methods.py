@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh
@@ -163,15 +162,7 @@ def clip_factor(max_norm: float, grad_norm: jax.Array) -> jax.Array:
 class PreviousNorm(NamedTuple):
   """What an optimizer's state has in the place of a clip by the norm of the step before."""
 
-  norm: jax.Array  # float32 scalar: of the whole gradient; 0 before a step.
-
-  def clip_factor(self, max_norm: float) -> jax.Array:
-    """The factor for the next step; NaN, which skips it, before there is a norm.
-
-    The first gradient is the largest of all. Without a clip it stays in the second moment, and
-    makes the next hundred steps too short.
-    """
-    return jnp.where(self.norm > 0, clip_factor(max_norm, self.norm), np.float32(np.nan))
+  norm: jax.Array  # float32 scalar: of the whole gradient; 0, which clips nothing, before a step.
 
 
 def _clip_place(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -185,9 +176,9 @@ def _clip_place(config: ml_collections.ConfigDict) -> optax.GradientTransformati
   return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
 
-def previous_norm(opt_state: Any) -> PreviousNorm | None:
-  """What an optimizer's state tells to clip by; None with another clip."""
-  return opt_state[0] if isinstance(opt_state[0], PreviousNorm) else None
+def previous_norm(opt_state: Any) -> jax.Array | None:
+  """The norm that an optimizer's state tells to clip by; None with another clip."""
+  return opt_state[0].norm if isinstance(opt_state[0], PreviousNorm) else None
 
 
 def with_norm(opt_state: Any, grad_norm: jax.Array, is_finite: jax.Array) -> Any:
@@ -195,7 +186,7 @@ def with_norm(opt_state: Any, grad_norm: jax.Array, is_finite: jax.Array) -> Any
   before = previous_norm(opt_state)
   if before is None:
     return opt_state
-  return PreviousNorm(jnp.where(is_finite, grad_norm, before.norm)), *opt_state[1:]
+  return PreviousNorm(jnp.where(is_finite, grad_norm, before)), *opt_state[1:]
 
 
 def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -271,8 +271,7 @@ def make_train_step(
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     # A branch around the update would copy all moments on a GPU; a scale of NaN skips the step.
     before = methods.previous_norm(state.opt_state)
-    clip = methods.clip_factor(max_norm, metrics["grad_norm"])
-    clip = clip if before is None else before.clip_factor(max_norm)
+    clip = methods.clip_factor(max_norm, metrics["grad_norm"] if before is None else before)
     scale = jnp.where(is_finite, clip, np.float32(np.nan))
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, gradient_scale=scale, shardings=in_place.params
@@ -309,16 +308,14 @@ def make_train_step(
       state.params,
       state.opt_state,
       batch,
-      gradient_scale=None if before is None else before.clip_factor(max_norm),
+      gradient_scale=None if before is None else methods.clip_factor(max_norm, before),
     )
     aux = jax.tree.map(jnp.mean, aux)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(report.norm)
     opt_state = methods.with_norm(opt_state, report.norm, is_finite)
     bad_leaf = _first_without_norm(list(report.norms.values()))
     metrics = {"loss": loss, **aux, "grad_norm": report.norm, "bad_leaf": bad_leaf}
-    # The step that only finds a norm to clip by is no bad one.
-    is_bad = report.skipped > 0 if before is None else (report.skipped > 0) & (before.norm > 0)
-    skipped = state.skipped + jnp.where(is_bad | ~is_finite, 1, 0)
+    skipped = state.skipped + jnp.where(report.skipped > 0, 1, 0)
     return State(params, opt_state, skipped), metrics
 
   def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
