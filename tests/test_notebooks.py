@@ -40,9 +40,10 @@ def check_quickstart(text):
   assert "float8_e4m3fn (2, 128, 64) 1.06 bytes per weight" in text
   rows = dict(re.findall(r"^(.+?)\s+validation (\d\.\d+)", text, re.MULTILINE))
   loss = {name: float(value) for name, value in rows.items()}
-  # What the notebook is there to show, with room for other versions' roundings.
+  # What the notebook is there to show, with room for other versions' roundings: by 0.02 one run
+  # differs from the next.
   assert loss["ECO"] < loss["naive"] - 0.03
-  assert loss["ECO"] < loss["master weights"] + 0.02
+  assert loss["ECO"] < loss["master weights"] + 0.03
   assert loss["ECO, stochastic rounding"] < loss["naive"]
 
 

@@ -2,8 +2,7 @@
 
 Gradient release never has the whole gradient, and has to go backwards twice to know its norm. The
 other two clips cost no second pass. Released steps with the exact clip store the same codes as
-ordinary ones (tests/training/test_released_step.py), so that one run stands for both. The clip by the norm of
-the step before has none for the first step, whose large gradient stays in the second moment.
+ordinary ones (tests/training/test_released_step.py), so that one run stands for both.
 """
 
 from __future__ import annotations
