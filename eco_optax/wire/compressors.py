@@ -395,6 +395,7 @@ def random_k(every: int = 32, block: int | None = None, unbiased: bool = False) 
   )
 
 
+# Compressors of default values by their names in `config.wire`.
 COMPRESSORS: dict[str, Callable[[], Compressor]] = {
   "fp8": fp8,
   "int4": int4,

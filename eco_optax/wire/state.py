@@ -25,7 +25,7 @@ class WireState(NamedTuple):
   """
 
   step: jax.Array  # shape=(), dtype=jnp.int32. Exchanges so far, those skipped not counted.
-  own: dict[str, Any]  # By name trees like the parameters', float32 of shape (workers, *leaf's).
+  own: dict[str, Any]  # By name trees like the parameters', float32 of shape (workers, leaf…).
   shared: dict[str, Any]  # By name trees like the parameters', float32, the same on all workers.
   server: Any  # float32 (workers, rows, block): what second compressions lost; or None.
 
