@@ -65,7 +65,7 @@ class Grid(NamedTuple):
 
   format: Format
   bytes_per_weight: float  # Of codes and scales.
-  update: float  # The geometric mean over weights of |u| / Δ.
+  update: float  # The geometric mean over weights of an update's size, in steps of the grid.
   dead: float  # Share of weights whose updates are below half a step of the grid.
   noise: float  # Variance of stochastic rounding beside that of updates, in one step.
   nearest: float  # Loss that the error of rounding to nearest adds, by the loss's curvature.
