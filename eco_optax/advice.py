@@ -27,7 +27,6 @@ import optax
 
 from eco_optax import formats as formats_lib
 from eco_optax import rounding as rounding_lib
-from eco_optax import trees
 from eco_optax.formats import FP8, INT4, INT8, NVFP4, Format
 from eco_optax.quantized_array import (
   QuantizedArray,
@@ -38,6 +37,7 @@ from eco_optax.quantized_array import (
   quantize,
 )
 from eco_optax.transforms.error_feedback import ErrorFeedbackState
+from eco_optax.transforms.momentum import flat
 
 # A run that loses a tenth of its progress ends where it would have been a tenth earlier.
 _PROGRESS = 0.1
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
   format: Format
   way: str  # A key of `CODE`.
-  bytes_per_weight: float  # Of codes, scales and residual; moments are those of the optimizer.
+  bytes_per_weight: float  # Codes, scales and residual, without moments.
   loss: float  # Expected to be added to the loss by rounding's noise.
   progress: float  # Expected share of the run's progress that is lost to updates too small.
   is_safe: bool
@@ -257,7 +257,7 @@ def advise(
   opt_state = _check_state(tx, params, opt_state)
   loss_of = (lambda *args: loss_fn(*args)[0]) if has_aux else loss_fn
   own = lambda tree: {
-    path: leaf.astype(jnp.float32) for path, leaf in _flat(tree).items() if path in chosen
+    path: leaf.astype(jnp.float32) for path, leaf in flat(tree).items() if path in chosen
   }
 
   @jax.jit
@@ -306,7 +306,7 @@ def advise(
     packed = quantize(params, format, is_chosen)
     drawn = [quantize(params, format, is_chosen, "stochastic", key) for key in range(_DRAWS)]
     costs = cost(packed), float(np.mean([cost(x) for x in drawn]))
-    weights = {path: leaf for path, leaf in _flat(packed).items() if path in chosen}
+    weights = {path: leaf for path, leaf in flat(packed).items() if path in chosen}
     parts = [of_leaf(w, _Seen(*(x[path] for x in seen))) for path, w in weights.items()]
     total = _Sums(*(float(np.sum(x)) for x in zip(*parts, strict=True)))
     grids.append(_grid(format, weights, total, steps, costs, tolerance))
@@ -315,15 +315,9 @@ def advise(
   return Advice(tuple(grids), min(safe, key=order, default=None), steps)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  trees.map_with_path(found.__setitem__, tree, is_leaf=is_quantized)
-  return found
-
-
 def _chosen(params: Any, where: Where | None) -> frozenset[str]:
   """Paths of the leaves to quantize."""
-  leaves = {path: leaf for path, leaf in _flat(params).items() if hasattr(leaf, "ndim")}
+  leaves = {path: leaf for path, leaf in flat(params).items() if hasattr(leaf, "ndim")}
   if where is None and any(map(is_quantized, leaves.values())):
     where = lambda path, leaf: is_quantized(leaf)
   found = frozenset(path for path, x in leaves.items() if (where or default_where)(path, x))

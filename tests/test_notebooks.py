@@ -26,8 +26,6 @@ def outputs(request):
   with pytest.MonkeyPatch.context() as patch:
     if request.param in ("quickstart.ipynb", "plan_tpu.ipynb"):
       patch.delenv("XLA_FLAGS")
-      if request.param == "plan_tpu.ipynb":  # A third less work on programs that nobody runs.
-        patch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
     else:
       # The forty steps of this one take less time than their compilation.
       level = "0" if request.param == "finetune.ipynb" else "1"
@@ -40,8 +38,8 @@ def check_quickstart(text):
   assert "float8_e4m3fn (2, 128, 64) 1.06 bytes per weight" in text
   rows = dict(re.findall(r"^(.+?)\s+validation (\d\.\d+)", text, re.MULTILINE))
   loss = {name: float(value) for name, value in rows.items()}
-  # What the notebook is there to show, with room for other versions' roundings: by 0.02 one run
-  # differs from the next.
+  # What the notebook is there to show. ECO to nearest ends 0.014 behind master weights in the study
+  # of storage, with a deviation of 0.006 between seeds.
   assert loss["ECO"] < loss["naive"] - 0.03
   assert loss["ECO"] < loss["master weights"] + 0.03
   assert loss["ECO, stochastic rounding"] < loss["naive"]

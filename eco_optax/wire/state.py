@@ -11,6 +11,7 @@ import optax
 
 from eco_optax import formats, trees
 from eco_optax.quantized_array import is_quantized
+from eco_optax.transforms.momentum import flat as flat
 from eco_optax.wire import exchange as exchange_lib
 from eco_optax.wire.exchange import Axis, Link
 
@@ -34,11 +35,6 @@ def is_large(path: str, leaf: Any) -> bool:
   """Leaves of 512 values or more, from which on bytes count; others are exchanged exactly."""
   del path
   return math.prod(leaf.shape) >= formats.LARGE
-
-
-def flat(tree: Any) -> Leaves:
-  """The arrays of a tree by path."""
-  return {trees.path_name(key): leaf for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def like(tree: Any, leaves: Leaves) -> Any:
