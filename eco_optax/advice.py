@@ -328,7 +328,7 @@ def _chosen(params: Any, where: Where | None) -> frozenset[str]:
 
 def _grid(
   format: Format,
-  weights: dict[str, QuantizedArray],
+  weights: dict[str, Any],
   total: _Sums,
   steps: int,
   costs: Sequence[float],
