@@ -20,6 +20,7 @@ from experiments.studies import (
   finetune,
   nearest,
   optimizers,
+  outliers,
   scale,
   storage,
   sweep,
@@ -36,6 +37,7 @@ _SWEEPS = {
   "nearest": (nearest, "stdlib_1m"),
   "clips": (clips, "stdlib_1m"),
   "optimizers": (optimizers, "stdlib_1m"),
+  "outliers": (outliers, "stdlib_1m"),
   "finetune": (finetune, "deepseek_3m_chat"),
 }
 _STUDY = flags.DEFINE_enum(
@@ -45,7 +47,8 @@ _STUDY = flags.DEFINE_enum(
   "All methods on one config; the paper's claims, at several learning rates and seeds; ECO and"
   " master weights on a model of each family; the paper's seven runs at its own size; what moments"
   " and residuals are stored in; rules for rounding to nearest; clips of the gradient; ECO over"
-  " several optimizers; INT4 fine-tuning; or RESULTS.md alone, which all write.",
+  " several optimizers; optimizers under quantization, and their outliers; INT4 fine-tuning; or"
+  " RESULTS.md alone, which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")

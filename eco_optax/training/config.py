@@ -18,6 +18,7 @@ from eco_optax.transforms.stored_moments import DTYPES, SECOND_DTYPES
 
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
 FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
+FORMATS["INT4_GROUP32"] = eco.Format("int4", (32, 1))  # As served: 32 inputs share a scale.
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -119,7 +120,8 @@ def defaults() -> config_dict.ConfigDict:
   }
   config.log_every = 20
   config.evaluate_every = 200
-  config.evaluate_batches = 32  # Per evaluation; the last evaluation takes the whole split.
+  config.evaluate_batches = 32  # Per evaluation but the last.
+  config.evaluate_batches_at_end = 0  # Of the last evaluation; 0 takes the whole split.
   config.tensorboard = False  # Whether to write TensorBoard events beside metrics.jsonl.
 
   # At a loss or gradient that is not finite: "stop" with an error, "skip" the update and count it,
@@ -233,6 +235,7 @@ RANGES: dict[str, _Check] = {
   "log_every": _positive,
   "evaluate_every": _positive,
   "evaluate_batches": _positive,
+  "evaluate_batches_at_end": _natural,
 }
 
 

@@ -301,7 +301,8 @@ def at_boundary(
     run.show(report.progress_line(step, config, float(rows[-1]["loss"]), rate, speed))
   validation = None
   if "evaluate" in due:
-    limit = None if step == config.steps else config.evaluate_batches
+    is_last = step == config.steps
+    limit = (config.evaluate_batches_at_end or None) if is_last else config.evaluate_batches
     validation = evaluate(eval_step, state.params, run.held_out, config.batch_size, run.mesh, limit)
     run.record(step, validation_loss=validation)
     if not metrics.is_finite(validation):

@@ -252,6 +252,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "radam": optax.scale_by_radam,
   "galore": _galore,  # For weights in float32: ECO's rule refuses it.
   "sgd": lambda b1, **unused: optax.trace(b1),
+  # With the momentum of its paper, whatever Adam's b2 is; ECO's rule refuses its sign.
+  "lion": lambda b1, **unused: optax.scale_by_lion(b1, 0.99),
   # Of the linear layers inside blocks; embedding, head and norms take Adam's step.
   "soap": lambda **adam: eco.scale_by_soap(**adam, matrices=transformer.is_block_kernel),
   # With Adam's size of a step, so that Adam's learning rates serve.

@@ -28,16 +28,24 @@ from eco_optax.training import metrics
 
 # Cores are chosen before JAX counts them to make its threads.
 _RUN = """
+import importlib
 import json
 import os
+import pathlib
 import sys
 os.sched_setaffinity(0, json.loads(sys.argv[3]))
 from eco_optax.training import config, jobs, loop
 changed = config.defaults()
 changed.update_from_flattened_dict(json.loads(sys.argv[1]))
+folder = pathlib.Path(sys.argv[2])
 with jobs.plain_errors():
-  loop.train(changed, sys.argv[2])
+  loop.train(changed, folder)
+  if sys.argv[4]:
+    module, name = sys.argv[4].split(":")
+    measured = getattr(importlib.import_module(module), name)(folder)
+    (folder / "measured.json").write_text(json.dumps(measured))
 """
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +54,8 @@ class Run:
 
   name: str
   changes: dict[str, Any]  # To the sweep's config, by the names that flags give keys.
+  # "module:function" from the finished run's folder to what its line has besides, if anything.
+  measure: str = ""
 
   @property
   def folder(self) -> str:
@@ -223,15 +233,21 @@ def _start(
   """Begins or continues a run."""
   folder.mkdir(parents=True, exist_ok=True)
   flat = config_lib.flat(config) | {"nonfinite": "record"} | run.changes
+  arguments = [json.dumps(flat), str(folder), json.dumps(cores), run.measure]
   with (folder / "log").open("w") as log:
     return subprocess.Popen(
-      [sys.executable, "-c", _RUN, json.dumps(flat), str(folder), json.dumps(cores)],
+      [sys.executable, "-c", _RUN, *arguments],
       stdout=log,
       stderr=subprocess.STDOUT,
       # In pages of 2 MiB a step of a small model takes a quarter less time: XLA asks for its memory
       # anew at every step, and the kernel gives it page by page. Others than glibc do not read it.
-      env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ,
+      env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ | _import_path(),
     )
+
+
+def _import_path() -> dict[str, str]:
+  """The environment in which a run finds this package too, which is not installed."""
+  return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
 
 
 def _row(config: ml_collections.ConfigDict, run: Run, folder: pathlib.Path) -> dict[str, Any]:
@@ -241,6 +257,7 @@ def _row(config: ml_collections.ConfigDict, run: Run, folder: pathlib.Path) -> d
   kept = "validation_loss diverged_at_step tokens seconds parameters quantized_parameters"
   kept += " bytes_per_parameter versions machine"
   curve = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+  measured = folder / "measured.json"
   return {
     "run": run.name,
     **{key: summary[key] for key in kept.split()},
@@ -249,4 +266,5 @@ def _row(config: ml_collections.ConfigDict, run: Run, folder: pathlib.Path) -> d
     "validation_curve": curve("validation_loss"),
     "training_curve": [(step, round(loss, 4)) for step, loss in curve("loss")],
     "config": _settings(config, run),
+    **(json.loads(measured.read_text()) if measured.exists() else {}),
   }
