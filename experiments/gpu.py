@@ -725,10 +725,12 @@ def _training_step(config: Any, steps: int) -> Row:
   import jax
   import numpy as np
 
-  from eco_optax.training import loop, sharding
+  from eco_optax.training import compile as compile_lib
+  from eco_optax.training import hardware, loop, sharding
   from eco_optax.training import step as step_lib
   from eco_optax.training.data import pipeline
 
+  device = jax.devices()[0]
   tx, mesh = loop.prepare(config)
   shape = config.batch_size, config.length + 1
   tokens = np.random.default_rng(0).integers(0, config.model.vocabulary, shape, np.int32)
@@ -745,13 +747,19 @@ def _training_step(config: Any, steps: int) -> Row:
       return state
 
     once()
-    seconds = _time(once, steps)
+    seconds = statistics.median(_time(once, steps))
     used: Any = train_step.memory_analysis()
+    tokens, chip = config.batch_size * config.length, hardware.chip(device.device_kind)
+    operations = sum(compile_lib.products(train_step.as_text()).values())
     return {
-      "milliseconds": 1e3 * statistics.median(seconds),
-      "tokens_per_step": config.batch_size * config.length,
+      "milliseconds": 1e3 * seconds,
+      "tokens_per_step": tokens,
+      "tokens_per_second": tokens / seconds,
+      "operations": operations,  # Of products, those of rematerialization among them.
+      "share_of_peak_operations": operations / seconds / chip.flops if chip else None,
       "temporaries": used.temp_size_in_bytes,
       "arguments": used.argument_size_in_bytes,
+      "process_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
       "seconds_to_compile": compiled,
       "kernels": _kernels(once, 2),
     }
@@ -771,8 +779,8 @@ def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Ca
     base = runpy.run_path(str(path))["get_config"]()
     for label, change in changes.items():
       own = ml_collections.ConfigDict(base.to_dict())
-      own.update_from_flattened_dict(change)
       own.batch_size, own.accumulation = batch if real else 4, 1
+      own.update_from_flattened_dict(change)
       try:
         row = _training_step(own, 6 if real else 1)
       except Exception as error:
@@ -803,6 +811,26 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# A step of the ordinary kind, with float32 weights and moments, of as many layers as fit: peaks are
+# those of the process so far, so that the largest comes last.
+_ORDINARY: dict[str, Any] = {
+  "method": "bf16_mw",
+  "release": False,
+  "kept_format": "none",
+  "model.quantized": "blocks",
+  "moments.mu": "float32",
+  "moments.nu": "float32",
+}
+_8B: dict[str, dict[str, Any]] = {
+  "1 sequence": {},
+  "16 sequences, one after another": {"batch_size": 16, "accumulation": 16},
+  "1 sequence, 10 layers, float32 AdamW": _ORDINARY | {"model.layers": 10},
+}
+_16B: dict[str, dict[str, Any]] = {
+  "1 sequence": {},
+  "16 sequences": {"batch_size": 16, "accumulation": 1},
+}
+
 ENTRIES: dict[str, Entry] = {
   "arithmetic": Entry(60, arithmetic),
   "fused_steps": Entry(150, fused_steps),
@@ -817,6 +845,8 @@ ENTRIES: dict[str, Entry] = {
   "ceilings": Entry(90, ceilings),
   "train_800m": Entry(120, _training("llama_800m", 32, _METHODS)),
   "train_30m": Entry(90, _training("packages_30m", 64, _METHODS)),
+  "train_8b": Entry(180, _training("llama3_8b", 1, _8B)),
+  "train_16b": Entry(180, _training("deepseek_moe_16b_one_gpu", 1, _16B)),
 }
 
 

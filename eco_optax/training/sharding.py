@@ -19,12 +19,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# The mesh axes that each logical axis is split over; other logical axes are not split.
+# The mesh axes that each logical axis is split over; other logical axes are not split. An array's
+# first axis that `fsdp` divides takes it: outputs of kernels, so that a channel's weights, which
+# share a scale, are on one device, and only where they do not divide, inputs.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp", "expert"),
   "embed": ("fsdp",),
-  "heads": ("tensor",),
-  "mlp": ("tensor",),
+  "heads": ("tensor", "fsdp"),
+  "mlp": ("tensor", "fsdp"),
   "vocabulary": ("tensor",),
   "expert": ("expert",),
 }
@@ -94,12 +96,16 @@ def _axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-  """Mesh axes of each axis, as far as they divide it."""
+  """Mesh axes of each axis, as far as they divide it; `fsdp` is left to a later axis if not."""
   entries: list[Any] = []
+  taken: set[str] = set()
   for name, size in zip(axes, shape, strict=True):
-    mesh_axes = tuple(a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1)
-    parts = math.prod(mesh.shape[a] for a in mesh_axes)
-    entries.append(mesh_axes if mesh_axes and size % parts == 0 else None)
+    wanted = tuple(a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1 and a not in taken)
+    if wanted[-1:] == ("fsdp",) and size > 1 and size % math.prod(mesh.shape[a] for a in wanted):
+      wanted = wanted[:-1]
+    taken |= {*wanted}  # Also of what is shared along an axis, such as scales: as its weights do.
+    is_split = wanted and size % math.prod(mesh.shape[a] for a in wanted) == 0
+    entries.append(wanted if is_split else None)
   return PartitionSpec(*entries)
 
 
@@ -259,9 +265,9 @@ def gather(path: str, tree: Any) -> Any:
 
   def gather_leaf(key_path: tuple, x: jax.Array) -> jax.Array:
     name = "/".join([path, jax.tree_util.keystr(key_path, simple=True, separator="/")]).rstrip("/")
-    axes = _axes(name, x.ndim)
-    own = _spec(axes, x.shape, mesh)
-    whole = _spec([None if axis == "embed" else axis for axis in axes], x.shape, mesh)
+    own = _spec(_axes(name, x.ndim), x.shape, mesh)
+    others = [tuple(a for a in _names(entry) if a != "fsdp") for entry in own]
+    whole = PartitionSpec(*[axes or None for axes in others])
     if name.endswith("/sink"):  # Nothing reads it; its gradient is a kernel's.
       return jax.lax.with_sharding_constraint(x, own)
     return _gather(x, whole, own)

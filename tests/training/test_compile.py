@@ -231,9 +231,9 @@ def test_a_step_compiles_for_tpus_and_weights_cross_the_wire_as_codes(step):
   gathers = report["collectives_per_device"]["all-gather"]
   # A layer's codes are gathered for the forward pass and again for the backward pass.
   assert gathers["f8e4m3fn"]["bytes"] == 2 * quantized
-  # What is gathered in bfloat16 is embedding and head, and scales in float32.
+  # What is gathered in bfloat16 is embedding and head, and in float32 a scale of each channel.
   assert gathers["bf16"]["bytes"] <= 2 * 2 * 256 * 512 * 1.3
-  assert gathers["f32"]["bytes"] <= 0.01 * quantized
+  assert gathers["f32"]["bytes"] == 2 * 4 * 3 * (4 * 512 + 2 * 1024 + 512)
   # Gradients of kernels end where their moments are.
   assert report["collectives_per_device"]["reduce-scatter"]["f32"]["bytes"] >= 4 * quantized
 
@@ -353,7 +353,7 @@ def test_float_arrays_are_of_one_layer_or_of_the_parts_that_devices_own(step):
   assert max(lead(shape) for _, shape in whole) == 1
   # Of all layers there are moments and gradients, in the quarters that devices own: nothing is
   # larger than one layer's largest kernel.
-  assert ("f32", (3, 1024, 128)) in arrays
+  assert ("f32", (3, 256, 512)) in arrays
   assert max(math.prod(shape) for _, shape in arrays) == 512 * 1024
   # Gradients are in bfloat16: what is not state is less than one float32 copy of a device's part.
   assert report["bytes_per_device"]["temporaries"] < 4 * report["quantized_parameters"] // 4
@@ -364,8 +364,8 @@ def test_every_kernel_takes_the_fused_step(step):
   calls = re.findall(
     r'op_name="([^"]*)".*tpu_custom_call|tpu_custom_call.*op_name="([^"]*)"', compiled.as_text()
   )
-  # Query, key, value, gate and up are split along their inputs: a first pass finds their scales.
-  assert len(calls) == 5 * 2 + 2
+  # Kernels are split along their outputs, so that each device finds its scales by itself.
+  assert len(calls) == 7
 
 
 def test_all_of_the_state_is_donated(step):
@@ -387,8 +387,8 @@ def test_all_of_the_state_is_donated(step):
 
 
 @pytest.mark.parametrize("release", [False, True])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "h100:1"])
-def test_one_device_copies_no_stack(tpu, topology, release):
+@pytest.mark.parametrize("topology, count", [("v5e:2x2", 1), ("h100:1", 1), ("h100:4", 4)])
+def test_no_stack_is_copied(tpu, topology, count, release):
   try:
     devices = compile_lib.topology_devices(topology)
   except ImportError as error:
@@ -397,8 +397,8 @@ def test_one_device_copies_no_stack(tpu, topology, release):
   config.update({"release": release, "nonfinite": "skip"})
   config.model.update(width=128, heads=2, mlp_width=256)
   with jax.numpy_dtype_promotion("standard"):
-    compiled, _ = compile_lib.compile_step(config, devices[:1])
-  assert not stacks_copied(compiled, 3 * 128**2)
+    compiled, _ = compile_lib.compile_step(config, devices[:count])
+  assert not stacks_copied(compiled, 3 * 128**2 // count)
 
 
 def test_several_devices_copy_no_stack(step):

@@ -200,7 +200,7 @@ def test_dry_run_prints_what_a_run_would_be():
   line = next(line for line in text.splitlines() if "mlp/gate/kernel" in line).split()
   assert line == [
     *("blocks/mlp/gate/kernel", "16×5632×2048", "float8_e4m3fn", "FP8"),
-    *("·", "·", "fsdp", f"{size // 4 + 16 * 5632 * 4:,}"),
+    *("·", "fsdp", "·", f"{(size + 16 * 5632 * 4) // 4:,}"),
   ]
   assert "bytes per quantized parameter  9.00" in " ".join(text.split("  ")) or "9.002" in text
   config.method = "mw_sr"

@@ -45,10 +45,11 @@ def test_codes_scales_and_moments_are_split_alike():
     return found
 
   fsdp, tensor, expert = ("fsdp",), ("tensor",), ("expert",)
+  both = ("tensor", "fsdp")
   wanted = {
-    "blocks/attention/query/kernel": (None, tensor, fsdp),
+    "blocks/attention/query/kernel": (None, both, None),
     "blocks/attention/out/kernel": (None, fsdp, tensor),
-    "blocks/moe/experts/up/kernel": (None, expert, tensor, fsdp),
+    "blocks/moe/experts/up/kernel": (None, expert, both, None),
     "blocks/moe/experts/down/kernel": (None, expert, fsdp, tensor),
     "dense_blocks/mlp/down/kernel": (None, fsdp, tensor),
   }
@@ -78,8 +79,8 @@ def test_means_of_a_factored_moment_are_split_as_the_moment_would_be():
   nu = {leaf.path.partition("nu/")[2]: leaf.array for leaf in memory.leaves(state)}
   experts = nu["blocks/moe/experts/up/kernel/row"], nu["blocks/moe/experts/up/kernel/column"]
   assert [x.shape[-2:] for x in experts] == [(32, 1), (1, 32)]
-  assert experts[0].sharding.spec == PartitionSpec(None, ("expert",), ("tensor",), None)
-  assert experts[1].sharding.spec == PartitionSpec(None, ("expert",), None, ("fsdp",))
+  assert experts[0].sharding.spec == PartitionSpec(None, ("expert",), ("tensor", "fsdp"), None)
+  assert experts[1].sharding.spec == PartitionSpec(None, ("expert",), None, None)
   assert nu["embedding"].dtype == jnp.float32  # Too small to be taken for a matrix.
 
 
@@ -174,7 +175,7 @@ def test_batches_that_devices_cannot_share_are_refused():
 def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
   # No harness: a sharded packed tree, stock jit, told where the parameters lie.
   mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
-  w = jax.random.normal(jax.random.key(0), (3, 64, 64))
+  w = jax.random.normal(jax.random.key(0), (3, 60, 64))  # 8 does not divide the outputs, 4 does.
   params = eco.quantize({"blocks": {"up": {"kernel": w}}}, eco.FP8.transposed)
   placed = jax.device_put(params, sharding.shardings(params, mesh))
   tx = eco.layer_by_layer(eco.low_bit_moments(eco.adamw(1e-2, seed=3)))
@@ -191,6 +192,6 @@ def test_packed_leaves_of_a_mesh_train_through_the_library_alone():
     return [tree["blocks"]["up"]["kernel"] for tree in (params, moments.mu, moments.nu)]
 
   for one, many in zip(run(params), run(placed), strict=True):
-    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 16, 32)
+    assert many.qvalue.sharding.shard_shape(many.shape) == (3, 15, 32)
     differ = np.asarray(one.qvalue).view(np.uint8) != np.asarray(many.qvalue).view(np.uint8)
     assert np.sum(differ) <= 3  # Once in a million, where a last place decides; moments follow.
