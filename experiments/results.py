@@ -18,6 +18,7 @@ from experiments.studies import (
   grid,
   nearest,
   optimizers,
+  outliers,
   scale,
   storage,
   sweep,
@@ -253,6 +254,7 @@ def _beyond(results: pathlib.Path) -> list[str]:
     ("nearest", nearest, "Rounding to nearest: what may be done about its dead zone"),
     ("clips", clips, "Clips of the gradient, with gradient release and without"),
     ("optimizers", optimizers, "ECO over other optimizers"),
+    ("outliers", outliers, "Optimizers under quantization, and whether outliers tell"),
     ("finetune", finetune, "INT4 fine-tuning of a tiny DeepSeek-MoE on chats"),
   ):
     rows = sweep.read(results / study / "runs.jsonl")

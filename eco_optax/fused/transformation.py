@@ -181,6 +181,8 @@ def fuse(
 
     scale = context.gradient_scale
     step = optimizer.step._replace(skips=scale is not None)
+    # Made once for all leaves of one decay.
+    by_decay = {id(own): optimizer.scalars(node, count, factor, own) for own in decays.values()}
     done: dict[str, _Done] = {}
     ends = []
     for stack in order.stacks(_fusable(weights, moments, context.moments is not None)):
@@ -188,7 +190,7 @@ def fuse(
       for layer in stack:
         for path in layer:
           leaf = Leaf(
-            optimizer.scalars(node, count, factor, decays[path]),
+            by_decay[id(decays[path])],
             # What every step makes anew anyway, so that to wait takes nothing more.
             order.after(behind, rounding_lib.stream_key(seed, state.quantizer.step, path)),
             context.layer,
