@@ -123,10 +123,11 @@ def scale_by_one_bit_adam(
     momenta = {path: error[path][0] + keep1 * mu[path] + new1 * g for path, g in chosen.items()}
     sent, means, server = jax.lax.cond(
       is_warm,
-      lambda: (momenta, jax.lax.pmean(chosen, axis), server),
+      lambda: (momenta, exchange_lib.mean_in_order(axis, chosen), server),
       lambda: exchange_lib.exchange(link, momenta, server, state.step),
     )
-    means |= jax.lax.pmean({path: g for path, g in grads.items() if path not in chosen}, axis)
+    rest = {path: g for path, g in grads.items() if path not in chosen}
+    means |= exchange_lib.mean_in_order(axis, rest)
 
     new_mu, new_nu, out = {}, {}, {}
     debias1 = 1 / (1 - keep1 ** step.astype(jnp.float32))

@@ -91,7 +91,8 @@ def _transformation(
     messages = {path: rule.message(g, own[path]) for path, g in chosen.items()}
     before = None if state.server is None else state.server[0]
     sent, means, server = exchange_lib.exchange(link, messages, before, state.step)
-    out = jax.lax.pmean({path: g for path, g in grads.items() if path not in chosen}, link.axis)
+    rest = {path: g for path, g in grads.items() if path not in chosen}
+    out = exchange_lib.mean_in_order(link.axis, rest)
     for path, g in chosen.items():
       own[path], shared[path], out[path] = rule.settle(
         g, own[path], shared[path], sent[path], means[path]
@@ -149,7 +150,7 @@ def compressed(
     seed: of random bits; the same on all workers.
     workers: their number, which `init` needs outside of the axis' scope.
     where: chooses leaves by path and leaf; None those of 512 values and more. Others are exchanged
-      exactly, in their own dtype.
+      exactly, in the order of workers.
 
   Returns:
     A `GradientTransformationExtraArgs`; see `error_feedback` for how it is used.
@@ -194,7 +195,7 @@ def error_feedback(
     seed: of random bits; the same on all workers.
     workers: their number, which `init` needs outside of the axis' scope.
     where: chooses leaves by path and leaf; None those of 512 values and more. Others are exchanged
-      exactly, in their own dtype.
+      exactly, in the order of workers.
 
   Returns:
     A `GradientTransformationExtraArgs` whose `update` takes a worker's own gradients inside

@@ -14,6 +14,7 @@ import pytest
 
 import eco_optax as eco
 from eco_optax import wire
+from eco_optax.wire.exchange import mean_in_order
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import reference
@@ -216,6 +217,20 @@ def test_a_gradient_that_is_not_finite_changes_no_state(method):
     jax.tree.map(np.testing.assert_array_equal, new_state, state)
   updates, _ = step(grads, state)  # And it goes on.
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+def test_means_in_order_are_those_of_each_leaf():
+  generator = np.random.default_rng(0)
+  shapes = {"a": (7,), "b/c": (3, 5), "scalar": ()}
+  own = {
+    path: generator.standard_normal((N, *shape)).astype(np.float32)
+    for path, shape in shapes.items()
+  }
+  mean = jax.vmap(lambda leaves: mean_in_order("data", leaves), axis_name="data")(own)
+  for path, x in own.items():
+    # One after another, which NumPy's cumulative sum is too.
+    wanted = np.cumsum(x, axis=0, dtype=np.float32)[-1] / np.float32(N)
+    np.testing.assert_array_equal(mean[path], np.broadcast_to(wanted, x.shape), path)
 
 
 def test_small_leaves_are_exchanged_exactly():
