@@ -387,7 +387,7 @@ def test_all_of_the_state_is_donated(step):
 
 
 @pytest.mark.parametrize("release", [False, True])
-@pytest.mark.parametrize("topology, count", [("v5e:2x2", 1), ("h100:1", 1), ("h100:4", 4)])
+@pytest.mark.parametrize(("topology", "count"), [("v5e:2x2", 1), ("h100:1", 1), ("h100:4", 4)])
 def test_no_stack_is_copied(tpu, topology, count, release):
   try:
     devices = compile_lib.topology_devices(topology)
