@@ -301,9 +301,10 @@ def validate(config: config_dict.ConfigDict) -> None:
         " products over a split axis are sums in an order that depends on the devices; set one of"
         " them"
       )
-    if config.optimizer.name == methods.MUON and methods.of(config).family == methods.ECO:
+    name, family = config.optimizer.name, methods.of(config).family
+    if name in methods.CARRY_NOTHING_BACK and family == methods.ECO:
       problems.append(
-        f"method {config.method!r} puts errors in a momentum, which that of optimizer.name 'muon'"
+        f"method {config.method!r} puts errors in a momentum, which that of optimizer.name {name!r}"
         " does not carry back: set method 'mw_rtn' and residual 'int8'"
       )
     if config.optimizer.name == methods.MUON and not hasattr(optax.contrib, "MuonDimensionNumbers"):

@@ -263,6 +263,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 MUON = "muon"  # The name of Optax's Muon, whose momentum carries no error back.
 NAMES = (*OPTIMIZERS, MUON)
+CARRY_NOTHING_BACK = ("lion", MUON)  # What is put in their momenta does not come back.
 _FUSED = ("adamw", "nadamw")  # Optimizers that `eco.adamw` fuses with the rule.
 # Optimizers that multiply matrices, whose sums follow the devices that share one.
 MATRIX_OPTIMIZERS = ("soap", "shampoo", MUON)

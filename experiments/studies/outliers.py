@@ -62,7 +62,6 @@ START: dict[str, tuple[float, ...]] = {
   "shampoo": LADDER[1:4],
   "ademamix": LADDER[1:4],
 }
-BY_RESIDUAL = ("lion", "muon")  # Their momentum carries no error back.
 _DECAY = 0.1 * 2e-3  # Learning rate × decoupled weight decay, of all.
 
 # Inputs of layers rounded with the weights: in as many bits, one scale per token.
@@ -153,7 +152,7 @@ def _run(optimizer: str, way: str, format: str, rate: float, seed: int, steps: i
   if way == FLOAT:
     measured = f"{__name__}:measure"
     return Run(name, methods.BY_NAME["bf16_mw"].changes | changes, measured)
-  method = _RESIDUAL if way == WITHOUT and optimizer in BY_RESIDUAL else WAYS[way]
+  method = _RESIDUAL if way == WITHOUT and optimizer in methods.CARRY_NOTHING_BACK else WAYS[way]
   weights = {"format": format, "activation_format": "none"}  # Weights alone are rounded.
   return Run(name, method.changes | weights | changes)
 
@@ -299,7 +298,9 @@ def table(rows: Mapping[str, Any]) -> str:
       reference = names(rows, optimizer, FLOAT)[:seeds]
       ways = [names(rows, optimizer, way, format) for way in WAYS]
       used = " / ".join(sweep.used_bytes(rows, way) for way in ways[:2])
-      label = f"{optimizer}, int8 residual" if optimizer in BY_RESIDUAL else optimizer
+      label = (
+        f"{optimizer}, int8 residual" if optimizer in methods.CARRY_NOTHING_BACK else optimizer
+      )
       gaps = [sweep.compared(rows, way, reference)[1] for way in ways]
       lines.append(f"| {' | '.join([label, used, *gaps])} |")
   head = ["optimizer", "ratio, weights", "ratio, inputs", "kurtosis, weights", "kurtosis, inputs"]

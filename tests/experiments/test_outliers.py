@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +96,10 @@ def test_outliers_of_numbers_that_are_known():
   assert outliers.ratio(np.array([[1.0, -1, 1, -1], [3, 0, 0, 1]])) == pytest.approx((1 + 3) / 2)
 
 
-def test_a_run_is_rounded_and_measured_when_it_ends(tmp_path):
+def test_a_run_is_rounded_and_measured_when_it_ends(tmp_path, monkeypatch):
+  # On one device: of a flag set twice the last value counts.
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+  monkeypatch.setenv("XLA_FLAGS", flags)
   (tmp_path / "text").write_text("".join(f"line number {i} of a few\n" for i in range(400)))
   sources = prepare.from_files([str(tmp_path / "text")])
   prepare.prepare(

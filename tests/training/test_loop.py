@@ -189,8 +189,9 @@ def test_two_steps_of_muon(release):
   assert used == pytest.approx((1 + scales, 1 + 1 / 32, 1))
 
 
-def test_muon_is_refused_with_errors_in_its_momentum():
-  config = get_config(**{"optimizer.name": "muon"})
+@pytest.mark.parametrize("name", methods.CARRY_NOTHING_BACK)
+def test_momenta_that_carry_nothing_back_are_refused_with_errors_in_them(name):
+  config = get_config(**{"optimizer.name": name})
   with pytest.raises(ValueError, match="set method 'mw_rtn' and residual 'int8'"):
     config_lib.validate(config)
 
@@ -199,12 +200,17 @@ def test_muon_is_refused_with_errors_in_its_momentum():
   "name", [name for name in methods.OPTIMIZERS if name not in (*OURS, "galore")]
 )
 def test_every_optimizer_is_optaxs_own(name):
-  """ECO takes it, and float parameters take the steps of Optax's optimizer of the same name."""
+  """ECO or a residual takes it, and float parameters take the steps of Optax's of the same name."""
   config = get_config(**{"optimizer.name": name, "optimizer.max_norm": 1e9})
+  if name in methods.CARRY_NOTHING_BACK:
+    config.update(method="mw_rtn", residual="int8")
   make = {
     "ademamix": lambda *a, **k: optax.contrib.ademamix(*a, b3=0.99, alpha=2.0, **k),
     "nadamw": optax.nadamw,
     "adamw": optax.adamw,
+    "lion": lambda rate, b1, weight_decay, **unused: optax.lion(
+      rate, b1, 0.99, weight_decay=weight_decay
+    ),
   }
   o, rate = config.optimizer, methods.schedule(config)
   adam = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
