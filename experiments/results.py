@@ -33,9 +33,9 @@ each row names the command that makes its figures. The paper is
 Limits: the paper trains 30M to 800M parameters on 100 tokens of C4 for each, Gemma 3 1B, and a
 mixture of experts of 2.1B, and fine-tunes DeepSeek-MoE-16B. Here most models have one to three
 million parameters and train on half a million to five million tokens of source code and prose, or
-on 20 million where a cell says 4 × tokens. The paper's 30M model was trained on 26 million tokens, once
-per method. Losses are nats per token of the run's own tokenizer, so only differences compare. The
-runs of `claims` were trained on NVIDIA H200 and H100 GPUs, which sum in no fixed order, and on
+on 20 million where a cell says 4 × tokens. The paper's 30M model was trained on 26 million tokens,
+once per method. Losses are nats per token of the run's own tokenizer, so only differences compare.
+The runs of `claims` were trained on NVIDIA H200 and H100 GPUs, which sum in no fixed order, and on
 CPUs; each line of results/claims/runs.jsonl names its machine. The 30M runs used an H100, all
 others two CPU cores. A cell with – has not been run.
 """
