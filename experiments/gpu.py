@@ -755,7 +755,7 @@ def _training_step(config: Any, steps: int) -> Row:
       "milliseconds": 1e3 * seconds,
       "tokens_per_step": tokens,
       "tokens_per_second": tokens / seconds,
-      "operations": operations,  # Of products, those of rematerialization among them.
+      "operations": operations,  # Of all products; recomputed ones count again.
       "share_of_peak_operations": operations / seconds / chip.flops if chip else None,
       "temporaries": used.temp_size_in_bytes,
       "arguments": used.argument_size_in_bytes,
@@ -811,8 +811,8 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-# A step of the ordinary kind, with float32 weights and moments, of as many layers as fit: peaks are
-# those of the process so far, so that the largest comes last.
+# Ordinary training: float32 weights and moments, and as many layers as fit one card. A process only
+# knows its peak so far, so the variant with the largest peak comes last.
 _ORDINARY: dict[str, Any] = {
   "method": "bf16_mw",
   "release": False,

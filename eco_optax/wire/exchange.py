@@ -175,18 +175,21 @@ def _by_parts(
 
 
 def mean_in_order(axis: Axis, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Means of leaves over workers, uncompressed, added in float32 in the workers' order.
+  """Means of leaves over workers, uncompressed, added in the workers' order.
 
-  Each worker adds its part of all values and hands it to all. These are the bytes of `pmean`, whose
-  order depends on how workers are spread over processes, and with it the last place of the sum.
+  Each worker adds its part of all values, in float32 or in float64 if a leaf is, and hands the part
+  to all. It moves the bytes of `pmean`. The order in which `pmean` adds, and so the last place of
+  its sums, depends on how workers are spread over processes.
   """
   if not leaves:
     return {}
   workers = jax.lax.axis_size(axis)
-  values = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves.values()])
+  is_double = any(x.dtype == jnp.float64 for x in leaves.values())
+  dtype = np.dtype(np.float64 if is_double else np.float32)
+  values = jnp.concatenate([jnp.ravel(x).astype(dtype) for x in leaves.values()])
   received = jax.lax.all_to_all(in_parts(values, workers), axis, 0, 0)
   summed = jax.lax.scan(lambda total, x: (total + x, None), received[0], received[1:])[0]
-  mean = jax.lax.all_gather(summed / np.float32(workers), axis, tiled=True)[: values.size]
+  mean = jax.lax.all_gather(summed / dtype.type(workers), axis, tiled=True)[: values.size]
   pieces = jnp.split(mean, np.cumsum([x.size for x in leaves.values()])[:-1])
   of_shape = lambda piece, x: piece.reshape(x.shape).astype(x.dtype)
   return {path: of_shape(p, x) for p, (path, x) in zip(pieces, leaves.items(), strict=True)}

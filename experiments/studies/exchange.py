@@ -39,7 +39,7 @@ WIRES: dict[str, dict[str, Any]] = {
   "int4, error feedback": {"wire": "int4"},
   "sign, error feedback": {"wire": "sign"},
 }
-# For whom steps are compiled, and of which models.
+# The topologies and the models that `traffic` compiles steps for.
 TOPOLOGIES = ("v5p:2x2x1", "h100:4")
 TRAINED, MODELS = "stdlib_1m", ("stdlib_1m", "llama_800m")
 
@@ -204,7 +204,7 @@ def followed(
 
 
 def followed_table(rows: list[dict[str, Any]]) -> str:
-  """Adam's steps of each exchange against those of exact exchange, in Markdown."""
+  """A Markdown table that compares Adam's step after each exchange with the exact one."""
   lines = [
     "| exchange | length of Adam's step | its cosine with that of exact exchange |",
     "|---|---|---|",

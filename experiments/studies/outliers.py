@@ -277,18 +277,13 @@ def correlation(rows: Mapping[str, Any], outlier: tuple[str, str], added: tuple[
 
 def table(rows: Mapping[str, Any]) -> str:
   """What came out, in Markdown; differences are paired by seed, with their standard errors."""
-  lines = ["| optimizer | peak rate | float32 loss", "|---|---|---"]
-  for format in FORMATS:
-    for what in ("weights", "weights and inputs"):
-      lines[0] += f" | {format}, {what}"
-      lines[1] += "|---"
-  lines = [f"{line} |" if i == 0 else f"{line}|" for i, line in enumerate(lines)]
+  rounded = [(format, what) for format in FORMATS for what in ("weights", "weights and inputs")]
+  head = ["optimizer", "peak rate", "float32 loss", *map(", ".join, rounded)]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for optimizer in START:
     rate, own = best(rows, optimizer), names(rows, optimizer, FLOAT)
     cells = [optimizer, f"{rate:g}" if rate else "–", sweep.compared(rows, own, own)[0]]
-    for format in FORMATS:
-      for what in ("weights", "weights and inputs"):
-        cells.append(_mean(_column(rows, optimizer, "added", format, what), "+.4f"))
+    cells += [_mean(_column(rows, optimizer, "added", *each), "+.4f") for each in rounded]
     lines.append(f"| {' | '.join(cells)} |")
   for format in FORMATS:
     head = [f"trained in {format}", "bytes with and without master weights", *WAYS]
@@ -309,12 +304,11 @@ def table(rows: Mapping[str, Any]) -> str:
   for optimizer in START:
     cells = [_mean(_column(rows, optimizer, "outliers", *each), ".2f") for each in outliers]
     lines.append(f"| {' | '.join([optimizer, *cells])} |")
-  for format in FORMATS:
-    for what in ("weights", "weights and inputs"):
-      found = [correlation(rows, each, (format, what)) for each in outliers]
-      cells = ["–" if math.isnan(x) else f"{x:+.2f}" for x in found]
-      label = f"order of optimizers beside what {format} adds, {what}"
-      lines.append(f"| {' | '.join([label, *cells])} |")
+  for format, what in rounded:
+    found = [correlation(rows, each, (format, what)) for each in outliers]
+    cells = ["–" if math.isnan(x) else f"{x:+.2f}" for x in found]
+    label = f"order of optimizers beside what {format} adds, {what}"
+    lines.append(f"| {' | '.join([label, *cells])} |")
   return "\n".join(lines) + "\n"
 
 

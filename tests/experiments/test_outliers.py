@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eco_optax.training import config as config_lib
-from eco_optax.training.data import prepare
 from eco_optax.training.models import modules, transformer
 from experiments.studies import outliers, sweep
 
@@ -96,19 +94,9 @@ def test_outliers_of_numbers_that_are_known():
   assert outliers.ratio(np.array([[1.0, -1, 1, -1], [3, 0, 0, 1]])) == pytest.approx((1 + 3) / 2)
 
 
-def test_a_run_is_rounded_and_measured_when_it_ends(tmp_path, monkeypatch):
-  # On one device: of a flag set twice the last value counts.
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
-  monkeypatch.setenv("XLA_FLAGS", flags)
-  (tmp_path / "text").write_text("".join(f"line number {i} of a few\n" for i in range(400)))
-  sources = prepare.from_files([str(tmp_path / "text")])
-  prepare.prepare(
-    tmp_path / "data", sources, format="lines", name="a", tokenizer="bytes", percent=20
-  )
-  base = config_lib.small()
-  base.data.path = str(tmp_path / "data")
+def test_a_run_is_rounded_and_measured_when_it_ends(base, tmp_path):
   base.model.update(layers=2, width=32, heads=2, mlp_width=64)
-  base.batch_size, base.length, base.checkpoint.every = 8, 16, 100
+  base.batch_size, base.checkpoint.every = 8, 100
   run = outliers._run("adamw", outliers.FLOAT, "none", 2e-2, 0, steps=30)
   rows = sweep.sweep(base, lambda rows: [run], tmp_path / "w", tmp_path / "runs.jsonl")
   row = rows[run.name]

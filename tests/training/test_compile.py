@@ -231,7 +231,7 @@ def test_a_step_compiles_for_tpus_and_weights_cross_the_wire_as_codes(step):
   gathers = report["collectives_per_device"]["all-gather"]
   # A layer's codes are gathered for the forward pass and again for the backward pass.
   assert gathers["f8e4m3fn"]["bytes"] == 2 * quantized
-  # What is gathered in bfloat16 is embedding and head, and in float32 a scale of each channel.
+  # Embedding and head are gathered in bfloat16, and the scale of each channel in float32.
   assert gathers["bf16"]["bytes"] <= 2 * 2 * 256 * 512 * 1.3
   assert gathers["f32"]["bytes"] == 2 * 4 * 3 * (4 * 512 + 2 * 1024 + 512)
   # Gradients of kernels end where their moments are.
@@ -364,7 +364,7 @@ def test_every_kernel_takes_the_fused_step(step):
   calls = re.findall(
     r'op_name="([^"]*)".*tpu_custom_call|tpu_custom_call.*op_name="([^"]*)"', compiled.as_text()
   )
-  # Kernels are split along their outputs, so that each device finds its scales by itself.
+  # Each device has whole output channels, and finds their scales without a first pass.
   assert len(calls) == 7
 
 

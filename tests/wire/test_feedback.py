@@ -219,18 +219,20 @@ def test_a_gradient_that_is_not_finite_changes_no_state(method):
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
 
 
-def test_means_in_order_are_those_of_each_leaf():
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_means_in_order_are_those_of_each_leaf(dtype):
   generator = np.random.default_rng(0)
   shapes = {"a": (7,), "b/c": (3, 5), "scalar": ()}
   own = {
-    path: generator.standard_normal((N, *shape)).astype(np.float32)
-    for path, shape in shapes.items()
+    path: generator.standard_normal((N, *shape)).astype(dtype) for path, shape in shapes.items()
   }
-  mean = jax.vmap(lambda leaves: mean_in_order("data", leaves), axis_name="data")(own)
+  with jax.enable_x64(dtype == np.float64):
+    mean = jax.vmap(lambda leaves: mean_in_order("data", leaves), axis_name="data")(own)
   for path, x in own.items():
     # One after another, which NumPy's cumulative sum is too.
-    wanted = np.cumsum(x, axis=0, dtype=np.float32)[-1] / np.float32(N)
+    wanted = np.cumsum(x, axis=0, dtype=dtype)[-1] / dtype(N)
     np.testing.assert_array_equal(mean[path], np.broadcast_to(wanted, x.shape), path)
+    assert mean[path].dtype == dtype
 
 
 def test_small_leaves_are_exchanged_exactly():
