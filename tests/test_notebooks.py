@@ -39,8 +39,8 @@ def check_quickstart(text):
   rows = dict(re.findall(r"^(.+?)\s+validation (\d\.\d+)", text, re.MULTILINE))
   loss = {name: float(value) for name, value in rows.items()}
   # What the notebook is there to show. ECO to nearest ends 0.014 behind master weights in the study
-  # of storage, with a deviation of 0.006 between seeds, and 0.032 below naive rounding here.
-  assert loss["ECO"] < loss["naive"] - 0.02
+  # of storage, with a deviation of 0.006 between seeds.
+  assert loss["ECO"] < loss["naive"] - 0.03
   assert loss["ECO"] < loss["master weights"] + 0.03
   assert loss["ECO, stochastic rounding"] < loss["naive"]
 
