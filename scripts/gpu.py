@@ -25,6 +25,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "That the queue may take.")
 _ENTRIES = flags.DEFINE_list("entries", [], "Of the queue, in this order; all by default.")
 _ENTRY = flags.DEFINE_enum("entry", None, list(gpu.ENTRIES), "To measure here, by itself.")
+_LONGEST = flags.DEFINE_float("longest", float("inf"), "Seconds that one entry may take.")
 _AGAIN = flags.DEFINE_boolean("again", False, "Whether to measure what the file has.")
 _SIZE = flags.DEFINE_integer("size", gpu.SIZE, "Weights of a step.")
 _RESULTS = define_path("results", str(_ROOT / "results"), "Where figures go.")
@@ -37,7 +38,8 @@ def main(_: list[str]) -> None:
     gpu.run_entry(_ENTRY.value, path, _SIZE.value)
     return
   command = [sys.executable, __file__, f"--size={_SIZE.value}", f"--results={_RESULTS.value}"]
-  fates = gpu.queue(path, 60 * _MINUTES.value, _SIZE.value, _ENTRIES.value, _AGAIN.value, command)
+  asked = _SIZE.value, _ENTRIES.value, _AGAIN.value
+  fates = gpu.queue(path, 60 * _MINUTES.value, *asked, command, _LONGEST.value)
   for name, fate in fates.items():
     print(f"{name:<20} {fate}")
 

@@ -71,26 +71,48 @@ class MomentStorage(NamedTuple):
     """The state with keys of random bits in place of moments; shapes are the parameters'."""
     return momentum_lib.map_moments(lambda path, kind, x: self.key(path), state, shapes)
 
-  def store(self, state: Any, params: Any, layer: jax.Array | None = None) -> Any:
-    """The state with float32 moments stored."""
+  def store(
+    self,
+    state: Any,
+    params: Any,
+    layer: jax.Array | None = None,
+    is_first: bool = False,
+  ) -> Any:
+    """The state with float32 moments stored.
+
+    Args:
+      state: of the optimizer.
+      params: that its moments are of.
+      layer: the number of the layer that they are, of stacks of more.
+      is_first: whether moments are those before any step, constants as a rule. The layers of a
+        stack are stored one after another then, with temporaries of one, in the same codes.
+    """
     owner = _owners(state, params)
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
-      dtype, weight = self._dtype(kind), owner(path)
       if is_quantized(x):
         raise ValueError(
           f"the optimizer made a packed moment {path!r}, as stock optimizers do of packed"
           " parameters: put eco_optax.error_feedback_to_momentum(optax.adamw(…),"
           " eco_optax.quantize_params()) in its place, or eco_optax.adamw(…)"
         )
+      dtype, weight = self._dtype(kind), owner(path)
       if not _is_stored(x, dtype, weight):
         return x
-      if dtype == "factored":
-        return factored(x)
-      bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
-      if not is_quantized(weight):
-        return store(x, kind, dtype, bits)
-      return store(x, kind, dtype, bits, True, block_axis(weight.format))
+      axis = (True, block_axis(weight.format)) if is_quantized(weight) else ()
+
+      def store_one(x: jax.Array, layer: jax.Array | None) -> Any:
+        if is_first:  # XLA would work out a constant's codes as it compiles, for minutes.
+          x = jax.lax.optimization_barrier(x)
+        if dtype == "factored":
+          return factored(x)
+        bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
+        return store(x, kind, dtype, bits, *axis)
+
+      if not is_first or x.ndim < 3:
+        return store_one(x, layer)
+      at = lambda i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+      return jax.lax.map(lambda i: store_one(at(i), i), jnp.arange(len(x), dtype=jnp.int32))
 
     return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
 
@@ -190,9 +212,7 @@ def low_bit_moments(
         f"the optimizer keeps no moments in its {type(state).__name__} that could be stored in few"
         " bits: use it without eco_optax.low_bit_moments"
       )
-    # Under `jit` they are constants, whose codes XLA would work out as it compiles, for minutes.
-    state = jax.lax.optimization_barrier(state)
-    return LowBitMomentsState(step, MomentStorage(mu, nu, step).store(state, params))
+    return LowBitMomentsState(step, MomentStorage(mu, nu, step).store(state, params, is_first=True))
 
   def update(
     updates: Any, state: LowBitMomentsState, params: Any, context: Context, **extra_args: Any

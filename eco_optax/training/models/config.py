@@ -74,6 +74,7 @@ class TransformerConfig:
   activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
   gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
+  unroll: int = 1  # Layers of a stack that one turn of the loop over them has.
   remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
   # Whether MLPs without experts take up to 1,024 rows at a time, whose hidden channels the backward
   # pass makes again: for long batches and wide MLPs.
@@ -83,7 +84,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     sizes = ("layers", "width", "heads", "vocabulary", "vocabulary_parts")
-    numbers = (*sizes, "global_every", "loss_chunks")
+    numbers = (*sizes, "global_every", "loss_chunks", "unroll")
     counts = ("kv_heads", "head_width", "mlp_width", "window", "experts", "shared_experts")
     more = ("dense_layers", "balance_weight", "rope_length")
     scalars = ("logit_cap", "query_scalar", "attention_cap")

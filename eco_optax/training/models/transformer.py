@@ -173,9 +173,9 @@ def hidden(
       return sharding.constrain(x_BxLxD, "batch", None, None), aux
 
     if config.remat != "none":
-      layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
+      layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=config.unroll > 1)
     is_global_S = jnp.array([config.is_global(i) for i in layers])
-    x_BxLxD, aux = jax.lax.scan(layer, x_BxLxD, (params[stack], is_global_S))
+    x_BxLxD, aux = jax.lax.scan(layer, x_BxLxD, (params[stack], is_global_S), unroll=config.unroll)
     auxiliary.append(aux)
   norm = modules.RMSNorm(config, config.width)
   norm.scale.set_value(params["norm"]["scale"])
@@ -206,6 +206,17 @@ def next_logits(
   """Float32 logits of shape (B, V) of what follows the tokens up to number `last`."""
   x_BxLxD = hidden(config, params, tokens_BxL)[0]
   return _logits(config, params, jax.lax.dynamic_slice_in_dim(x_BxLxD, last, 1, 1))[:, 0]
+
+
+def _nats(logits_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+  """Cross-entropy of targets.
+
+  The target's logit is chosen by a product. The gradient of an index is a scatter, a kernel of its
+  own that reads and writes all logits once more; of `jnp.where`, XLA makes an array of zeros.
+  """
+  is_target = targets_BxL[..., None] == jnp.arange(logits_BxLxV.shape[-1], dtype=targets_BxL.dtype)
+  chosen_BxL = jnp.sum(logits_BxLxV * is_target.astype(jnp.float32), axis=-1)
+  return jax.nn.logsumexp(logits_BxLxV, axis=-1) - chosen_BxL
 
 
 def nats(
@@ -245,8 +256,7 @@ def nats(
 
   def chunk(total_B: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
     x, targets, weight = part
-    nats = optax.softmax_cross_entropy_with_integer_labels(_logits(config, params, x), targets)
-    return total_B + jnp.sum(nats * weight, axis=1), None
+    return total_B + jnp.sum(_nats(_logits(config, params, x), targets) * weight, axis=1), None
 
   if chunks > 1:
     chunk = jax.checkpoint(chunk, prevent_cse=False)
