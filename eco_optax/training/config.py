@@ -347,6 +347,8 @@ def _release_problems(config: config_dict.ConfigDict) -> list[str]:
     problems.append(f"release steps packed weights, which method {config.method!r} has none of")
   if groups := config.reduction_groups:
     problems.append(f"release and reduction_groups {groups} exclude each other: set one of them")
+  if (unroll := config.model.unroll) > 1:
+    problems.append(f"release takes one layer at a time: set model.unroll to 1, not {unroll}")
   return problems
 
 

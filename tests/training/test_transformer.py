@@ -370,6 +370,8 @@ def test_weights_weigh_targets(chunks):
     ("gemma", {"loss_chunks": 4}),
     ("mixed", {"remat": "dots", "loss_chunks": 4}),
     ("mixed", {"remat": "full"}),
+    ("mixed", {"unroll": 3}),
+    ("deepseek", {"unroll": 2, "remat": "dots"}),
     ("deepseek", {"mlp_blocks": True}),
   ],
 )
@@ -583,6 +585,7 @@ def test_experts_alone_or_all_linears_of_blocks_are_quantized(quantized, count):
     ({"activation": "relu"}, "activation 'relu' is none of silu, gelu"),
     ({"quantized": "head"}, "quantized 'head' is none of blocks, experts, all"),
     ({"remat": "some"}, "remat 'some' is none of none, dots, full"),
+    ({"unroll": 0}, "unroll must be 1 or more, got 0"),
   ],
 )
 def test_numbers_that_do_not_fit_are_refused(changes, message):

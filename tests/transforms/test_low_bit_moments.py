@@ -9,7 +9,7 @@ import optax.contrib
 import pytest
 
 import eco_optax as eco
-from eco_optax.transforms import momentum, stored_moments
+from eco_optax.transforms import low_bit_moments, momentum, stored_moments
 
 # Optax's schedules compare an int32 count with Python floats.
 pytestmark = pytest.mark.standard_promotion
@@ -276,3 +276,28 @@ def test_moments_that_a_stock_optimizer_packs_are_refused():
   params = eco.quantize({"w": jnp.ones((64, 32))}, eco.FP8)
   with pytest.raises(ValueError, match=r"packed moment '0/mu/w'.*error_feedback_to_momentum"):
     eco.low_bit_moments(optax.adam(1e-3)).init(params)
+
+
+@pytest.mark.parametrize("nu", ["float8_e4m3fn", "int8", "bfloat16", "factored"])
+def test_first_moments_take_the_memory_of_one_layer_and_have_the_codes_of_all(nu):
+  layers, matrix = 16, (256, 256)
+  stack = 0.02 * jax.random.normal(jax.random.key(0), (layers, *matrix))
+  params = eco.quantize({"kernel": stack, "bias": jnp.ones((layers, 256))}, eco.FP8)
+  # Second moments that are not zero before a step are rounded, with random bits of all layers.
+  inner = optax.rmsprop(1e-3, initial_scale=0.1, momentum=0.9)
+  inner = eco.error_feedback_to_momentum(inner, eco.quantize_params())
+  tx = eco.low_bit_moments(inner, nu=nu)
+  init = jax.jit(tx.init).lower(params).compile()
+  whole = low_bit_moments.MomentStorage("float8_e4m3fn", nu, jnp.int32(0))
+  wanted = whole.store(inner.init(params), params)
+
+  def same(found, wanted):
+    if nu == "factored" and wanted.dtype == np.float32:  # Means, which are sums in any order.
+      return np.testing.assert_allclose(found, wanted, rtol=2e-7)
+    return np.testing.assert_array_equal(found, wanted)
+
+  jax.tree.map(same, init(params).inner, wanted)
+  stored = jax.tree.leaves(wanted, is_leaf=lambda x: hasattr(x, "dequantize"))
+  assert any(0.09 < read(x).mean() < 0.11 for x in stored if x.ndim > 2)
+  # One stack of 16 in float32 takes more; stored whole, two moments take up to four of them.
+  assert init.memory_analysis().temp_size_in_bytes < 12 * 4 * 256 * 256

@@ -74,7 +74,9 @@ class TransformerConfig:
   activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
   gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
-  unroll: int = 1  # Layers of a stack that one turn of the loop over them has.
+  # Layers that one turn of the loop over a stack has. With all in one turn a GPU's step copies no
+  # activations into stacks; it takes as many times longer to compile.
+  unroll: int = 1
   remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
   # Whether MLPs without experts take up to 1,024 rows at a time, whose hidden channels the backward
   # pass makes again: for long batches and wide MLPs.
