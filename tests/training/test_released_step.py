@@ -193,7 +193,7 @@ def test_what_does_not_go_together_is_refused():
     ),
     ({"release": True, "method": "bf16_mw"}, "release steps packed weights"),
     ({"release": True, "reduction_groups": 2}, "release and reduction_groups 2 exclude each other"),
-    ({"release": True, "model.unroll": 2}, "release takes one layer at a time: set model.unroll to"),
+    ({"release": True, "model.unroll": 2}, "release takes one layer at a time"),
   ):
     with pytest.raises(ValueError, match=message):
       small(**changes)
