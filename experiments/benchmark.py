@@ -528,7 +528,8 @@ def _figures(results: pathlib.Path) -> dict[str, Any]:
   """What `scripts/benchmark.py` and `scripts/gpu.py` wrote, by file."""
   files = sorted(results.glob("benchmark/*.json"))
   found = {path.stem: json.loads(path.read_text()) for path in files}
-  return found | {path.stem: _on_gpu(path) for path in sorted(results.glob("gpu/*.json"))}
+  on_gpus = {path.stem: _on_gpu(path) for path in sorted(results.glob("gpu/*.json"))}
+  return found | {name: figures for name, figures in on_gpus.items() if figures}
 
 
 def _loss(name: str, rows: dict[str, Any]) -> str:

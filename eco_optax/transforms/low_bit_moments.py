@@ -212,7 +212,9 @@ def low_bit_moments(
         f"the optimizer keeps no moments in its {type(state).__name__} that could be stored in few"
         " bits: use it without eco_optax.low_bit_moments"
       )
-    return LowBitMomentsState(step, MomentStorage(mu, nu, step).store(state, params, is_first=True))
+    stored = MomentStorage(mu, nu, step).store(state, params, is_first=True)
+    # Nor does XLA simplify a first step in the same program by what it knows to be zero.
+    return LowBitMomentsState(step, jax.lax.optimization_barrier(stored))
 
   def update(
     updates: Any, state: LowBitMomentsState, params: Any, context: Context, **extra_args: Any
