@@ -30,8 +30,7 @@ SEEDS = (0, 1, 2)
 STEPS_FOLLOWED = 200
 MESH = {"mesh.data": DEVICES, "mesh.fsdp": 1}
 
-# What they change in the config, which is otherwise that of one device; the first is what the
-# others are held against.
+# What each exchange changes in the config. The others are held against the first.
 WIRES: dict[str, dict[str, Any]] = {
   "exact, float32": {"wire": "none"},
   "fp8, error feedback": {"wire": "fp8"},

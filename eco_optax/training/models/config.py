@@ -75,7 +75,7 @@ class TransformerConfig:
   gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
   # Layers that one turn of the loop over a stack has. With all in one turn a GPU's step copies no
-  # activations into stacks; it takes as many times longer to compile.
+  # activations into stacks; one of 16 layers takes five times as long to compile.
   unroll: int = 1
   remat: str = "none"  # What the backward pass makes again: none, dots (all but products) or full.
   # Whether MLPs without experts take up to 1,024 rows at a time, whose hidden channels the backward
