@@ -232,7 +232,7 @@ def watch(
       inner_state = moments.read(state.inner.inner, params)
     updates, (new_state, seen) = run(tx, updates, inner_state, params, context, extra_args)
     if is_low_bit:
-      stored = moments.store(new_state, params, context.layer)
+      stored = moments.store(new_state, params, context.layer, state.inner.inner)
       new_state = LowBitMomentsState(optax.safe_increment(moments.step), stored)
       where = error_feedback.Momentum(shapes, tuple(seen.stored))
       seen = seen._replace(stored=where.get(moments.read(stored.inner, params)))

@@ -252,20 +252,30 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
   Returns:
     uint32 array of shape (2,).
   """
+  start = jnp.asarray(stream_start(seed, path))
+  # Behind a barrier, so that programs of leaves of one kind are the same, and compiled once.
+  return _stacked_key(jax.lax.optimization_barrier(start), step)
+
+
+def stream_start(seed: int | jax.Array, path: str) -> Any:
+  """The part of `stream_key` that is the same at all steps, a uint32 scalar of NumPy or JAX."""
+  leaf = _UINT32(zlib.crc32(path.encode()))
   if isinstance(seed, (int, np.integer)):
     low, high = np.array([int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF], np.uint32)
-  else:
-    low, high = jnp.asarray(seed).astype(jnp.uint32), _UINT32(0)
-  leaf = _UINT32(zlib.crc32(path.encode()))
-  return _mixed_key(low, high, leaf, jnp.asarray(step).astype(jnp.uint32))
+    with np.errstate(over="ignore"):
+      return _mix(_mix(low ^ leaf) + high)
+  return _mix(_mix(jnp.asarray(seed).astype(jnp.uint32) ^ leaf))
+
+
+def key_at(start: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The two words of a `stream_key` of which `stream_start` is known."""
+  first = _mix(start + jnp.asarray(step).astype(jnp.uint32))
+  return first, _mix(first + _UINT32(0x9E3779B9))
 
 
 @functools.partial(jax.jit, inline=True)
-def _mixed_key(low: Any, high: Any, leaf: Any, count: Any) -> jax.Array:
-  """The key of `stream_key`, of four uint32 numbers."""
-  first = _mix(_mix(_mix(jnp.asarray(low) ^ leaf) + high) + count)
-  second = _mix(first + _UINT32(0x9E3779B9))
-  return jnp.stack([first, second])
+def _stacked_key(start: jax.Array, step: int | jax.Array) -> jax.Array:
+  return jnp.stack(key_at(start, step))
 
 
 def mixed(element: jax.Array, offset: jax.Array | None = None) -> jax.Array:

@@ -402,9 +402,10 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
   kernels: Any = {"tpu": tpu, "gpu": gpu}[device.platform]
 
   def leaf(format: eco.Format, in_few_bits: bool) -> Leaf:
-    moment, key = jnp.zeros(shape), rounding.stream_key(0, 0, "kernel")
+    moment, count = jnp.zeros(shape), 3 if in_few_bits else 1
     moments: Any = (moment, moment)
     if in_few_bits:
+      key = rounding.stream_key(0, 0, "kernel")
       bits, axis = rounding.counter_bits(key, shape), stored_moments.block_axis(format)
       moments = tuple(
         stored_moments.store(moment, kind, "float8_e4m3fn", bits, True, axis)
@@ -412,12 +413,12 @@ def kernel_traffic(device: Any, shape: tuple[int, int]) -> dict[str, dict[str, f
       )
     return Leaf(
       scalars,
-      key,
+      jnp.array([rounding.stream_start(0, "kernel")] * count),
+      jnp.zeros(count, jnp.int32),
       None,
       eco.quantize(moment, format),
       moment.astype(jnp.bfloat16),
       moments,
-      (key, key) if in_few_bits else (),
     )
 
   ways = {name: (getattr(eco, name), False) for name in KERNELS}

@@ -288,11 +288,11 @@ def _leafwise(
   def step(kept: Any, grads: Any, i: Any) -> Any:
     new = {}
     for name, (weight, m) in kept.items():
-      keys = [rounding.stream_key(0, i, name + kind) for kind in ("", "mu", "nu")]
+      streams = ("",) if moments == "float32" else ("", "mu", "nu")
+      starts = jnp.array([rounding.stream_start(0, name + kind) for kind in streams])
+      steps = jnp.full(len(streams), i, jnp.int32)
       scalars = jax.tree.map(jnp.float32, _kernel_scalars())
-      low = () if moments == "float32" else tuple(keys[1:])
-      leaf = Leaf(scalars, keys[0], None, weight, grads[name], m, low)
-      new[name] = run(leaf)
+      new[name] = run(Leaf(scalars, starts, steps, None, weight, grads[name], m))
     return new
 
   return Way(moved, init, step, transposed)
@@ -647,7 +647,7 @@ def check(size: int) -> Rows:
       draw = lambda i, scale: scale * jax.random.normal(keys[i], shape)
       weight = eco.quantize({"w": draw(0, 0.02)}, formats[name])["w"]
       m = draw(1, 1e-3), jnp.square(draw(2, 1e-3))
-      low: Any = ()
+      starts = [rounding.stream_start(3, "w")]
       if moments != "float32":
         bits = jax.random.bits(keys[1], shape, jnp.uint32)
         axis = stored_moments.block_axis(formats[name])
@@ -655,12 +655,12 @@ def check(size: int) -> Rows:
           stored_moments.store(x, kind, moments, bits, True, axis)  # type: ignore[arg-type]
           for x, kind in zip(m, kinds, strict=True)
         )
-        low = tuple(rounding.stream_key(5, 7, x) for x in ("mu", "nu"))
+        starts += [rounding.stream_start(5, x) for x in ("mu", "nu")]
       layer = jnp.int32(5) if len(shape) > 2 else None
       scalars = jax.tree.map(jnp.float32, _kernel_scalars())
       gradient = draw(3, 1e-3).astype(jnp.bfloat16)
-      key = rounding.stream_key(3, 7, "w")
-      return Leaf(scalars, key, layer, weight, gradient, m, low)
+      steps = jnp.full(len(starts), 7, jnp.int32)
+      return Leaf(scalars, jnp.array(starts), steps, layer, weight, gradient, m)
 
     label = f"{name} {' × '.join(map(str, shape))}, {moments} moments"
     try:

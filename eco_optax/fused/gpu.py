@@ -287,6 +287,7 @@ class _Program(NamedTuple):
 
   plan: _Plan
   integers: Any  # See `leaf.operands`.
+  keys: list[Any]  # See `leaf.Leaf.keys`.
   scalars: Any
   factors: tuple[Any, ...]  # Of moments that are only read.
   scale: Any
@@ -351,10 +352,8 @@ class _Program(NamedTuple):
 
   def bits(self, k: int, tile: _Tile, elements: jax.Array) -> jax.Array:
     """Random bits of the weight, 0, or of a moment, from 1 on."""
-    begin = 2 + self.plan.place.numbers + 2 * k
-    key = tuple(_unsigned(self.integers[begin + i]) for i in (0, 1))
     number = _unsigned(self.integers[2 + tile.matrix]) if self.plan.place.numbers else None
-    return rounding_lib.element_bits(key, elements, number)
+    return rounding_lib.element_bits(self.keys[k], elements, number)
 
   def spread(self, scale: jax.Array, group: Group) -> jax.Array:
     """Stored scales, with the axes of `_Groups.split`."""
@@ -550,7 +549,7 @@ def _raise_found(program: _Program, found: Any, tile: _Tile) -> None:
 
 def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
   """`_step`, but for one that is skipped: arrays are changed in place, and stay."""
-  step, scalars = plan.step.step, refs[1]
+  step, scalars = plan.step.step, refs[2]
   skip = step.skipped(step.scalars(*(scalars[k] for k in range(scalars.shape[0]))))
   run = functools.partial(_step, plan, phase, pl.program_id(0), *refs)
   if skip is None:
@@ -561,7 +560,7 @@ def _kernel(plan: _Plan, phase: Any, *refs: Any) -> None:
 
 def _apart(plan: _Plan, refs: Any) -> tuple[Any, Any]:
   """References to what all kernels are given first, numbers and factors, and the others."""
-  first = 2 + plan.factors
+  first = 3 + plan.factors
   return refs[:first], refs[first:]
 
 
@@ -574,10 +573,11 @@ def _step(plan: _Plan, phase: Any, number: jax.Array, *refs: Any) -> None:
     number: its own.
     *refs: as `_launch` gives them.
   """
-  (integers, scalars, *factors), (scale, gradient, qvalue, *rest) = _apart(plan, refs)
+  (integers, steps, scalars, *factors), (scale, gradient, qvalue, *rest) = _apart(plan, refs)
   count = sum(map(_arrays, plan.step.moments))
+  keys = leaf_lib.kernel_keys(integers, steps, plan.place)
   program = _Program(
-    plan, integers, scalars, tuple(factors), scale, qvalue, gradient, tuple(rest[:count])
+    plan, integers, keys, scalars, tuple(factors), scale, qvalue, gradient, tuple(rest[:count])
   )
   del rest[:count]
   out = rest[-2 - count :]
@@ -641,14 +641,13 @@ def _call(
 
 def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """The step of a leaf as planned."""
-  integers, scalars, _ = leaf_lib.operands(leaf)
+  first, _ = leaf_lib.operands(leaf)
   weight, p = leaf.weight, plan
   by_byte = weight.format.scale_dtype.name == "float8_e8m0fnu"
   scale = _as_bytes(weight.scale) if by_byte else weight.float_scale()
   stack = lambda x: _as_bytes(x).reshape(p.stack, -1, x.shape[-1])
   split = lambda x: _as_bytes(x).reshape(p.stack, -1, p.columns // p.per, p.per)
   moments = []
-  first = [integers, scalars]
   for x in leaf.moments:
     if isinstance(x, Factors):
       first += map(stack, x)

@@ -43,14 +43,24 @@ class Leaf(NamedTuple):
   """Operands of one leaf's step."""
 
   scalars: Any  # Of the optimizer's step, float32.
-  key: jax.Array  # Of the random bits, see `rounding.stream_key`.
+  # What keys of random bits are made of, of the weight and, if any is in few bits, of each moment.
+  # Kernels make them: programs that did would be other ones for each leaf, to compile and launch.
+  starts: jax.Array  # uint32, see `rounding.stream_start`.
+  steps: jax.Array  # int32, the steps taken.
   layer: jax.Array | None  # Index of the layer, where the leaf is one layer of a stack.
   weight: QuantizedArray
   gradient: jax.Array
   # As stored, see `fits`, the momentum first; or `Factors` of what a step reads and does not write.
   moments: tuple[Any, ...]
-  moment_keys: tuple[jax.Array, ...] = ()  # Of their random bits, where any is in few bits.
   part: Part | None = None  # Where the arrays are one device's part of the leaf.
+
+  @property
+  def keys(self) -> list[jax.Array]:
+    """Of the random bits of the weight and of each moment, see `rounding.stream_key`."""
+    pairs = ((self.starts[k], self.steps[k]) for k in range(self.starts.size))
+    # Behind a barrier, for XLA would work them out for each element.
+    keys = [jnp.stack(rounding_lib.key_at(start, step)) for start, step in pairs]
+    return jax.lax.optimization_barrier(keys)
 
   @property
   def results(self) -> tuple[QuantizedArray, tuple[Any, ...]]:
@@ -159,7 +169,7 @@ def tile_bits(
 
 def random_bits(leaf: Leaf, k: int) -> jax.Array:
   """`rounding.counter_bits` of a leaf, or of its part: of the weight, 0, or of a moment, from 1."""
-  key, shape = (leaf.key, *leaf.moment_keys)[k], leaf.weight.shape
+  key, shape = leaf.keys[k], leaf.weight.shape
   if leaf.part is None:
     return rounding_lib.counter_bits(key, shape, leaf.layer)
   numbers, at = matrix_numbers(leaf), origin(leaf)
@@ -222,28 +232,36 @@ def _arrays(moment: Any) -> tuple[jax.Array, ...]:
   return (moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,)
 
 
-def operands(leaf: Leaf) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+def operands(leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
   """A leaf as a kernel takes it.
 
   Returns:
-    int32 numbers (first row and column, numbers of the matrices, keys of the random bits), the
-    step's float32 scalars, and arrays: scales in float32, codes, gradient, and stored moments, with
-    the scales of codes before them, without factors.
+    Numbers: int32 of the leaf (first row and column, numbers of the matrices, starts of the random
+    bits), int32 of the step (steps taken), and its float32 scalars. And arrays: scales in float32,
+    codes, gradient, and stored moments, with the scales of codes before them, without factors.
   """
   first = jnp.stack([jnp.asarray(x, jnp.int32) for x in origin(leaf)[:2]])
   numbers = matrix_numbers(leaf)
-  keys = (jax.lax.bitcast_convert_type(key, jnp.int32) for key in (leaf.key, *leaf.moment_keys))
-  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), *keys])
+  starts = jax.lax.bitcast_convert_type(leaf.starts, jnp.int32)
+  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), starts])
   scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])
   moments = [x for moment in leaf.moments for x in _arrays(moment)]
   weight = leaf.weight
-  return integers, scalars, [weight.float_scale(), weight.qvalue, leaf.gradient, *moments]
+  arrays = [weight.float_scale(), weight.qvalue, leaf.gradient, *moments]
+  return [integers, leaf.steps, scalars], arrays
+
+
+def kernel_keys(integers: Any, steps: Any, place: Stream) -> list[tuple[jax.Array, jax.Array]]:
+  """`Leaf.keys` in a kernel, which is given numbers of `operands`."""
+  pairs = ((integers[2 + place.numbers + k], steps[k]) for k in range(steps.shape[0]))
+  unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+  return [rounding_lib.key_at(unsigned(start), unsigned(step)) for start, step in pairs]
 
 
 def kernel_bits(
   integers: Any,
+  key: tuple[jax.Array, jax.Array],
   place: Stream,
-  k: int,
   matrix: jax.Array,
   row: jax.Array,
   column: jax.Array,
@@ -253,8 +271,8 @@ def kernel_bits(
 
   Args:
     integers: of `operands`.
+    key: of those of the weight or of a moment, see `kernel_keys`.
     place: of the leaf.
-    k: 0 for those of the weight, or the number of a moment, from 1 on.
     matrix: the tile's, in the stack.
     row: its first.
     column: its first.
@@ -263,12 +281,9 @@ def kernel_bits(
   Returns:
     uint32 of that shape.
   """
-  begin = 2 + place.numbers + 2 * k
-  words = (integers[begin + i] for i in (0, 1))
-  first, second = (jax.lax.bitcast_convert_type(word, jnp.uint32) for word in words)
   number = integers[2 + matrix] if place.numbers else None
   row, column = integers[0] + row, integers[1] + column
-  return tile_bits((first, second), number, place.columns, row, column, shape)
+  return tile_bits(key, number, place.columns, row, column, shape)
 
 
 def results(

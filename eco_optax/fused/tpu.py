@@ -283,6 +283,7 @@ class _Block(NamedTuple):
 
   plan: _Plan
   integers: Any  # See `leaf.operands`.
+  steps: Any
   scalars: Any
   factors: tuple[Any, ...]  # Of moments that are only read.
   scale: Any
@@ -380,10 +381,10 @@ def _stored(groups: _Neighbours, i: jax.Array) -> tuple[Any, jax.Array]:
   )
 
 
-def _apart(plan: _Plan, refs: Any) -> tuple[tuple[Any, Any, tuple[Any, ...]], Any]:
+def _apart(plan: _Plan, refs: Any) -> tuple[tuple[Any, Any, Any, tuple[Any, ...]], Any]:
   """References to what both kernels are given first, numbers and factors, and the others."""
-  integers, scalars, *rest = refs
-  return (integers, scalars, tuple(rest[: plan.factors])), rest[plan.factors :]
+  integers, steps, scalars, *rest = refs
+  return (integers, steps, scalars, tuple(rest[: plan.factors])), rest[plan.factors :]
 
 
 def _find(plan: _Plan, *refs: Any) -> None:
@@ -413,12 +414,14 @@ def _update(plan: _Plan, *refs: Any) -> None:
   elif format.granularity == "channel":
     largest = block.largest()
 
+  keys = leaf_lib.kernel_keys(block.integers, block.steps, plan.place)
+
   def write(i: jax.Array, carry: None) -> None:
     proposal = block.propose(i)
     shape = proposal.weight.shape
     row, column = (number, i) if plan.by_row else (i, number)
     bits = lambda k: leaf_lib.kernel_bits(
-      block.integers, plan.place, k, matrix, row * plan.height, column * plan.width, shape
+      block.integers, keys[k], plan.place, matrix, row * plan.height, column * plan.width, shape
     )
     scalars = block.step_scalars()
     weight, *moments = step_lib.settle(plan.step, scalars, proposal, bits, largest, unit)
@@ -475,7 +478,7 @@ def _moved(arrays: list[Any]) -> int:
 def _call(
   kernel: Callable[..., None],
   plan: _Plan,
-  scalars: list[jax.Array],
+  numbers: list[jax.Array],
   factors: list[jax.Array],
   operands: list[jax.Array],
   results: list[jax.ShapeDtypeStruct],
@@ -488,7 +491,7 @@ def _call(
     functools.partial(kernel, plan),
     grid=plan.grid,
     in_specs=[
-      *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars),
+      *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(numbers),
       *(_block(plan, x, is_whole(k)) for k, x in enumerate(factors)),
       *(_block(plan, x) for x in operands),
     ],
@@ -503,12 +506,12 @@ def _call(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
     ),
     interpret=interpret,
-  )(*scalars, *factors, *operands)
+  )(*numbers, *factors, *operands)
 
 
 def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-  """A kernel's scalars, factors of moments, and the leaf's other arrays as stacks of matrices."""
-  integers, scalars, (scale, *arrays) = leaf_lib.operands(leaf)
+  """A kernel's numbers, factors of moments, and the leaf's other arrays as stacks of matrices."""
+  numbers, (scale, *arrays) = leaf_lib.operands(leaf)
   if plan.by_row:
     scale, *arrays = _with_bytes(leaf, [scale, *arrays])
   stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
@@ -522,10 +525,10 @@ def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]
     # Scales of blocks are read 128 at a time.
     full = lambda x: jnp.pad(stack(x), ((0, 0), (0, 0), (0, -x.shape[-1] % _LANES)))
     scale = of_rows(scale) if plan.shared[0].columns == 0 else full(scale)
-    return [integers, scalars], factors, [scale, *map(full, arrays)]
+    return numbers, factors, [scale, *map(full, arrays)]
   # Scales are few: one of each column for each of their rows.
   scale = jnp.repeat(stack(scale), plan.m.columns // scale.shape[-1], axis=-1)
-  return [integers, scalars], factors, [scale, *map(stack, arrays)]
+  return numbers, factors, [scale, *map(stack, arrays)]
 
 
 def _with_bytes(leaf: Leaf, arrays: list[jax.Array]) -> list[jax.Array]:
@@ -581,23 +584,23 @@ def by_panels(
   plan = _plan(step, rounding, leaf)
   if plan is None:
     return step_lib.by_layers(step, rounding, leaf)
-  scalars, factors, operands = _operands(plan, leaf)
+  numbers, factors, operands = _operands(plan, leaf)
   columns, results = _shapes(plan, operands)
   largest = jnp.zeros(columns.shape, jnp.float32)
   if plan.finds:
-    (found,) = _call(_find, plan, scalars, factors, operands, [columns], {}, interpret)
+    (found,) = _call(_find, plan, numbers, factors, operands, [columns], {}, interpret)
     matrices = found.reshape(plan.m.stack, *((-1, 1) if plan.by_row else (1, -1)))
     found = jnp.broadcast_to(leaf_lib.largest_proposal(leaf, matrices), matrices.shape)
     largest = found.reshape(largest.shape)
-  begin = 3 + plan.factors  # Of scale, codes, gradient and moments.
+  begin = len(numbers) + plan.factors + 1  # Of scale, codes, gradient and moments.
   in_place = {0: 0, 1: 1} | {3 + k: 2 + k for k in range(len(results) - 2)}
   in_place = {begin + k: to for k, to in in_place.items()}
   scale, qvalue, *moments = _call(
-    _update, plan, scalars, factors, [largest, *operands], results, in_place, interpret
+    _update, plan, numbers, factors, [largest, *operands], results, in_place, interpret
   )
   if plan.by_row:
     # Without what fills scales up.
-    scale_like, _, _, *likes = leaf_lib.operands(leaf)[2]
+    scale_like, _, _, *likes = leaf_lib.operands(leaf)[1]
     cut = lambda x, like: x if x.ndim == 4 else x[..., : like.shape[-1]]
     is_byte = lambda x, like: x.dtype == jnp.uint8 and like.dtype == jnp.float32
     typed = lambda x, like: (

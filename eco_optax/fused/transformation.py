@@ -175,9 +175,12 @@ def fuse(
     count, node = momentum_lib.inner_count(state.inner), optimizer.find(state.inner)
     weights, gradients = _flat_leaves(params), momentum_lib.flat(updates)
     moments, decays = optimizer.moments(state.inner), _decays(decay, mask, updates)
-    shardings, keys = _flat_leaves(context.shardings), {}
+    shardings, starts, counters = _flat_leaves(context.shardings), {}, [state.quantizer.step]
     if context.moments:
-      keys = optimizer.moments(context.moments.keys(state, momentum_lib.shapes_of(params)).inner)
+      shapes = momentum_lib.shapes_of(params)
+      starts = optimizer.moments(context.moments.starts(state, shapes).inner)
+      counters += [context.moments.step] * len(optimizer.fields)
+    steps = jnp.stack(counters)
 
     scale = context.gradient_scale
     step = optimizer.step._replace(skips=scale is not None)
@@ -191,13 +194,12 @@ def fuse(
         for path in layer:
           leaf = Leaf(
             by_decay[id(decays[path])],
-            # What every step makes anew anyway, so that to wait takes nothing more.
-            order.after(behind, rounding_lib.stream_key(seed, state.quantizer.step, path)),
+            jnp.array([rounding_lib.stream_start(seed, path), *starts.get(path, ())]),
+            order.after(behind, steps),
             context.layer,
             weights[path],
             gradients[path],
             moments[path],
-            keys.get(path, ()),
           )
           place = shardings.get(path)
           place = place.qvalue if is_quantized(place) else place
@@ -214,6 +216,7 @@ def fuse(
     rest_state = state._replace(
       inner=optimizer.map_moments(lambda _, tree: _without(tree, done), state.inner)
     )
+    stored_state = rest_state
     if context.moments:
       rest_state = context.moments.read(rest_state, rest)
     rest_context = Context(layer=context.layer)
@@ -221,7 +224,7 @@ def fuse(
     if scale is not None:
       new_updates, new_state = unless_skipped(scale, new_updates, new_state, rest_state, rest)
     if context.moments:
-      new_state = context.moments.store(new_state, rest, context.layer)
+      new_state = context.moments.store(new_state, rest, context.layer, stored_state)
 
     of_moment = lambda k, tree: _merged(tree, {path: x.moments[k] for path, x in done.items()})
     new_inner = optimizer.map_moments(of_moment, new_state.inner)

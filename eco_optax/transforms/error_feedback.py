@@ -393,13 +393,13 @@ def build(
         owed[path], usable[path] = due_exactly(error[path], old, b, p, p_next, j_ratio)
     injection = inverse.invert(step, where.preconditioners(step.state), suits.solved, owed)
 
-    stored = {}
+    stored, found = {}, where.get(step.state)
     for path in paths:
       if keep_error:
         # Without a step the debt stays.
         is_paid = usable[path] & injection.reached[path]
         error[path] = jnp.where(is_paid, error[path], last_error[path])
-      dtype = where.get(step.state)[path].dtype
+      dtype = found[path].dtype
       key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
       bits = rounding_lib.counter_bits(key, weights[path].shape, context.layer)
       stored[path] = rounding_lib.stochastic_cast(

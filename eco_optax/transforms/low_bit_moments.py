@@ -46,9 +46,16 @@ class LowBitMomentsState(NamedTuple):
   inner: optax.OptState  # With stored moments.
 
 
+# Shorter vectors stay float32, as biases and norms' scales: they take no memory to speak of, and
+# storing those of a model without stacks took three quarters of its step's compile time.
+_LONG_VECTOR = 2**16
+
+
 def _is_stored(x: Any, dtype: SecondMomentDtype, parameter: Any) -> bool:
-  """Whether a moment is stored as asked: an array of floats with an axis and an element."""
-  if dtype == "float32" or not (x.ndim and x.size > 0 and trees.is_float(x)):
+  """Whether a moment is stored as asked: floats in two axes or more, or in a long one."""
+  if dtype == "float32" or x.size == 0 or not trees.is_float(x):
+    return False
+  if x.ndim < 2 and x.size < _LONG_VECTOR:
     return False
   return dtype != "factored" or is_factored(parameter)
 
@@ -67,16 +74,17 @@ class MomentStorage(NamedTuple):
     """Of the random bits of the moment at a path of the optimizer's state."""
     return rounding_lib.stream_key(_SEED, self.step, path)
 
-  def keys(self, state: Any, shapes: Any) -> Any:
-    """The state with keys of random bits in place of moments; shapes are the parameters'."""
-    return momentum_lib.map_moments(lambda path, kind, x: self.key(path), state, shapes)
+  def starts(self, state: Any, shapes: Any) -> Any:
+    """The state with `rounding.stream_start` in place of moments; shapes are the parameters'."""
+    start = lambda path, kind, x: rounding_lib.stream_start(_SEED, path)
+    return momentum_lib.map_moments(start, state, shapes)
 
   def store(
     self,
     state: Any,
     params: Any,
     layer: jax.Array | None = None,
-    is_first: bool = False,
+    like: Any = None,
   ) -> Any:
     """The state with float32 moments stored.
 
@@ -84,10 +92,15 @@ class MomentStorage(NamedTuple):
       state: of the optimizer.
       params: that its moments are of.
       layer: the number of the layer that they are, of stacks of more.
-      is_first: whether moments are those before any step, constants as a rule. The layers of a
-        stack are stored one after another then, with temporaries of one, in the same codes.
+      like: the state that the step read, which tells which moments are stored. None for moments
+        before any step, constants as a rule; the layers of a stack are stored one after another
+        then, with temporaries of one, in the same codes.
     """
-    owner = _owners(state, params)
+    owner, shapes, is_first = _owners(state, params), shapes_of(params), like is None
+    names: dict[str, str] = {}
+    if not is_first:
+      note = lambda path, kind, x: names.setdefault(path, dtype_name(x))
+      momentum_lib.map_moments(note, like, shapes)
 
     def store_leaf(path: str, kind: Kind, x: jax.Array) -> Any:
       if is_quantized(x):
@@ -97,7 +110,8 @@ class MomentStorage(NamedTuple):
           " eco_optax.quantize_params()) in its place, or eco_optax.adamw(…)"
         )
       dtype, weight = self._dtype(kind), owner(path)
-      if not _is_stored(x, dtype, weight):
+      is_stored = _is_stored(x, dtype, weight) if is_first else dtype == names[path] != "float32"
+      if not is_stored:
         return x
       axis = (True, block_axis(weight.format)) if is_quantized(weight) else ()
 
@@ -114,7 +128,7 @@ class MomentStorage(NamedTuple):
       at = lambda i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
       return jax.lax.map(lambda i: store_one(at(i), i), jnp.arange(len(x), dtype=jnp.int32))
 
-    return momentum_lib.map_moments(store_leaf, state, shapes_of(params))
+    return momentum_lib.map_moments(store_leaf, state, shapes)
 
   def read(self, state: Any, params: Any) -> Any:
     """The state with stored moments as float32.
@@ -126,7 +140,7 @@ class MomentStorage(NamedTuple):
 
     def read_leaf(path: str, kind: Kind, x: Any) -> jax.Array:
       wanted, found = self._dtype(kind), dtype_name(x)
-      if not is_array(x) and not _is_stored(x, wanted, owner(path)):
+      if found != wanted and not is_array(x) and not _is_stored(x, wanted, owner(path)):
         return x
       if found != wanted:
         raise ValueError(
@@ -167,8 +181,8 @@ def low_bit_moments(
   Codes of matrices are in blocks of 32 rows with scales of powers of two (MXFP8, MXINT8); INT8
   codes of parameters that are not packed, such as an embedding, in blocks of up to 128 along the
   last axis. Of a second moment the square root is stored, rounded so that its square is unbiased;
-  what is not zero stays so. Steps of `eco.adamw` and `eco.sgd` read and write them in the same pass
-  as the weights.
+  what is not zero stays so. Vectors of fewer than 65,536 numbers keep float32 moments. Steps of
+  `eco.adamw` and `eco.sgd` read and write moments in the same pass as the weights.
 
   Args:
     inner: any optimizer, stock or of this package, whole: `eco.adamw(…)`,
@@ -212,7 +226,7 @@ def low_bit_moments(
         f"the optimizer keeps no moments in its {type(state).__name__} that could be stored in few"
         " bits: use it without eco_optax.low_bit_moments"
       )
-    stored = MomentStorage(mu, nu, step).store(state, params, is_first=True)
+    stored = MomentStorage(mu, nu, step).store(state, params)
     # Nor does XLA simplify a first step in the same program by what it knows to be zero.
     return LowBitMomentsState(step, jax.lax.optimization_barrier(stored))
 
@@ -229,7 +243,7 @@ def low_bit_moments(
     else:
       unpacked = moments.read(state.inner, params)
       updates, inner_state = run(inner, updates, unpacked, params, context, extra_args)
-      stored = moments.store(inner_state, params, context.layer)
+      stored = moments.store(inner_state, params, context.layer, state.inner)
     step = optax.safe_increment(state.step)
     if context.gradient_scale is not None:
       step = jnp.where(jnp.isfinite(context.gradient_scale), step, state.step)

@@ -145,18 +145,19 @@ class Momentum:
     nodes, treedef = jax.tree.flatten(
       state, is_leaf=lambda node: _momentum_field(node, self.shapes) is not None
     )
-    owners = {}
+    owners, paths = {}, set(self.paths)
     for i, node in enumerate(nodes):
       field = _momentum_field(node, self.shapes)
       for path in flat(getattr(node, field)) if field else ():
-        if path in self.paths:
+        if path in paths:
           owners[path] = (i, field or "")
     return nodes, treedef, owners
 
   def get(self, state: Any) -> Leaves:
     """The momentum of each path that has one."""
     nodes, _, owners = self._owners(state)
-    return {path: flat(getattr(nodes[i], field))[path] for path, (i, field) in owners.items()}
+    fields = {owner: flat(getattr(nodes[owner[0]], owner[1])) for owner in set(owners.values())}
+    return {path: fields[owner][path] for path, owner in owners.items()}
 
   def put(self, state: Any, values: Leaves) -> Any:
     """The state with `values` in place of its momenta."""
@@ -268,7 +269,11 @@ def differentiate(
 
   def linearized(paths: tuple[str, ...]) -> Callable[[Leaves], Leaves]:
     own = {path: momentum[path] for path in paths}
-    update = lambda m: {path: step(momentum | m, weights)[0][0][path] for path in paths}
+
+    def update(m: Leaves) -> Leaves:
+      (picked, _), _ = step(momentum | m, weights)
+      return {path: picked[path] for path in paths}
+
     _, push = jax.linearize(update, own)
     cast = lambda direction: {path: direction[path].astype(m.dtype) for path, m in own.items()}
     return lambda direction: to_float32(push(cast(direction)))

@@ -62,9 +62,9 @@ def _make(step, format, layer, gradient_dtype, moments_in, drawn):
     scalars, moments = (0.5, 0.9, 1e-1, -3.0), moments[:1]
   else:
     scalars = (0.5, 0.1, 0.9, 0.01, 0.99, 2.4, 0.7, 25.0, 0.0, 1e-8, 0.1, 1e-3, -100.0, 1e20)
-  moment_keys = ()
+  starts = [rounding.stream_start(3, "w")]
   if moments_in != "float32":
-    moment_keys = tuple(rounding.stream_key(5, 7, name) for name in ("mu", "nu")[: len(moments)])
+    starts += [rounding.stream_start(5, name) for name in ("mu", "nu")[: len(moments)]]
     kinds = ("first", "second")[: len(moments)]
     is_factored = moments_in == "factored"
     dtype = "float8_e4m3fn" if is_factored else moments_in
@@ -77,12 +77,12 @@ def _make(step, format, layer, gradient_dtype, moments_in, drawn):
       moments = moments[0], factored(second).factors()
   return Leaf(
     step.scalars(*(jnp.float32(x) for x in scalars)),
-    rounding.stream_key(3, 7, "w"),
+    jnp.array(starts),
+    jnp.full(len(starts), 7, jnp.int32),
     None if layer is None else jnp.int32(layer),
     weight,
     (1e-3 * gradient).astype(gradient_dtype),
     moments,
-    moment_keys,
   )
 
 

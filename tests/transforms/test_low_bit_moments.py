@@ -272,6 +272,59 @@ def test_rows_of_much_smaller_gradients_in_a_block(dtype, wanted):
   np.testing.assert_allclose(way / exact_way, wanted, atol=0.08)
 
 
+def stored_dtypes(state):
+  """What each moment is stored in, by the path of its parameter, of both kinds."""
+  found = {}
+  for moments in (state.mu, state.nu):
+    for path, x in moments.items():
+      found.setdefault(path, []).append(stored_moments.dtype_name(x))
+  return found
+
+
+@pytest.mark.parametrize("dtype", [*LOW, "bfloat16"])
+def test_short_vectors_stay_float32(dtype):
+  params = {
+    "norm": jnp.ones(2**16 - 1),
+    "flat": jnp.ones(2**16),
+    "norms": jnp.ones((2, 16)),  # Of a stack of layers.
+    "scalar": jnp.ones([]),
+    "packed": jnp.ones(64),
+  }
+  format = eco.Format("float8_e4m3fn", "tensor")
+  params = eco.quantize(params, format, where=lambda path, _: path == "packed")
+  tx = eco.low_bit_moments(eco.adamw(1e-3), dtype, dtype)
+  short, long = ["float32"] * 2, [dtype] * 2
+  wanted = {"norm": short, "flat": long, "norms": long, "scalar": short, "packed": short}
+  state = tx.init(params)
+  assert stored_dtypes(state.inner.inner[0]) == wanted
+  grads = jax.tree.map(lambda x: jnp.ones(x.shape), eco.dequantize(params))
+  _, new = tx.update(grads, state, params)
+  assert stored_dtypes(new.inner.inner[0]) == wanted
+  np.testing.assert_allclose(new.inner.inner[0].mu["norm"], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, "bfloat16"])
+def test_vectors_that_were_stored_before_stay_so(dtype):
+  """States of versions that stored vectors too go on in what they are."""
+  params = {"bias": jnp.zeros(128), "kernel": jnp.zeros((32, 128))}
+  inner = optax.adam(1e-2)
+  tx = eco.low_bit_moments(inner, dtype, dtype)
+  state = tx.init(params)
+  moments = state.inner[0]
+  old = {
+    field: getattr(moments, field)
+    | {"bias": store(jnp.zeros(128), kind, dtype, jnp.zeros(128, jnp.uint32))}
+    for field, kind in {"mu": "first", "nu": "second"}.items()
+  }
+  state = state._replace(inner=(moments._replace(**old), *state.inner[1:]))
+  grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+  updates, new = jax.jit(tx.update)(grads, state, params)
+  assert jax.tree.structure(new) == jax.tree.structure(state)
+  assert stored_dtypes(new.inner[0])["bias"] == [dtype] * 2
+  exact, _ = inner.update(grads, inner.init(params), params)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, exact)
+
+
 def test_moments_that_a_stock_optimizer_packs_are_refused():
   params = eco.quantize({"w": jnp.ones((64, 32))}, eco.FP8)
   with pytest.raises(ValueError, match=r"packed moment '0/mu/w'.*error_feedback_to_momentum"):
@@ -289,7 +342,7 @@ def test_first_moments_take_the_memory_of_one_layer_and_have_the_codes_of_all(nu
   tx = eco.low_bit_moments(inner, nu=nu)
   init = jax.jit(tx.init).lower(params).compile()
   whole = low_bit_moments.MomentStorage("float8_e4m3fn", nu, jnp.int32(0))
-  wanted = whole.store(inner.init(params), params)
+  wanted = whole.store(inner.init(params), params, like=init(params).inner)
 
   def same(found, wanted):
     if nu == "factored" and wanted.dtype == np.float32:  # Means, which are sums in any order.
