@@ -563,3 +563,23 @@ def test_multisteps_inject_on_real_steps_only():
   np.testing.assert_array_equal(seen[1][1], np.zeros((8, 4)))
   np.testing.assert_array_equal(seen[2][1], seen[4][1])
   assert np.any(seen[2][1] != np.float32(0.3))  # The residual is there.
+
+
+def test_an_optimizer_is_asked_no_more_often_where_there_are_more_leaves():
+  stock, asked = optax.adamw(RATE), []
+
+  def update(updates, state, params):
+    asked.append(len(jax.tree.leaves(updates)))
+    return stock.update(updates, state, params)
+
+  def questions(leaves):
+    params = eco.quantize({f"layer_{i}": jnp.ones((4, 4)) for i in range(leaves)}, eco.FP8)
+    inner = optax.GradientTransformation(stock.init, update)
+    tx = eco.error_feedback_to_momentum(inner, eco.quantize_params())
+    asked.clear()
+    state = tx.init(params)
+    grads = {path: jnp.ones((4, 4)) for path in params}
+    jax.eval_shape(tx.update, grads, state, params)
+    return len(asked)
+
+  assert questions(9) == questions(2)

@@ -412,6 +412,28 @@ def stacks_copied(compiled, smallest):
   return [x for x in compile_lib.copies(compiled.as_text()) if elements(x.array) >= smallest]
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "h100:1"])
+def test_leaves_of_one_kind_are_one_program(tpu, topology):
+  """All that tells their steps apart are numbers that kernels are given."""
+  try:
+    device = compile_lib.topology_devices(topology)[0]
+  except ImportError as error:
+    pytest.skip(str(error))
+  layer = {"kernel": jnp.ones((256, 256)), "bias": jnp.ones(256)}
+  params = eco.quantize({f"layer_{i}": layer for i in range(4)}, eco.FP8)
+  tx = eco.low_bit_moments(eco.adamw(1e-3))
+  grads = eco.dequantize(params)
+  arguments = compile_lib.on_device(device, (grads, tx.init(params), params))
+  with compile_lib.abstractly(device):
+    text = jax.jit(tx.update).lower(*arguments).compile().as_text()
+  assert "custom-call" in text
+  # Keys of random bits, which depend on a leaf's path, are made in the kernels.
+  assert " xor(" not in text
+  if device.platform == "gpu":
+    kernels = re.findall(r'custom_call_target="__gpu\$xla.gpu.triton".*?backend_config=(.*)', text)
+    assert (len(kernels), len(set(kernels))) == (8, 2)
+
+
 def test_an_optimizer_step_holds_one_layer_and_works_in_place(tpu):
   layers, width = 16, 2048
   tx = eco.layer_by_layer(eco.adamw(1e-3))
