@@ -205,6 +205,8 @@ def sweep(
         run, process, own = entry
         busy.remove(entry)
         free.append(own)
+        if is_over and process.returncode == -signal.SIGTERM:
+          continue  # Asked behind its training, which saves: it goes on from there another time.
         if process.returncode:
           log = (workdir / run.folder / "log").read_text()
           failed[run.name] = f"{run.name} ended with {process.returncode}: {log[-2000:]}"

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +50,21 @@ def test_a_run_that_cannot_be_is_reported_with_its_words(base, tmp_path):
   with pytest.raises(RuntimeError, match=r"bad ended with 1: .*accumulation 2 does not divide"):
     sweep.sweep(base, lambda rows: runs, tmp_path / "w", lines, show=lambda text: None)
   assert set(sweep.read(lines)) == {"good"}
+
+
+def test_a_run_that_is_stopped_behind_its_training_is_no_failure(base, tmp_path, monkeypatch):
+  def start(config, run, folder, cores):
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")  # But what is measured after it is not there yet.
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+  monkeypatch.setattr(sweep, "_start", start)
+  runs, lines = [sweep.Run("slow", {})], tmp_path / "runs.jsonl"
+  found = sweep.sweep(
+    base, lambda rows: runs, tmp_path / "w", lines, minutes=0.02, show=lambda text: None
+  )
+  assert found == {}
+  assert sweep.missing(runs, lines, base) == runs
 
 
 def line(key, loss):
