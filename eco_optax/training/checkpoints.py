@@ -32,8 +32,9 @@ from eco_optax.training import step as step_lib
 from eco_optax.training.step import State
 
 # Of the layout; raised when an older reader would misread a newer checkpoint. Version 1 has kernels
-# of shape (in, out), and (out, in) since.
-VERSION = 2
+# of shape (in, out), and (out, in) since. Version 2 stores moments of vectors in few bits where it
+# stores those of matrices so, and otherwise is version 3.
+VERSION = 3
 
 # Keys of a config that may change when a run resumes: its numbers depend on none of them.
 FREE = (
@@ -316,7 +317,9 @@ def _check_same_run(
   record: Mapping[str, Any], config: ml_collections.ConfigDict, data: Mapping[str, Any], where: str
 ) -> None:
   """Raises `ValueError` naming all that differs."""
-  if record["version"] != VERSION:
+  moments = {record["config"].get(f"moments.{kind}", "float32") for kind in ("mu", "nu")}
+  is_same = record["version"] == 2 and moments <= {"float32", "factored"}
+  if record["version"] != VERSION and not is_same:
     raise ValueError(
       f"{where} has version {record['version']}, and this eco_optax reads version {VERSION}:"
       f" continue it with the eco_optax that wrote it ({record['versions'].get('eco_optax')}), or"

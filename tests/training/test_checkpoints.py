@@ -223,9 +223,23 @@ def test_another_version_is_refused(state, tmp_path, monkeypatch):
   save(tmp_path, state, tiny())
   monkeypatch.undo()
   with pytest.raises(
-    ValueError, match="has version 0, and this eco_optax reads version 2: continue"
+    ValueError, match="has version 0, and this eco_optax reads version 3: continue"
   ):
     restore(tmp_path, tiny())
+
+
+@pytest.mark.parametrize("nu", ["float32", "float8_e4m3fn"])
+def test_version_2_is_read_where_moments_are_float32(state, tmp_path, monkeypatch, nu):
+  config = tiny()
+  config.moments.nu = nu
+  monkeypatch.setattr(checkpoints, "VERSION", 2)
+  save(tmp_path, state, config)
+  monkeypatch.undo()
+  if nu == "float32":
+    return assert_equal(restore(tmp_path, config).state, state)
+  with pytest.raises(ValueError, match="has version 2, and this eco_optax reads version 3"):
+    restore(tmp_path, config)
+  assert (tmp_path / "2").is_dir()  # Nothing is renamed.
 
 
 def test_a_link_out_of_the_folder_is_not_followed(state, tmp_path, caplog):
@@ -261,6 +275,6 @@ def test_a_checksum_knows_every_bit():
 def test_a_record_is_read_by_anyone(state, tmp_path):
   save(tmp_path, state, tiny(), losses={2: 1.5})
   record = json.loads((tmp_path / "2" / "record" / "metadata").read_text())
-  assert (record["version"], record["step"], record["examples"]) == (2, 2, 16)
+  assert (record["version"], record["step"], record["examples"]) == (3, 2, 16)
   assert record["config"]["optimizer.b2"] == 0.98
   assert record["checksums"]["params/head"] == checkpoints.checksums(state)["params/head"]
