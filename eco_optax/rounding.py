@@ -268,7 +268,7 @@ def stream_start(seed: int | jax.Array, path: str) -> Any:
 
 
 def key_at(start: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The two words of a `stream_key` of which `stream_start` is known."""
+  """The two words of a `stream_key`, made of its `stream_start` and the step."""
   first = _mix(start + jnp.asarray(step).astype(jnp.uint32))
   return first, _mix(first + _UINT32(0x9E3779B9))
 

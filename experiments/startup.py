@@ -15,6 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+
+import eco_optax as eco
+from eco_optax.training import compile as compile_lib
+
 
 class Model(NamedTuple):
   """Square matrices, and as many vectors, each a leaf of its own."""
@@ -25,22 +32,15 @@ class Model(NamedTuple):
 
 MODELS = {"cpu": Model(160, 256), "h100:1": Model(40, 1024), "v5p:2x2x1": Model(40, 1024)}
 PLAIN = "float32 optax.adamw"
-WAYS = (PLAIN, "eco.adamw", "eco.adamw, FP8 moments", "ECO over optax.adamw")
-
-
-def _optimizer(way: str) -> Any:
-  import optax
-
-  import eco_optax as eco
-
-  return {
-    PLAIN: lambda: optax.adamw(1e-3),
-    "eco.adamw": lambda: eco.adamw(1e-3),
-    "eco.adamw, FP8 moments": lambda: eco.low_bit_moments(eco.adamw(1e-3)),
-    "ECO over optax.adamw": lambda: eco.error_feedback_to_momentum(
-      optax.adamw(1e-3), eco.quantize_params()
-    ),
-  }[way]()
+_OPTIMIZERS: dict[str, Callable[[], Any]] = {
+  PLAIN: lambda: optax.adamw(1e-3),
+  "eco.adamw": lambda: eco.adamw(1e-3),
+  "eco.adamw, FP8 moments": lambda: eco.low_bit_moments(eco.adamw(1e-3)),
+  "ECO over optax.adamw": lambda: eco.error_feedback_to_momentum(
+    optax.adamw(1e-3), eco.quantize_params()
+  ),
+}
+WAYS = tuple(_OPTIMIZERS)
 
 
 def measure(way: str, topology: str, model: Model) -> dict[str, float]:
@@ -54,18 +54,12 @@ def measure(way: str, topology: str, model: Model) -> dict[str, float]:
   Returns:
     Seconds by what they went into.
   """
-  import jax
-  import jax.numpy as jnp
-  import optax
-
-  import eco_optax as eco
-  from eco_optax.training import compile as compile_lib
-
+  device = None if topology == "cpu" else compile_lib.topology_devices(topology)[0]
   params: Any = {
     f"layer_{i}": {"kernel": jnp.ones((model.width, model.width)), "bias": jnp.zeros(model.width)}
     for i in range(model.matrices)
   }
-  grads, tx = params, _optimizer(way)
+  grads, tx = params, _OPTIMIZERS[way]()
   if way != PLAIN:
     params = eco.quantize(params, eco.FP8, where=lambda path, x: x.ndim > 1)
   apply = optax.apply_updates if way == PLAIN else eco.apply_updates
@@ -78,14 +72,9 @@ def measure(way: str, topology: str, model: Model) -> dict[str, float]:
   arguments: Any = (params, jax.block_until_ready(tx.init(params)), grads)
   marks.append(time.process_time())
   context: Any = contextlib.nullcontext()
-  if topology != "cpu":
-    device = compile_lib.topology_devices(topology)[0]
-    arguments, context = (
-      compile_lib.on_device(device, arguments),
-      compile_lib.abstractly(device),
-    )
-    marks[0] += time.process_time() - marks[1]  # Without the compiler's own start.
-    marks[1] = time.process_time()
+  if device is not None:
+    arguments = compile_lib.on_device(device, arguments)
+    context = compile_lib.abstractly(device)
   with context, compile_lib.without_cache():
     lowered = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments).lower()
     marks.append(time.process_time())
@@ -95,11 +84,9 @@ def measure(way: str, topology: str, model: Model) -> dict[str, float]:
   return dict(zip(("init", "trace", "compile"), spent, strict=True))
 
 
-def study(
-  topology: str, repeats: int, show: Callable[[str], None], model: Model | None = None
-) -> dict[str, dict[str, float]]:
+def study(topology: str, repeats: int, show: Callable[[str], None]) -> dict[str, dict[str, float]]:
   """Medians of each way's seconds, by its name."""
-  model, found = model or MODELS[topology], {}
+  model, found = MODELS[topology], {}
   spawn = multiprocessing.get_context("spawn")
   for way in WAYS:
     with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as process:

@@ -30,7 +30,7 @@ _OUT = jobs.define_path("out", str(_ROOT / "results" / "startup.json"), "File of
 
 
 def main(_: list[str]) -> None:
-  """Measures each way and writes its figures beside those of other topologies."""
+  """Measures every way on one topology; the file keeps the figures of others."""
   out, topology = pathlib.Path(_OUT.value), _TOPOLOGY.value
   found = json.loads(out.read_text()) if out.exists() else {}
   rows = startup.study(topology, _REPEATS.value, lambda text: print(text, flush=True))

@@ -124,7 +124,7 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     return by_layers(step, rounding, leaf)
   chunks, shape = m.rows // size, (size, m.columns)
   numbers, at = matrix_numbers(leaf), origin(leaf)
-  keys = leaf.keys
+  keys = [leaf.key(k) for k in range(leaf.starts.size)]
 
   # Arrays with rows of their own for each chunk, and the scales of whole columns or matrices.
   flat = lambda x: _as_bits(x).reshape(-1, x.shape[-1])

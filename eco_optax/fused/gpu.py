@@ -287,7 +287,7 @@ class _Program(NamedTuple):
 
   plan: _Plan
   integers: Any  # See `leaf.operands`.
-  keys: list[Any]  # See `leaf.Leaf.keys`.
+  keys: list[Any]  # See `leaf.kernel_keys`.
   scalars: Any
   factors: tuple[Any, ...]  # Of moments that are only read.
   scale: Any

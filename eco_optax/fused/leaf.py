@@ -54,13 +54,10 @@ class Leaf(NamedTuple):
   moments: tuple[Any, ...]
   part: Part | None = None  # Where the arrays are one device's part of the leaf.
 
-  @property
-  def keys(self) -> list[jax.Array]:
-    """Of the random bits of the weight and of each moment, see `rounding.stream_key`."""
-    pairs = ((self.starts[k], self.steps[k]) for k in range(self.starts.size))
-    # Behind a barrier, for XLA would work them out for each element.
-    keys = [jnp.stack(rounding_lib.key_at(start, step)) for start, step in pairs]
-    return jax.lax.optimization_barrier(keys)
+  def key(self, k: int) -> jax.Array:
+    """Of the random bits of the weight, 0, or of a moment, from 1 on: a `rounding.stream_key`."""
+    key = jnp.stack(rounding_lib.key_at(self.starts[k], self.steps[k]))
+    return jax.lax.optimization_barrier(key)  # Else XLA works it out for each element.
 
   @property
   def results(self) -> tuple[QuantizedArray, tuple[Any, ...]]:
@@ -169,7 +166,7 @@ def tile_bits(
 
 def random_bits(leaf: Leaf, k: int) -> jax.Array:
   """`rounding.counter_bits` of a leaf, or of its part: of the weight, 0, or of a moment, from 1."""
-  key, shape = leaf.keys[k], leaf.weight.shape
+  key, shape = leaf.key(k), leaf.weight.shape
   if leaf.part is None:
     return rounding_lib.counter_bits(key, shape, leaf.layer)
   numbers, at = matrix_numbers(leaf), origin(leaf)
@@ -252,7 +249,7 @@ def operands(leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
 
 
 def kernel_keys(integers: Any, steps: Any, place: Stream) -> list[tuple[jax.Array, jax.Array]]:
-  """`Leaf.keys` in a kernel, which is given numbers of `operands`."""
+  """`Leaf.key` of the weight and of each moment in a kernel, which is given `operands`."""
   pairs = ((integers[2 + place.numbers + k], steps[k]) for k in range(steps.shape[0]))
   unsigned = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
   return [rounding_lib.key_at(unsigned(start), unsigned(step)) for start, step in pairs]

@@ -32,8 +32,8 @@ from eco_optax.training import step as step_lib
 from eco_optax.training.step import State
 
 # Of the layout; raised when an older reader would misread a newer checkpoint. Version 1 has kernels
-# of shape (in, out), and (out, in) since. Version 2 stores moments of vectors in few bits where it
-# stores those of matrices so, and otherwise is version 3.
+# of shape (in, out), and (out, in) since. Where a config asks for moments in few bits, version 2
+# stores those of vectors so too, and version 3 in float32. Else the two are the same.
 VERSION = 3
 
 # Keys of a config that may change when a run resumes: its numbers depend on none of them.

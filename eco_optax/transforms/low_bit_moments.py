@@ -46,8 +46,8 @@ class LowBitMomentsState(NamedTuple):
   inner: optax.OptState  # With stored moments.
 
 
-# Shorter vectors stay float32, as biases and norms' scales: they take no memory to speak of, and
-# storing those of a model without stacks took three quarters of its step's compile time.
+# Shorter vectors, such as biases and norms' scales, keep float32 moments. These take little memory;
+# in few bits they took three quarters of the compile time of a step without stacks.
 _LONG_VECTOR = 2**16
 
 
