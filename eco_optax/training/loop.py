@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from eco_optax.interop import hugging_face
 from eco_optax.training import (
+  activations,
   checkpoints,
   jobs,
   memory,
@@ -86,8 +87,10 @@ def dry_run(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = N
       "",
       memory.parameter_table(state),
       "",
-      "bytes per device",
+      "state, bytes per device",
       memory.plan(state),
+      "",
+      activations.plan(config, state, mesh),
     ]
   )
 

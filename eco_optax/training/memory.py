@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,5 +162,10 @@ def plan(state: State) -> str:
     where = lambda path, leaf: _is_packed(leaf)
     rows.append(("quantized parameters", f"{packed:,}"))
     rows.append(("bytes per quantized parameter", f"{per_parameter(state, where).total:.3f}"))
+  return table(rows)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+  """Lines of a name and a number each, in two columns."""
   left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
   return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in rows)

@@ -40,8 +40,7 @@ from experiments.studies import sweep
 from experiments.studies.sweep import Run
 
 SEEDS = (0, 1, 2)
-# 8 bits are expected to lose nothing, whatever their grid: INT8 has one seed.
-FORMATS: dict[str, tuple[int, ...]] = {"FP8": SEEDS, "INT4_GROUP32": SEEDS, "INT8": SEEDS[:1]}
+FORMATS = ("FP8", "INT4_GROUP32", "INT8")
 FLOAT, MASTER, WITHOUT, NAIVE = "float32", "master weights", "without", "naive"
 _RESIDUAL = methods.METHODS["int8 residual + RTN"]
 WAYS = {
@@ -109,7 +108,7 @@ def best(rows: Mapping[str, Any], optimizer: str) -> float | None:
 def names(rows: Mapping[str, Any], optimizer: str, way: str, format: str = "none") -> list[str]:
   """Of the runs at the best learning rate, one per seed, finished or not."""
   rate = best(rows, optimizer) or math.nan
-  return [_name(optimizer, way, format, rate, seed) for seed in FORMATS.get(format, SEEDS)]
+  return [_name(optimizer, way, format, rate, seed) for seed in SEEDS]
 
 
 def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
@@ -131,8 +130,8 @@ def runs(rows: Mapping[str, Any], steps: int) -> list[Run]:
     for optimizer, rate in rates.items():
       if rate is not None:
         wanted.append((optimizer, FLOAT, "none", rate, seed))
-    for format, seeds in FORMATS.items():
-      for way in WAYS if seed in seeds else ():
+    for format in FORMATS:
+      for way in WAYS:
         for optimizer, rate in rates.items():
           if rate is not None:
             wanted.append((optimizer, way, format, rate, seed))
@@ -289,8 +288,7 @@ def table(rows: Mapping[str, Any]) -> str:
     head = [f"trained in {format}", "bytes with and without master weights", *WAYS]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for optimizer in START:
-      seeds = len(FORMATS[format])
-      reference = names(rows, optimizer, FLOAT)[:seeds]
+      reference = names(rows, optimizer, FLOAT)
       ways = [names(rows, optimizer, way, format) for way in WAYS]
       used = " / ".join(sweep.used_bytes(rows, way) for way in ways[:2])
       label = (
@@ -315,11 +313,10 @@ def table(rows: Mapping[str, Any]) -> str:
 def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Draws bytes against loss, and outliers against what rounding adds (outliers.png)."""
   plt = figures.pyplot()
-  shown = [format for format, seeds in FORMATS.items() if seeds == SEEDS]
-  figure, axes = plt.subplots(1, len(shown) + 1, figsize=(14, 5), layout="constrained")
+  figure, axes = plt.subplots(1, len(FORMATS) + 1, figsize=(18, 5), layout="constrained")
   colors = {optimizer: f"C{i}" for i, optimizer in enumerate(START)}
   markers = {FLOAT: "s", MASTER: "^", WITHOUT: "o", NAIVE: "x"}
-  for ax, format in zip(axes, shown, strict=False):
+  for ax, format in zip(axes, FORMATS, strict=False):
     for optimizer in START:
       for way, marker in markers.items():
         own = names(rows, optimizer, way, "none" if way == FLOAT else format)
@@ -337,7 +334,7 @@ def plot(rows: Mapping[str, Any], folder: pathlib.Path) -> None:
     ax.minorticks_off()
     ax.set_ylabel("validation loss (nats per byte)")
   entries = axes[0].get_legend_handles_labels()
-  figure.legend(*entries, loc="outside lower center", ncol=11, fontsize=9, frameon=False)
+  figure.legend(*entries, loc="outside lower center", ncol=11, fontsize=10, frameon=False)
   for optimizer in START:
     ratios = _column(rows, optimizer, "outliers", "weights", "ratio")
     added = _column(rows, optimizer, "added", "INT4_GROUP32", "weights")
