@@ -2,6 +2,9 @@
 
 Left to itself the compiler sums the gradient of each product over the devices, and gathers weights
 for each, also inside a loop over micro-batches.
+
+Examples may come in groups, several for a device. What a group makes, and the order in which groups
+are summed, then does not depend on how many devices there are.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 class DataParallel(NamedTuple):
   """How devices share the examples of micro-batches.
 
-  What belongs to examples is split: its arrays have the axes (micro-batches, devices, …).
+  What belongs to examples is split: its arrays have the axes (micro-batches, parts, …), and a part
+  is what a device has, or a group.
   """
 
   mesh: Any
   axes: tuple[str, ...]  # Of the mesh: all that have several devices.
   reduce_dtype: Any  # In which gradients of two axes and more cross the wire.
+  groups: int | None  # Parts of a micro-batch that are summed in their order.
 
   @property
   def size(self) -> int:
-    """The number of devices."""
-    return math.prod(self.mesh.shape[axis] for axis in self.axes)
+    """The number of parts."""
+    return self.groups or math.prod(self.mesh.shape[axis] for axis in self.axes)
 
   @property
   def _split(self) -> PartitionSpec:
@@ -68,8 +73,8 @@ class DataParallel(NamedTuple):
     """What each device makes of operands that all share, and of its own.
 
     Args:
-      fn: (shared operands, own ones without the axis of devices) → (arrays to sum over the devices,
-        own results).
+      fn: (shared operands, own ones without the axis of parts) → (arrays to sum over the parts, own
+        results).
       specs: of the sums, by name.
       shared: a tree of arrays, which each device gathers once, in their own dtypes.
       own: a tree of arrays that are split.
@@ -83,18 +88,68 @@ class DataParallel(NamedTuple):
       sums = {name: self._sum(x, specs[name]) for name, x in sums.items()}
       return sums, jax.tree.map(lambda x: jnp.expand_dims(x, 1), found)
 
+    def by_group(shared: Any, own: Any) -> tuple[dict[Any, jax.Array], Any]:
+      groups = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), own)
+      sums, found = self._one_by_one(lambda own: fn(shared, own), groups)
+      sums = {name: self._sum_in_order(x, specs[name]) for name, x in sums.items()}
+      return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+
     return jax.shard_map(  # type: ignore[no-any-return]
-      alone,
+      by_group if self.groups else alone,
       mesh=self._context(),
       in_specs=(PartitionSpec(), self._split),
       out_specs=(specs, self._split),
       check_vma=False,
     )(shared, own)
 
+  def _one_by_one(self, fn: Callable[[Any], Any], groups: Any) -> Any:
+    """`jax.lax.map` of a device's groups, in a loop whatever their number.
+
+    The compiler would merge the only turn of a loop with what is around it, and so make another
+    program of a group's computation where a device has one group than where it has several.
+    """
+    at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), groups)
+    count = jax.tree.leaves(groups)[0].shape[0]
+    made = jax.eval_shape(fn, jax.eval_shape(at, 0))
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), made)
+    count = jax.lax.optimization_barrier(jnp.asarray(count, jnp.int32))  # It does not know this.
+
+    def turn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+      i, done = carry
+      write = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+      return i + 1, jax.tree.map(write, done, fn(at(i)))
+
+    start = jnp.zeros([], jnp.int32), empty
+    return jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
+
+  def whole(self, fn: Callable[[Any], Any], tree: Any) -> Any:
+    """`fn` of a tree of arrays that are summed: with groups by every device, in one order."""
+    if not self.groups:
+      return fn(tree)
+    # The barrier keeps the compiler from adding in the order of the parts.
+    return self.alike(lambda tree: fn(jax.lax.optimization_barrier(tree)), tree)
+
+  def _on_the_wire(self, x: jax.Array, axes: int) -> jax.Array:
+    # Vectors, such as scales of norms, cost nothing.
+    return x.astype(self.reduce_dtype) if axes > 1 else x
+
+  def _sum_in_order(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """A device's part of the sum over the first axis, which has all devices' groups."""
+    groups = jax.lax.all_gather(self._on_the_wire(x, x.ndim - 1), self.axes, tiled=True)
+    for i, entry in enumerate(spec, 1):
+      if entry:
+        names = (entry,) if isinstance(entry, str) else entry
+        size = groups.shape[i] // math.prod(self.mesh.shape[axis] for axis in names)
+        first = jax.lax.axis_index(names) * size
+        groups = jax.lax.dynamic_slice_in_dim(groups, first, size, i)
+    total = groups[0].astype(jnp.float32)
+    for group in groups[1:]:
+      total = total + group.astype(jnp.float32)
+    return total.astype(x.dtype)
+
   def _sum(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """A device's part of the sum over all."""
-    # Vectors, such as scales of norms, cost nothing.
-    total = x.astype(self.reduce_dtype) if x.ndim > 1 else x
+    total = self._on_the_wire(x, x.ndim)
     rest = list(self.axes)
     for i, entry in enumerate(spec):
       names = (entry,) if isinstance(entry, str) else tuple(entry or ())
@@ -107,7 +162,10 @@ class DataParallel(NamedTuple):
 
 
 def data_parallel(
-  shardings: Sequence[NamedSharding], batch_axes: Sequence[str], reduce_dtype: Any
+  shardings: Sequence[NamedSharding],
+  batch_axes: Sequence[str],
+  reduce_dtype: Any,
+  groups: int | None,
 ) -> DataParallel:
   """How the devices of a mesh share examples.
 
@@ -115,9 +173,11 @@ def data_parallel(
     shardings: of parameters.
     batch_axes: mesh axes that examples are split over.
     reduce_dtype: of gradients as they cross the wire.
+    groups: see `DataParallel`.
 
   Raises:
-    ValueError: naming the axis, if the mesh has an axis that examples are not split over.
+    ValueError: naming the axis, if the mesh has an axis that examples are not split over; or if
+      devices cannot share the groups evenly.
   """
   if not shardings:
     raise ValueError("batch_axes needs the parameters' shardings, which say what mesh they are of")
@@ -133,5 +193,11 @@ def data_parallel(
       )
     if kind == AxisType.Explicit:
       raise ValueError(f"batch_axes need axes of type Auto, but mesh axis {axis!r} is Explicit")
-  axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
-  return DataParallel(mesh, axes, jnp.dtype(reduce_dtype))
+  # Groups are computed by the same program on one device.
+  axes = tuple(axis for axis in batch_axes if groups or mesh.shape[axis] > 1)
+  found = DataParallel(mesh, axes, jnp.dtype(reduce_dtype), None)
+  if groups is not None and (groups < 1 or groups % found.size):
+    raise ValueError(
+      f"reduction_groups {groups} is not a multiple of the {found.size} devices that share them"
+    )
+  return found._replace(groups=groups)

@@ -81,7 +81,8 @@ class _Loss(NamedTuple):
   complete: list[list[str]]  # Parameters whose gradients are complete once a piece is passed.
   active: set[Any]  # Variables that have cotangents, since they depend on parameters.
   sink_dtype: Any
-  parts: tuple[int, ...]  # Micro-batches, and devices, whose values stand along first axes of
+  # Micro-batches, and devices or groups, whose values stand along first axes of
+  parts: tuple[int, ...]
   split: set[Any]  # these variables.
   devices: DataParallel | None
 
@@ -729,10 +730,11 @@ def _arrays(args: Any, parts: int | None, devices: DataParallel | None) -> dict[
     return arrays
   axis = 0 if parts is None else 1
   if not arrays or any(not shape[axis:] or shape[axis] % devices.size for shape in shapes):
+    who = "groups" if devices.groups else "devices"
     raise ValueError(
       f"batch_axes take arguments whose arrays all have an axis {axis} of examples, as many for"
-      f" each of {devices.size} devices, got shapes {shapes}: reshape them, and close the loss"
-      " over what all examples share"
+      f" each of {devices.size} {who}, got shapes {shapes}: reshape them, and close the loss over"
+      " what all examples share"
     )
   return {i: devices.split(x[None] if parts is None else x) for i, x in arrays.items()}
 
@@ -751,6 +753,7 @@ def value_and_step(
   shardings: Any = None,
   batch_axes: Sequence[str] | None = None,
   reduce_dtype: Any = jnp.bfloat16,
+  reduction_groups: int | None = None,
   keep_gradients: bool = False,
 ) -> Callable[..., Any]:
   """A training step that never holds more than one layer's gradient.
@@ -797,6 +800,11 @@ def value_and_step(
       last micro-batch. `aux` has a further axis, of devices. None leaves it to the compiler, which
       gathers and sums for each micro-batch.
     reduce_dtype: of the gradients of two axes and more that `batch_axes` have summed over devices.
+    reduction_groups: parts of a micro-batch, a multiple of the devices that `batch_axes` split it
+      over. Each group is computed by itself, and gradients are summed in the groups' order, so that
+      any number of devices takes the same step, bit for bit, where the compiler makes the same
+      program of it. Each device then holds one layer's gradients of all its groups, and gathers
+      gradients for their norm. `aux` has a further axis of groups, not of devices.
     keep_gradients: takes all steps at the end, as the ordinary step does, so that an exact clip
       needs no first backward pass. Each device then holds its part of all gradients, those of
       packed parameters in the wider one of `gradient_dtype` and `reduce_dtype`. On a mesh that
@@ -870,7 +878,10 @@ def value_and_step(
 
     devices = None
     if batch_axes is not None:
-      devices = data_parallel(jax.tree.leaves(shardings), batch_axes, reduce_dtype)
+      of = jax.tree.leaves(shardings)
+      devices = data_parallel(of, batch_axes, reduce_dtype, reduction_groups)
+    elif reduction_groups is not None:
+      raise ValueError("reduction_groups needs batch_axes, the axes that examples are split over")
     arrays = _arrays((args, kwargs), accumulation, devices)
     parts: tuple[int, ...] = () if accumulation is None else (accumulation,)
     if devices:
@@ -896,7 +907,7 @@ def value_and_step(
     cotangent = jnp.ones_like(outputs[0])
     if loss.jaxpr.outvars[0] in loss.split:
       cotangent = cotangent / np.asarray(math.prod(parts), cotangent.dtype)
-      outputs[0] = jnp.mean(outputs[0])
+      outputs[0] = devices.whole(jnp.mean, outputs[0]) if devices else jnp.mean(outputs[0])
     scale = _scale(1.0 if gradient_scale is None else gradient_scale, outputs[0])
 
     def seen(grads: Leaves, layer: Any) -> tuple[Leaves, dict[str, jax.Array]]:
@@ -905,7 +916,9 @@ def value_and_step(
       is_cast = lambda path: is_quantized(weights[path]) and not parts
       cast = lambda path, g: g.astype(gradient_dtype) if is_cast(path) else g
       grads = {path: placed(path, cast(path, g), layer) for path, g in grads.items()}
-      return grads, {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in grads.items()}
+      square = lambda g: jnp.sum(jnp.square(g.astype(jnp.float32)))
+      squares = lambda grads: jax.tree.map(square, grads)
+      return grads, devices.whole(squares, grads) if devices else squares(grads)
 
     def visit(
       scale: jax.Array, grads: Leaves, weights: Leaves, states: Leaves, layer: Any

@@ -83,6 +83,7 @@ def compiled(results):
     ("memory.md", "peaks"),
     ("rounding.md", "nearest"),
     ("optimizers.md", "optimizers"),
+    ("optimizers.md", "outliers"),
     ("performance.md", "benchmark"),
   ],
 )

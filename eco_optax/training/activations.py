@@ -79,7 +79,7 @@ def plan(config: ml_collections.ConfigDict, state: Any, mesh: Mesh) -> str:
   parts = step_lib.accumulation(config, mesh)
   sequences = max(config.batch_size // parts // (mesh.size // mesh.shape["tensor"]), 1)
   if config.reduction_groups:
-    sequences = max(sequences // config.reduction_groups, 1)
+    sequences = config.batch_size // parts // config.reduction_groups
 
   def count(more_layers: int, remat: str) -> int:
     changed = dataclasses.replace(model, layers=model.layers + more_layers, remat=remat)

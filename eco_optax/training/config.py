@@ -345,8 +345,11 @@ def _release_problems(config: config_dict.ConfigDict) -> list[str]:
     problems.append("keep_gradients and optimizer.clip 'layer' exclude each other: set one of them")
   if methods.of(config).rounding is None:
     problems.append(f"release steps packed weights, which method {config.method!r} has none of")
-  if groups := config.reduction_groups:
-    problems.append(f"release and reduction_groups {groups} exclude each other: set one of them")
+  if config.reduction_groups and config.mesh.tensor > 1:
+    problems.append(
+      f"release and reduction_groups {config.reduction_groups} have each device compute groups by"
+      f" itself, and exclude mesh.tensor {config.mesh.tensor}: set it to 1"
+    )
   if (unroll := config.model.unroll) > 1:
     problems.append(f"release takes one layer at a time: set model.unroll to 1, not {unroll}")
   return problems

@@ -44,6 +44,8 @@ def sums_once(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:
   devices may share and whose balance is that of all tokens, and on meshes that split products over
   `tensor`.
   """
+  if config.reduction_groups:
+    return True
   return mesh.size > 1 and mesh.shape["tensor"] == 1 and not config.model.experts
 
 
@@ -296,6 +298,7 @@ def make_train_step(
     shardings=in_place.params,
     batch_axes=sharding.RULES["batch"] if sums_once(config, mesh) else None,
     reduce_dtype=jnp.dtype(config.reduce_dtype),
+    reduction_groups=config.reduction_groups or None,
     keep_gradients=config.keep_gradients,
   )
 
@@ -310,7 +313,8 @@ def make_train_step(
       batch,
       gradient_scale=None if before is None else methods.clip_factor(max_norm, before),
     )
-    aux = jax.tree.map(jnp.mean, aux)
+    mean = lambda x: jax.tree.map(jnp.mean, x)
+    aux = sharding.on_each_device(mean)(aux) if config.reduction_groups else mean(aux)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(report.norm)
     opt_state = methods.with_norm(opt_state, report.norm, is_finite)
     bad_leaf = _first_without_norm(list(report.norms.values()))

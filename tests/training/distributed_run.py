@@ -63,6 +63,9 @@ def train(config, saved_at=None):
 fsdp = min(2, jax.device_count())
 runs = [train(get_config(**{"reduction_groups": 4, "mesh.fsdp": fsdp, "mesh.data": -1}))]
 if jax.device_count() > 1:
+  # One layer's gradient at a time, in one process with four devices and in two with two.
+  split = {"reduction_groups": 4, "mesh.fsdp": fsdp, "mesh.data": -1}
+  runs.append(train(get_config(**split, release=True, steps=5)))
   wire = get_config(**{"wire": "int4", "mesh.fsdp": 1, "mesh.data": -1})
   runs.append(train(wire, saved_at=10 if processes > 1 else None))
 if jax.process_index() == 0:

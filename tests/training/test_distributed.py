@@ -25,15 +25,18 @@ def test_states_do_not_depend_on_processes_or_devices(tmp_path):
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   pair = [start(i, 2, 2, port, tmp_path) for i in range(2)]
-  two_by_two, wire_in_two = finish(pair[0])
+  two_by_two, released_in_two, wire_in_two = finish(pair[0])
   finish(pair[1])
   (one_by_one,) = finish(start(0, 1, 1, port, tmp_path))
-  one_by_four, wire_in_one = finish(start(0, 1, 4, port, tmp_path))
+  one_by_four, released_in_one, wire_in_one = finish(start(0, 1, 4, port, tmp_path))
   assert [run[0] for run in (two_by_two, one_by_four, one_by_one)] == ["4", "4", "1"]
   # Weights, rounded stochastically, and moments after 20 steps, bit for bit, because the gradients
   # of four groups of sequences are summed in order wherever they were computed.
   assert two_by_two[2] == one_by_four[2] == one_by_one[2]
   assert float(one_by_one[1]) < 5.0  # Well below ln 256: it did learn something.
+
+  # So are those of a released step.
+  assert released_in_two == released_in_one
 
   # Gradients that cross in codes are summed in the order of devices, and errors are each device's
   # own: two processes, which go on from a checkpoint half way, end in the state of one.
