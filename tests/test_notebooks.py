@@ -41,7 +41,7 @@ def check_quickstart(text):
   # What the notebook is there to show. ECO to nearest ends 0.014 behind master weights in the study
   # of storage, with a deviation of 0.006 between seeds.
   assert loss["ECO"] < loss["naive"] - 0.03
-  assert loss["ECO"] < loss["master weights"] + 0.03
+  assert loss["ECO"] < loss["master weights"] + 0.02
   assert loss["ECO, stochastic rounding"] < loss["naive"]
 
 

@@ -527,6 +527,13 @@ def test_errors_name_the_remedy():
     run(scanned, tokens, batch_axes=("rows",), **how)
   with pytest.raises(ValueError, match=r"axis 0 of examples.*each of 4 devices.*\(2, 4, 8\)"):
     run(scanned, tokens, batch_axes=("data", "fsdp"), **how)
+  with pytest.raises(ValueError, match="reduction_groups needs batch_axes"):
+    run(scanned, tokens, reduction_groups=4, **how)
+  how |= {"batch_axes": ("data", "fsdp")}
+  with pytest.raises(ValueError, match="reduction_groups 6 is not a multiple of the 4 devices"):
+    run(scanned, tokens, reduction_groups=6, **how)
+  with pytest.raises(ValueError, match=r"axis 0 of examples.*each of 8 groups.*\(2, 4, 8\)"):
+    run(scanned, tokens, reduction_groups=8, **how)
   with pytest.raises(ValueError, match="clip must be 'exact' or 'layer', got 'global'"):
     eco.value_and_step(scanned, tx, clip="global")
   with pytest.raises(ValueError, match="leaf 'count' holds int32, which has no gradient"):
