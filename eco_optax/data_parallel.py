@@ -90,7 +90,7 @@ class DataParallel(NamedTuple):
 
     def by_group(shared: Any, own: Any) -> tuple[dict[Any, jax.Array], Any]:
       groups = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), own)
-      sums, found = self._one_by_one(lambda own: fn(shared, own), groups)
+      sums, found = jax.lax.map(lambda own: fn(shared, own), groups)
       sums = {name: self._sum_in_order(x, specs[name]) for name, x in sums.items()}
       return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
@@ -101,26 +101,6 @@ class DataParallel(NamedTuple):
       out_specs=(specs, self._split),
       check_vma=False,
     )(shared, own)
-
-  def _one_by_one(self, fn: Callable[[Any], Any], groups: Any) -> Any:
-    """`jax.lax.map` of a device's groups, in a loop whatever their number.
-
-    The compiler would merge the only turn of a loop with what is around it, and so make another
-    program of a group's computation where a device has one group than where it has several.
-    """
-    at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), groups)
-    count = jax.tree.leaves(groups)[0].shape[0]
-    made = jax.eval_shape(fn, jax.eval_shape(at, 0))
-    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), made)
-    count = jax.lax.optimization_barrier(jnp.asarray(count, jnp.int32))  # It does not know this.
-
-    def turn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-      i, done = carry
-      write = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
-      return i + 1, jax.tree.map(write, done, fn(at(i)))
-
-    start = jnp.zeros([], jnp.int32), empty
-    return jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
 
   def whole(self, fn: Callable[[Any], Any], tree: Any) -> Any:
     """`fn` of a tree of arrays that are summed: with groups by every device, in one order."""
