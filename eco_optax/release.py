@@ -803,8 +803,9 @@ def value_and_step(
     reduction_groups: parts of a micro-batch, a multiple of the devices that `batch_axes` split it
       over. Each group is computed by itself, and gradients are summed in the groups' order, so that
       any number of devices takes the same step, bit for bit, where the compiler makes the same
-      program of it. Each device then holds one layer's gradients of all its groups, and gathers
-      gradients for their norm. `aux` has a further axis of groups, not of devices.
+      program of it, as XLA does from two devices on. Each device then holds one layer's gradients
+      of all its groups, and gathers gradients for their norm. `aux` has a further axis of groups,
+      not of devices.
     keep_gradients: takes all steps at the end, as the ordinary step does, so that an exact clip
       needs no first backward pass. Each device then holds its part of all gradients, those of
       packed parameters in the wider one of `gradient_dtype` and `reduce_dtype`. On a mesh that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -27,6 +28,7 @@ REMAT = {
 }
 
 
+@functools.lru_cache(maxsize=16)  # A trace takes half a second, and a plan asks again.
 def kept(
   model: TransformerConfig, weight_format: eco.Format | None, sequences: int, length: int
 ) -> int:

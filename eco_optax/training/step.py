@@ -42,7 +42,7 @@ def sums_once(config: ml_collections.ConfigDict, mesh: Mesh) -> bool:
 
   Otherwise the compiler does both for each micro-batch: of models with routed experts, which
   devices may share and whose balance is that of all tokens, and on meshes that split products over
-  `tensor`.
+  `tensor`. With `config.reduction_groups` each group is computed by one device, experts and all.
   """
   if config.reduction_groups:
     return True

@@ -151,7 +151,7 @@ def test_groups_make_a_step_that_does_not_depend_on_the_number_of_devices():
   jax.tree_util.tree_map_with_path(same, (states[2], rows[2]), (states[4], rows[4]))
   # XLA simplifies a program for one device otherwise, and divides in other places.
   assert_alike(states[1], states[4])
-  # Groups are halves of what a device would have, summed in float32 or in bfloat16 as devices are.
+  # The ordinary step sums the same gradients in another order.
   plain = small(**{k: x for k, x in changes.items() if k not in ("release", "reduction_groups")})
   theirs, _ = train(plain, *begin(plain), steps=1)
   ours = small(**changes, reduce_dtype="float32")
