@@ -233,6 +233,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
 
 
+def on_own_parts(
+  fn: Callable[..., Any], axes: Sequence[Sequence[str | None]]
+) -> Callable[..., Any]:
+  """`fn` of arrays, which each device computes of its own parts of them.
+
+  Args:
+    fn: returns an array that has the axes of its first argument.
+    axes: logical ones of each argument.
+  """
+
+  def of_arrays(*arrays: jax.Array) -> jax.Array:
+    if (mesh := _mesh()) is None:
+      return fn(*arrays)  # type: ignore[no-any-return]
+    specs = tuple(_spec(own, x.shape, mesh) for own, x in zip(axes, arrays, strict=True))
+    return jax.shard_map(  # type: ignore[no-any-return]
+      fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+    )(*arrays)
+
+  return of_arrays
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, whole: PartitionSpec, own: PartitionSpec) -> jax.Array:
   """`x` whole; its gradient is summed into the parts that devices own, and never whole."""

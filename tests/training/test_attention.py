@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,64 @@ def test_cudnn_is_refused_where_it_would_be_wrong(changes):
   for options in ({"cap": 2.0}, {"documents_BxL": jnp.zeros((1, 4), jnp.int32)}):
     with pytest.raises(ValueError, match="cuDNN's attention does not know"):
       attention.attend(x, x, x, scale=1.0, implementation="cudnn", **options)
+
+
+@pytest.mark.parametrize(
+  ("cap", "window", "has_documents", "sizes"),
+  [(1.5, 0, True, None), (0.0, 100, False, {"data": 2, "tensor": 2})],
+)
+def test_splash_attention_is_the_definition(cap, window, has_documents, sizes):
+  """Interpreted, on one device or split by sequences and heads."""
+  shape = (2, 256, 4, 128)
+  q, dy = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
+  k, v = (generator.standard_normal((2, 256, 2, 128)).astype(np.float32) for _ in range(2))
+  ends = (generator.random((2, 256)) < 0.02).astype(np.int32)
+  documents = modules.documents(jnp.asarray(ends), 1) if has_documents else None
+
+  def pulled(fn):
+    y, pull = jax.vjp(fn, q, k, v)
+    return y, *pull(dy)
+
+  def plain(q, k, v):
+    span = jnp.asarray(window) if window else None
+    return attention.plain(q, k, v, documents, span, 0.1, cap)
+
+  def splash(q, k, v):
+    return attention.splash(q, k, v, documents, 0.1, cap, window, interpret=True)
+
+  wanted = jax.jit(pulled, static_argnums=0)(plain)
+  mesh = sharding.make_mesh(sizes or {}, jax.devices()[: 4 if sizes else 1])
+  with jax.set_mesh(mesh):
+    found = jax.jit(pulled, static_argnums=0)(splash)
+  for x, y in zip(found, wanted, strict=True):  # Sums of 256 products of order 1.
+    np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_splash_attention_is_refused_where_its_kernel_takes_no_shape():
+  for L, K in ((100, 128), (256, 64)):
+    x = jnp.ones((1, L, 1, K))
+    with pytest.raises(
+      ValueError, match=f"multiples of 128, here {L} and {K}: use attention='auto'"
+    ):
+      attention.attend(x, x, x, scale=1.0, implementation="splash")
+
+
+@pytest.mark.parametrize(("width", "window"), [(128, 0), (128, 100), (64, 0)])
+def test_on_tpus_auto_is_splash_attention_where_it_can(width, window):
+  pytest.importorskip("libtpu")
+  mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, compile_lib.topology_devices("v5e:2x2"))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", None, "tensor"))
+  x = jax.ShapeDtypeStruct((2, 512, 2, width), jnp.bfloat16, sharding=place)
+
+  def loss(q, k, v):
+    y = attention.attend(q, k, v, scale=0.1, window=window, is_global=False)
+    return jnp.sum(y.astype(jnp.float32))
+
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()
+  assert ("splash" in text) == (width % 128 == 0)
+  # Each device keeps to its own sequences and heads.
+  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
 
 
 @pytest.mark.standard_promotion

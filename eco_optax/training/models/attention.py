@@ -1,4 +1,4 @@
-"""Causal attention: the plain definition, one block of logits at a time, and cuDNN's kernel.
+"""Causal attention: the plain definition, one block of logits at a time, and others' kernels.
 
 Letters in names: B batch, L length, H query heads, G key-value heads, R = H / G, K head width,
 N blocks of C positions.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eco_optax.training import sharding
 from eco_optax.training.models.products import product
 
 CHUNK = 256  # Positions in a block of `chunked`. Up to this length `auto` takes `plain`.
@@ -43,12 +44,13 @@ def attend(
     is_global: whether to see everything before it all the same; may be traced.
     documents_BxL: int32, numbers of documents; a position sees its own document. None: all are one.
     implementation: `plain` makes all logits at once; `chunked` makes them in blocks, in the
-      backward pass again; `cudnn` is a kernel for NVIDIA GPUs that does the same. `auto` takes
-      cuDNN where it can, or else `plain` up to a length of `CHUNK` and `chunked` above it.
+      backward pass again; `cudnn` for NVIDIA GPUs and `splash`, JAX's splash attention, for TPUs
+      are kernels that do the same. `auto` takes one of these where it can, or else `plain` up to a
+      length of `CHUNK` and `chunked` above it.
 
   Raises:
-    ValueError: if cuDNN is asked for what it cannot do; JAX has errors of its own for dtypes, head
-      widths and machines.
+    ValueError: if a kernel is asked for what it cannot do; JAX has errors of its own for dtypes,
+      head widths and machines.
 
   cuDNN adds the parts of a gradient in any order, so that runs on GPUs repeat bit for bit only with
   XLA_FLAGS=--xla_gpu_deterministic_ops=true. A program that is compiled for a GPU that is absent
@@ -64,6 +66,8 @@ def attend(
     simple = documents_BxL is None and not cap
     if simple and _on_nvidia() and _cudnn_takes(q_BxLxHxK, k_BxLxGxK):
       implementation = "cudnn"
+    elif L > CHUNK and _device().platform == "tpu" and _splash_block(q_BxLxHxK):
+      implementation = "splash"
     else:
       implementation = "plain" if L <= CHUNK else "chunked"
   if implementation == "plain":
@@ -74,6 +78,8 @@ def attend(
     def fn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       if implementation == "chunked":
         return chunked(scale, cap, window, CHUNK, q, k, v, documents_BxL)
+      if implementation == "splash":
+        return splash(q, k, v, documents_BxL, scale, cap, window)
       if cap or documents_BxL is not None:
         what = f"a cap on logits, here {cap}" if cap else "documents"
         raise ValueError(f"cuDNN's attention does not know {what}: use attention='auto'")
@@ -306,12 +312,86 @@ def _chunked_backward(
 chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _on_nvidia() -> bool:
-  """Whether the program is for NVIDIA GPUs, of the mesh in use or of this machine."""
+def _splash_block(q_BxLxHxK: jax.Array) -> int:
+  """Positions in a block of splash attention; 0 where its kernel does not take the shape."""
+  L, K = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
+  return 0 if K % 128 else next((n for n in (512, 256, 128) if L % n == 0), 0)
+
+
+def splash(
+  q_BxLxHxK: jax.Array,
+  k_BxLxGxK: jax.Array,
+  v_BxLxGxK: jax.Array,
+  documents_BxL: jax.Array | None,
+  scale: float,
+  cap: float,
+  window: int,
+  interpret: bool = False,
+) -> jax.Array:
+  """JAX's splash attention, by each device for its own sequences and heads.
+
+  Args:
+    q_BxLxHxK: queries.
+    k_BxLxGxK: keys.
+    v_BxLxGxK: values.
+    documents_BxL: as in `attend`.
+    scale: as in `attend`.
+    cap: as in `attend`.
+    window: as in `attend`.
+    interpret: whether to run the kernel in plain JAX, on any device.
+
+  Raises:
+    ValueError: for lengths and head widths that are no multiples of 128.
+  """
+  # Kernels for TPUs take a second to import.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  _, L, _, K = q_BxLxHxK.shape
+  if not (block := _splash_block(q_BxLxHxK)):
+    raise ValueError(
+      f"splash attention takes lengths and head widths that are multiples of 128, here {L} and {K}:"
+      " use attention='auto'"
+    )
+  seen = masks.LocalMask((L, L), (window - 1, 0), 0) if window else masks.CausalMask((L, L))
+  sizes = kernels.BlockSizes(*[block] * 8)  # type: ignore[arg-type]
+
+  def own(q: jax.Array, k: jax.Array, v: jax.Array, *documents: jax.Array) -> jax.Array:
+    B, _, H, _ = q.shape
+    G = k.shape[2]
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes dtypes.
+      kernel = kernels.make_splash_mqa_single_device(
+        masks.MultiHeadMask([seen] * (H // G)),
+        block_sizes=sizes,
+        attn_logits_soft_cap=cap or None,
+        interpret=interpret,
+      )
+      q_BxGxRxLxK = jnp.moveaxis((scale * q).reshape(B, L, G, H // G, K), 1, 3)
+      k_BxGxLxK, v_BxGxLxK = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+      ids = [kernels.SegmentIds(x, x) for x in documents]
+      each = jax.vmap(kernel, (0, 0, 0, *(None for _ in ids)))
+      y_BxGxRxLxK = jax.vmap(each)(q_BxGxRxLxK, k_BxGxLxK, v_BxGxLxK, *ids)
+    return jnp.moveaxis(y_BxGxRxLxK, 3, 1).reshape(q.shape).astype(q.dtype)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  # Query heads and the key-value heads that they share are on one device.
+  divides = k_BxLxGxK.shape[2] % mesh.shape.get("tensor", 1) == 0
+  axes = ("batch", None, "heads" if divides else None, None)
+  documents = [] if documents_BxL is None else [documents_BxL]
+  split = sharding.on_own_parts(own, [axes] * 3 + [("batch", None)] * len(documents))
+  return split(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, *documents)
+
+
+def _device() -> Any:
+  """What the program is for: a device of the mesh in use, or of this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   # Before JAX 0.10 a mesh's device did not say its platform, and it was one of this process's.
-  if device is None or not hasattr(device, "platform"):
-    device = jax.devices()[0]
+  return device if hasattr(device, "platform") else jax.devices()[0]
+
+
+def _on_nvidia() -> bool:
+  """Whether the program is for NVIDIA GPUs."""
+  device = _device()
   return device.platform == "gpu" and "AMD" not in device.device_kind.upper()
 
 

@@ -7,7 +7,7 @@ import math
 
 import eco_optax as eco
 
-ATTENTIONS = ("auto", "plain", "chunked", "cudnn")
+ATTENTIONS = ("auto", "plain", "chunked", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TransformerConfig:
   joint_qk_norm: bool = False  # Whether all heads are normalized together.
   query_scalar: float = 0.0  # Attention logits are divided by its square root; 0: head_width.
   attention_cap: float = 0.0  # Attention logits become cap × tanh(logits / cap); 0: they stay.
-  attention: str = "auto"  # How it is computed: auto, plain, chunked or cudnn; see attention.py.
+  attention: str = "auto"  # How it is computed: see `attention.attend`.
 
   rope_base: float = 1e4
   rope_interleaved: bool = True  # Pairs (2i, 2i + 1), or else (i, i + K / 2).
