@@ -14,6 +14,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 import eco_optax as eco
+from eco_optax.quantized_array import is_quantized
 from eco_optax.training import config as config_lib
 from eco_optax.training import memory
 from eco_optax.training import step as step_lib
@@ -44,17 +45,16 @@ def kept(
     The sum over all arrays that the forward pass makes and the backward pass reads. A compiler may
     make some of them again where that is cheap.
   """
-  is_packed = lambda x: isinstance(x, eco.QuantizedArray)
   params = jax.eval_shape(lambda: transformer.init(model, 0, weight_format))
   # A packed parameter is differentiated by the float array that collects its gradient.
   primals = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params, is_leaf=is_packed
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params, is_leaf=is_quantized
   )
 
   def forward(params: Any, primals: Any, tokens_BxM: jax.Array) -> Any:
     def loss(primals: Any) -> Any:
-      with_primal = lambda x, p: dataclasses.replace(x, sink=p) if is_packed(x) else p
-      leaves = jax.tree.map(with_primal, params, primals, is_leaf=is_packed)
+      with_primal = lambda x, p: dataclasses.replace(x, sink=p) if is_quantized(x) else p
+      leaves = jax.tree.map(with_primal, params, primals, is_leaf=is_quantized)
       return transformer.loss(model, leaves, tokens_BxM)
 
     return jax.vjp(loss, primals, has_aux=True)[1]
@@ -114,8 +114,7 @@ def plan(config: ml_collections.ConfigDict, state: Any, mesh: Mesh) -> str:
 
 def _gradients(config: ml_collections.ConfigDict, state: Any, parts: int) -> tuple[str, int]:
   """A row of the gradients that are there at once."""
-  is_packed = lambda x: isinstance(x, eco.QuantizedArray)
-  by_path = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_packed)
+  by_path = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_quantized)
   if config.release and not config.keep_gradients:
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     layers = config_lib.model(config).layers
@@ -123,7 +122,7 @@ def _gradients(config: ml_collections.ConfigDict, state: Any, parts: int) -> tup
     return "gradient of one layer, float32", 4 * sum(blocks) // layers
   summed, total = 4 if parts > 1 else 0, 0
   for _, x in by_path:
-    own = memory.Leaf("", "", x.qvalue if is_packed(x) else x)
-    itemsize = jnp.dtype(config.gradient_dtype).itemsize if is_packed(x) else 4
+    own = memory.Leaf("", "", x.qvalue if is_quantized(x) else x)
+    itemsize = jnp.dtype(config.gradient_dtype).itemsize if is_quantized(x) else 4
     total += math.prod(x.shape) * (itemsize + summed) * own.nbytes_per_device // own.nbytes
   return "gradients" if parts == 1 else "gradients, and their float32 sum", total

@@ -32,8 +32,9 @@ from eco_optax.training import step as step_lib
 from eco_optax.training.step import State
 
 # Of the layout; raised when an older reader would misread a newer checkpoint. Version 1 has kernels
-# of shape (in, out), and (out, in) since. Where a config asks for moments in few bits, version 2
-# stores those of vectors so too, and version 3 in float32. Else the two are the same.
+# of shape (in, out), and later versions (out, in). Where a config asks for moments in few bits,
+# version 2 stores moments of vectors in few bits too, version 3 stores them in float32. For other
+# configs versions 2 and 3 are the same.
 VERSION = 3
 
 # Keys of a config that may change when a run resumes: its numbers depend on none of them.

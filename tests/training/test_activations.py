@@ -45,7 +45,7 @@ def test_a_compiled_step_takes_as_much(remat):
   params = jax.eval_shape(lambda: transformer.init(model, 0, FP8))
   compiled = step.lower(params, jax.ShapeDtypeStruct((16, 129), jnp.int32)).compile()
   of_layer = lambda remat: count(7, remat) - count(6, remat)
-  # Beside what is kept, that of one layer which is made again.
+  # The backward pass adds the arrays that it makes again for one layer.
   expected = count(6, remat) + of_layer("none") - of_layer(remat)
   # Logits, cotangents and what XLA copies come on top.
   assert expected < compiled.memory_analysis().temp_size_in_bytes < 1.3 * expected

@@ -35,7 +35,7 @@ def test_states_do_not_depend_on_processes_or_devices(tmp_path):
   assert two_by_two[2] == one_by_four[2] == one_by_one[2]
   assert float(one_by_one[1]) < 5.0  # Well below ln 256: it did learn something.
 
-  # So are those of a released step.
+  # Two processes also take the same released steps as one.
   assert released_in_two == released_in_one
 
   # Gradients that cross in codes are summed in the order of devices, and errors are each device's
