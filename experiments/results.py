@@ -15,6 +15,7 @@ from experiments.studies import (
   clips,
   families,
   finetune,
+  four_bits,
   grid,
   nearest,
   optimizers,
@@ -255,6 +256,7 @@ def _beyond(results: pathlib.Path) -> list[str]:
     ("clips", clips, "Clips of the gradient, with gradient release and without"),
     ("optimizers", optimizers, "ECO over other optimizers"),
     ("outliers", outliers, "Optimizers under quantization, and whether outliers tell"),
+    ("four_bits", four_bits, "Pretraining in the four-bit formats that people use"),
     ("finetune", finetune, "INT4 fine-tuning of a tiny DeepSeek-MoE on chats"),
   ):
     rows = sweep.read(results / study / "runs.jsonl")

@@ -18,6 +18,7 @@ from experiments.studies import (
   comparison,
   families,
   finetune,
+  four_bits,
   nearest,
   optimizers,
   outliers,
@@ -38,6 +39,7 @@ _SWEEPS = {
   "clips": (clips, "stdlib_1m"),
   "optimizers": (optimizers, "stdlib_1m"),
   "outliers": (outliers, "stdlib_1m"),
+  "four_bits": (four_bits, "packages_1m"),
   "finetune": (finetune, "deepseek_3m_chat"),
 }
 _STUDY = flags.DEFINE_enum(
@@ -47,8 +49,8 @@ _STUDY = flags.DEFINE_enum(
   "All methods on one config; the paper's claims, at several learning rates and seeds; ECO and"
   " master weights on a model of each family; the paper's seven runs at its own size; what moments"
   " and residuals are stored in; rules for rounding to nearest; clips of the gradient; ECO over"
-  " several optimizers; optimizers under quantization, and their outliers; INT4 fine-tuning; or"
-  " RESULTS.md alone, which all write.",
+  " several optimizers; optimizers under quantization, and their outliers; formats of"
+  " four bits; INT4 fine-tuning; or RESULTS.md alone, which all write.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Runs at a time, of studies of many.")
 _MINUTES = flags.DEFINE_float("minutes", float("inf"), "After which they stop for now.")
