@@ -85,6 +85,8 @@ class _Loss(NamedTuple):
   parts: tuple[int, ...]
   split: set[Any]  # these variables.
   devices: DataParallel | None
+  # Paths of stacks of weights and states that a step of one layer is given whole.
+  in_stacks: Collection[str] = ()
 
   def specs(self, variables: dict[Any, Any], layers: Collection[Any] = ()) -> _Specs:
     """How gradients of some variables, or of a layer of them, are split; by the names given."""
@@ -463,8 +465,10 @@ def _forward_of_scan(
       # The state of the layer is not read before its gradient is there.
       found, number = jax.lax.optimization_barrier((found, number))
       grads = {path: found[i] for path, i in number_of.items()}
-      seen = visit(grads, own_weights, jax.tree.map(at, changing[1]), number)
-      write = lambda stack, x: write_layer(stack, x, number)
+      whole = [pick(x, [path for path in x if path in loss.in_stacks]) for x in changing]
+      own_states = {path: jax.tree.map(at, x) for path, x in changing[1].items()}
+      seen = visit(grads, own_weights | whole[0], own_states | whole[1], number)
+      write = lambda stack, x: x if x.ndim == stack.ndim else write_layer(stack, x, number)
       changing = jax.tree.map(write, changing, (seen.weights, seen.states))
       of_shared = {i: x + found[i].astype(x.dtype) for i, x in of_shared.items()}
       of_rows = {i: found[i] for i in stacks if i in active}
@@ -902,6 +906,7 @@ def value_and_step(
     is_exact = max_norm is not None and clip == "exact"
     traced = closed, weights, dense, sink_dtype
     loss = _cut(*traced, is_stack, list(arrays.values()), parts, devices, specs)
+    loss = loss._replace(in_stacks=optimizer.in_stacks())
     of_scan = kept_format if callable(kept_format) else lambda path: kept_format
     tape = _compute(loss, (is_exact and not keep_gradients) or bool(parts), of_scan)
     outputs = list(tape.outputs)

@@ -135,6 +135,20 @@ def test_what_layouts_of_kernels_copy_is_that_of_the_compiled_steps():
     assert f"{by_way[0][key] / 2**20:.0f}" == f"{by_way[1][key] / 2**20:.0f}"
 
 
+def test_the_page_says_how_often_the_adviser_was_right():
+  from experiments.studies import advice
+
+  results = ROOT / "results"
+  verdicts = json.loads((results / "advice" / "advice.json").read_text())["verdicts"]
+  rows = advice.held(results, verdicts)
+  table = advice.table(rows)
+  assert table == (results / "advice" / "table.md").read_text()
+  page = (DOCS / "rounding.md").read_text()
+  assert table.split("\n\n")[1].strip() in page
+  safe = sum(row["lost"] <= advice.TOLERANCE for row in rows)
+  assert f"{safe} of the {len(rows)} are" in page.replace("\n", " ")
+
+
 def test_pages_have_the_summary_of_the_claims():
   from experiments.studies import claims, sweep
 

@@ -19,6 +19,7 @@ from eco_optax.fused.leaf import (
   largest_proposal,
   matrices,
   matrix_numbers,
+  on_layers,
   origin,
   over_parts,
   tile_bits,
@@ -92,6 +93,7 @@ def _with_arrays(like: Any, arrays: Arrays) -> Any:
   return dataclasses.replace(like, **typed) if is_quantized(like) else typed["value"]
 
 
+@on_layers
 def by_size(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """`by_rows`, and for a small matrix the definition.
 

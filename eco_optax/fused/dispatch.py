@@ -20,7 +20,7 @@ from jax.interpreters import batching, mlir
 
 from eco_optax.fused import cpu, mesh, tpu
 from eco_optax.fused import step as step_lib
-from eco_optax.fused.leaf import Leaf
+from eco_optax.fused.leaf import Leaf, on_layers
 from eco_optax.fused.step import Moments, Step
 from eco_optax.quantized_array import QuantizedArray, Rounding
 
@@ -73,7 +73,8 @@ def take_step(
   return implementation(step, rounding, leaf)
 
 
-_without_kernels = jax.jit(step_lib.by_layers, static_argnums=(0, 1))
+_by_layers = on_layers(step_lib.by_layers)
+_without_kernels = jax.jit(_by_layers, static_argnums=(0, 1))
 
 _take_step_p = Primitive("eco_fused_step")
 _take_step_p.multiple_results = True
@@ -103,7 +104,7 @@ def _compiled(**params: Any) -> Any:
 @_take_step_p.def_impl
 def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
   if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-    return _flat(step_lib.by_layers)(*flat, **params)
+    return _flat(_by_layers)(*flat, **params)
   return _compiled(**params)(*flat)
 
 
@@ -115,7 +116,9 @@ def _abstract_eval(*flat: Any, treedef: Any, **params: Any) -> list[Any]:
 
 
 def _batched(flat: Any, axes: Any, **params: Any) -> tuple[list[jax.Array], list[int]]:
-  results = jax.vmap(functools.partial(_flat(step_lib.definition), **params), in_axes=axes)(*flat)
+  results = jax.vmap(
+    functools.partial(_flat(on_layers(step_lib.definition)), **params), in_axes=axes
+  )(*flat)
   return results, [0] * len(results)
 
 
@@ -137,16 +140,16 @@ def _lowering(implementation: Implementation) -> Any:
       ctx, *args, **params
     )
     if not alone:
-      return lower_as(step_lib.by_layers)
+      return lower_as(_by_layers)
     try:
       with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         return lower_as(implementation)
     except Exception as error:
-      if implementation is step_lib.by_layers:
+      if implementation is _by_layers:
         raise
       _warn_of_refusal(ctx, params, error)
-      return lower_as(step_lib.by_layers)
+      return lower_as(_by_layers)
 
   return lower
 
@@ -155,7 +158,7 @@ def _warn_of_refusal(ctx: Any, params: Any, error: Exception) -> None:
   leaf: Leaf = jax.tree.unflatten(params["treedef"], ctx.avals_in)
   platforms = "/".join(ctx.module_context.platforms)
   warnings.warn(
-    f"no kernel for the step of {leaf.weight.format} of shape {leaf.weight.shape} on {platforms}:"
+    f"no kernel for the step of {leaf.weight.format} of shape {leaf.shape} on {platforms}:"
     f" {type(error).__name__}: {str(error)[:500]}. The step runs without one, slower and with the"
     " same result; fused=False or ECO_OPTAX_FUSED=0 does so without this warning",
     RuntimeWarning,
@@ -165,11 +168,11 @@ def _warn_of_refusal(ctx: Any, params: Any, error: Exception) -> None:
 
 def _on_cuda(own: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   if gpu is None or not gpu.available():
-    return step_lib.by_layers(own, rounding, leaf)
+    return _by_layers(own, rounding, leaf)
   return gpu.by_tiles(own, rounding, leaf, gpu.target())
 
 
-mlir.register_lowering(_take_step_p, _lowering(step_lib.by_layers))
+mlir.register_lowering(_take_step_p, _lowering(_by_layers))
 mlir.register_lowering(_take_step_p, _lowering(cpu.by_size), platform="cpu")
 mlir.register_lowering(_take_step_p, _lowering(tpu.by_panels), platform="tpu")
 mlir.register_lowering(_take_step_p, _lowering(_on_cuda), platform="cuda")

@@ -188,13 +188,13 @@ def plan(
   """How a leaf's step runs; None where no kernel covers it, which then keeps to the definition."""
   weight, format = leaf.weight, leaf.weight.format
   of_moments, group = _blocks(leaf), _group(leaf.weight.format)
-  if weight.ndim < 2 or weight.odd or of_moments is None or group is None:
+  if len(leaf.shape) < 2 or weight.odd or of_moments is None or group is None:
     return None
   if weight.size >= 2**31:  # Places are computed in 32 bits.
     return None
   if leaf.part and leaf.part.sharing:  # Between two launches devices would have to meet.
     return None
-  *lead, rows, columns = weight.shape
+  *lead, rows, columns = leaf.shape
   stack = math.prod(lead)
   written = [x for x in leaf.moments if not isinstance(x, Factors)]
   dtypes = [x.qvalue.dtype if is_quantized(x) else x.dtype for x in written]
@@ -302,13 +302,15 @@ class _Program(NamedTuple):
 
   def _at(self, ref: Any, tile: _Tile) -> tuple[Any, jax.Array | None]:
     """A tile's part of an array, each element of which may stand for several; and its mask."""
-    p = self.plan
+    p, matrix = self.plan, tile.matrix
     *_, rows, columns = ref.shape[:3]
+    if ref.shape[0] != p.stack:  # Of a whole stack.
+      matrix = matrix + self.integers[self.integers.shape[0] - 1]
     if len(ref.shape) == 3:  # Scales, and factors.
       high, wide = p.rows // rows, p.columns // columns
       count = max(p.height // high, 1), max(p.width // wide, 1)
       first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(wide))
-      part = ref.at[tile.matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1])]
+      part = ref.at[matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1])]
       if not p.masked or columns == 1:
         return part, None
       across = first[1] + jax.lax.broadcasted_iota(jnp.int32, count, 1)
@@ -316,7 +318,7 @@ class _Program(NamedTuple):
     high = p.rows // rows  # 2, where a byte has the codes of two rows.
     count = p.height // high, p.width // p.per
     first = jax.lax.div(tile.row, np.int32(high)), jax.lax.div(tile.column, np.int32(p.per))
-    part = ref.at[tile.matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1]), :]
+    part = ref.at[matrix, pl.ds(first[0], count[0]), pl.ds(first[1], count[1]), :]
     return part, self.inside(tile, count[0])
 
   def inside(self, tile: _Tile, rows: int | None = None) -> jax.Array | None:
@@ -641,12 +643,15 @@ def _call(
 
 def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """The step of a leaf as planned."""
-  first, _ = leaf_lib.operands(leaf)
-  weight, p = leaf.weight, plan
-  by_byte = weight.format.scale_dtype.name == "float8_e8m0fnu"
+  first, p, own = leaf_lib.numbers(leaf), plan, leaf.alone
+  in_place = p.schedule == "alone" and p.turns == 1  # A program reads scales that it writes.
+  # Scales that are neither read as they are stored nor changed in place are the leaf's own.
+  by_byte = p.format.scale_dtype.name == "float8_e8m0fnu"
+  as_stored = by_byte or p.format.scale_dtype == jnp.float32
+  weight = leaf.weight if in_place and as_stored else own.weight
   scale = _as_bytes(weight.scale) if by_byte else weight.float_scale()
-  stack = lambda x: _as_bytes(x).reshape(p.stack, -1, x.shape[-1])
-  split = lambda x: _as_bytes(x).reshape(p.stack, -1, p.columns // p.per, p.per)
+  stack = lambda x: _as_bytes(x).reshape(math.prod(x.shape[:-2]), -1, x.shape[-1])
+  split = lambda x: _as_bytes(x).reshape(math.prod(x.shape[:-2]), -1, p.columns // p.per, p.per)
   moments = []
   for x in leaf.moments:
     if isinstance(x, Factors):
@@ -654,12 +659,12 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
       continue
     moments += [stack(x.scale), split(x.qvalue)] if is_quantized(x) else [split(x)]
   scale, gradient = stack(scale), split(leaf.gradient)
-  changed = [split(weight.qvalue), *moments]
+  changed = [split(leaf.weight.qvalue), *moments]
   given, whole = [*first, scale, gradient], math.prod(p.tiles) * p.stack
-  found, in_place = None, p.schedule == "alone" and p.turns == 1
+  found = None
   launch = functools.partial(_call, p)
   if p.schedule == "alone":
-    if in_place:  # A program reads scales that it writes.
+    if in_place:
       kernel = functools.partial(_kernel_in_place, p, len(changed))
       *changed, scale = launch(kernel, whole, [*first, gradient], [*changed, scale], [])
     else:
@@ -678,10 +683,8 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
     scale, *changed = launch(
       functools.partial(_kernel_writing, p, len(changed)), whole, [*given, found], changed, [scale]
     )
-  new, new_moments = _results(leaf, scale, changed, found)
-  if (skip := p.step.step.skipped(leaf.scalars)) is not None and not in_place:
-    new = leaf_lib.with_old_scales(skip, new, leaf.weight)
-  return new, new_moments
+  skip = None if in_place else p.step.step.skipped(leaf.scalars)
+  return _results(leaf, scale, changed, found, skip)
 
 
 def _kernel_in_place(plan: _Plan, count: int, *refs: Any) -> None:
@@ -698,25 +701,19 @@ def _kernel_writing(plan: _Plan, count: int, *refs: Any) -> None:
 
 
 def _results(
-  leaf: Leaf, scale: jax.Array, changed: list[jax.Array], found: jax.Array | None
+  leaf: Leaf,
+  scale: jax.Array,
+  changed: list[jax.Array],
+  found: jax.Array | None,
+  skip: jax.Array | None,
 ) -> tuple[QuantizedArray, Moments]:
-  """New weight and moments from what the kernels made."""
-  weight, format = leaf.weight, leaf.weight.format
-  typed = lambda x, like: (
-    x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
-  ).reshape(like.shape)
-  if scale.dtype == jnp.uint8:
-    scale = typed(scale, weight.scale)
-  tensor_scale = weight.tensor_scale
-  if tensor_scale is not None and found is not None:
-    tensor_scale = matrix_scale(found, format).reshape(tensor_scale.shape)
-  qvalue, *arrays = changed
-  new = QuantizedArray(
-    typed(qvalue, weight.qvalue),
-    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
-    format,
-    tensor_scale,
+  """New weight and moments from what the kernels made; `skip` as in `leaf.with_new_scales`."""
+  typed = lambda x, like: leaf.placed(
+    like, x if x.dtype == like.dtype else jax.lax.bitcast_convert_type(x, like.dtype)
   )
+  qvalue, *arrays = changed
+  qvalue = typed(qvalue, leaf.weight.qvalue)
+  new = leaf_lib.with_new_scales(leaf, qvalue, scale, found, skip)
   rest = iter(arrays)
   new_moments: list[Any] = []
   for old in leaf.moments:
@@ -779,6 +776,9 @@ def by_tiles(
     As `step.definition`.
   """
   own = plan(step, rounding, leaf, target, tuning)
+  if own is None and leaf.in_stack:  # One layer may not be too large.
+    take = lambda step, rounding, leaf: by_tiles(step, rounding, leaf, target, tuning)
+    return leaf_lib.on_layers(take)(step, rounding, leaf)
   if own is None:
     return step_lib.by_layers(step, rounding, leaf)
   return run(own, leaf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from eco_optax.quantized_array import (
   matrix_scale,
 )
 from eco_optax.transforms.factored import FactoredMoment, Factors
+from eco_optax.transforms.stacks import write_layer
 
 
 @functools.partial(
@@ -48,11 +49,44 @@ class Leaf(NamedTuple):
   starts: jax.Array  # uint32, see `rounding.stream_start`.
   steps: jax.Array  # int32, the steps taken.
   layer: jax.Array | None  # Index of the layer, where the leaf is one layer of a stack.
-  weight: QuantizedArray
+  weight: QuantizedArray  # Of the leaf, or the stack that it lies in.
   gradient: jax.Array
   # As stored, see `fits`, the momentum first; or `Factors` of what a step reads and does not write.
+  # Like the weight they are the leaf's own, or the stacks that these lie in.
   moments: tuple[Any, ...]
   part: Part | None = None  # Where the arrays are one device's part of the leaf.
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the leaf itself."""
+    return self.gradient.shape
+
+  @property
+  def in_stack(self) -> bool:
+    """Whether weight and moments are whole stacks, of which the step changes one layer in place."""
+    return self.weight.ndim > self.gradient.ndim
+
+  @property
+  def alone(self) -> Leaf:
+    """The leaf with a weight and moments of its own, cut out of stacks."""
+    if not self.in_stack:
+      return self
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+    cut = lambda x: x if isinstance(x, Factors) else jax.tree.map(at, x)
+    moments = tuple(map(cut, self.moments))
+    return self._replace(weight=jax.tree.map(at, self.weight), moments=moments)
+
+  def placed(self, old: jax.Array, new: jax.Array) -> jax.Array:
+    """What takes the place of an array of the weight or a moment, in its shape.
+
+    Args:
+      old: the array, of the leaf or of a stack.
+      new: it once more, changed, or where that is a stack perhaps only the leaf's part.
+    """
+    if new.size == old.size:
+      return new.reshape(old.shape)
+    assert self.layer is not None
+    return write_layer(old, new.reshape(old.shape[1:]), self.layer)
 
   def key(self, k: int) -> jax.Array:
     """Of the random bits of the weight, 0, or of a moment, from 1 on: a `rounding.stream_key`."""
@@ -63,6 +97,22 @@ class Leaf(NamedTuple):
   def results(self) -> tuple[QuantizedArray, tuple[Any, ...]]:
     """The new weight and moments have the structure, shapes and dtypes of these."""
     return dataclasses.replace(self.weight, sink=None), self.moments
+
+
+TakeStep = Callable[..., tuple[QuantizedArray, tuple[Any, ...]]]
+
+
+def on_layers(take_step: TakeStep) -> TakeStep:
+  """`take_step(step, rounding, leaf)` for leaves in stacks too: cut out, and written back."""
+
+  @functools.wraps(take_step)
+  def take(step: Any, rounding: Any, leaf: Leaf) -> tuple[QuantizedArray, tuple[Any, ...]]:
+    new = take_step(step, rounding, leaf.alone)
+    if not leaf.in_stack:
+      return new
+    return jax.tree.map(leaf.placed, leaf.results, new)  # type: ignore[no-any-return]
+
+  return take
 
 
 def fits(moment: Any, rounds: bool) -> bool:
@@ -99,10 +149,10 @@ class Matrices(NamedTuple):
 
 def matrices(leaf: Leaf) -> Matrices | None:
   """The leaf as matrices; None unless columns, rows, matrices or blocks share scales."""
-  weight = leaf.weight
-  format, shape = weight.format, weight.shape
+  weight, shape = leaf.weight, leaf.shape
+  format = weight.format
   unit = 8 // format.bits
-  if weight.odd or weight.ndim < 2:
+  if weight.odd or len(shape) < 2:
     return None
   if isinstance(format.granularity, tuple):
     if len(format.granularity) != 2:
@@ -116,7 +166,7 @@ def matrices(leaf: Leaf) -> Matrices | None:
 
 def matrix_numbers(leaf: Leaf) -> jax.Array | None:
   """Numbers, int32, of a leaf's matrices in its whole stack; None where there is no stack."""
-  lead = leaf.weight.shape[:-2]
+  lead = leaf.shape[:-2]
   if leaf.layer is None and not lead:
     return None
   whole = leaf.part.shape[:-2] if leaf.part else lead
@@ -141,7 +191,7 @@ class Origin(NamedTuple):
 def origin(leaf: Leaf) -> Origin:
   """The place of a part, or of a whole leaf."""
   if leaf.part is None:
-    return Origin(0, 0, leaf.weight.shape[-1])
+    return Origin(0, 0, leaf.shape[-1])
   return Origin(leaf.part.first[-2], leaf.part.first[-1], leaf.part.shape[-1])
 
 
@@ -166,7 +216,7 @@ def tile_bits(
 
 def random_bits(leaf: Leaf, k: int) -> jax.Array:
   """`rounding.counter_bits` of a leaf, or of its part: of the weight, 0, or of a moment, from 1."""
-  key, shape = leaf.key(k), leaf.weight.shape
+  key, shape = leaf.key(k), leaf.shape
   if leaf.part is None:
     return rounding_lib.counter_bits(key, shape, leaf.layer)
   numbers, at = matrix_numbers(leaf), origin(leaf)
@@ -190,11 +240,34 @@ def largest_proposal(leaf: Leaf, proposal: jax.Array) -> jax.Array:
   return over_parts(leaf, largest_magnitude(proposal, axes, keepdims=True))
 
 
-def with_old_scales(skip: jax.Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
-  """The new weight with the old one's scales where a step is skipped."""
-  scales = lambda leaf: (leaf.scale, leaf.tensor_scale)
-  scale, tensor_scale = trees.select(skip, scales(old), scales(new))
-  return dataclasses.replace(new, scale=scale, tensor_scale=tensor_scale)
+def with_new_scales(
+  leaf: Leaf,
+  qvalue: jax.Array,
+  scale: jax.Array,
+  largest: jax.Array | None,
+  skip: jax.Array | None,
+) -> QuantizedArray:
+  """The new weight, from its codes and what a kernel made of its scales.
+
+  Args:
+    leaf: the old.
+    qvalue: codes, in the place of the old ones.
+    scale: float32 or, as uint8, the bytes of the stored scales; in any stacked shape.
+    largest: the largest proposal of each matrix, which scales of scales follow.
+    skip: whether the step changes nothing, where the kernel does not see to scales; else None.
+  """
+  weight, old = leaf.weight, leaf.alone.weight
+  scale_dtype = weight.format.scale_dtype
+  if scale.dtype == jnp.uint8:
+    scale = jax.lax.bitcast_convert_type(scale, scale_dtype)
+  scale, tensor_scale = scale.astype(scale_dtype), weight.tensor_scale
+  if skip is not None:
+    scale = trees.select(skip, old.scale, scale.reshape(old.scale.shape))
+  if tensor_scale is not None and old.tensor_scale is not None and largest is not None:
+    new = matrix_scale(largest, weight.format).reshape(old.tensor_scale.shape)
+    new = new if skip is None else trees.select(skip, old.tensor_scale, new)
+    tensor_scale = leaf.placed(tensor_scale, new)
+  return QuantizedArray(qvalue, leaf.placed(weight.scale, scale), weight.format, tensor_scale)
 
 
 class Stream(NamedTuple):
@@ -206,8 +279,8 @@ class Stream(NamedTuple):
 
 def stream(leaf: Leaf) -> Stream:
   """The place of a leaf's matrices."""
-  stacked = leaf.layer is not None or leaf.weight.ndim > 2
-  return Stream(origin(leaf).columns, math.prod(leaf.weight.shape[:-2]) if stacked else 0)
+  stacked = leaf.layer is not None or len(leaf.shape) > 2
+  return Stream(origin(leaf).columns, math.prod(leaf.shape[:-2]) if stacked else 0)
 
 
 def scale_of_byte(byte: jax.Array) -> jax.Array:
@@ -229,23 +302,34 @@ def _arrays(moment: Any) -> tuple[jax.Array, ...]:
   return (moment.float_scale(), moment.qvalue) if is_quantized(moment) else (moment,)
 
 
-def operands(leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]]:
-  """A leaf as a kernel takes it.
+def numbers(leaf: Leaf) -> list[jax.Array]:
+  """A leaf's numbers as a kernel takes them.
 
   Returns:
-    Numbers: int32 of the leaf (first row and column, numbers of the matrices, starts of the random
-    bits), int32 of the step (steps taken), and its float32 scalars. And arrays: scales in float32,
-    codes, gradient, and stored moments, with the scales of codes before them, without factors.
+    int32 of the leaf: first row and column, numbers of the matrices, starts of the random bits,
+    and where it lies in a stack the place of its first matrix there. int32 of the step: steps
+    taken. And its float32 scalars.
   """
-  first = jnp.stack([jnp.asarray(x, jnp.int32) for x in origin(leaf)[:2]])
-  numbers = matrix_numbers(leaf)
-  starts = jax.lax.bitcast_convert_type(leaf.starts, jnp.int32)
-  integers = jnp.concatenate([first, *([] if numbers is None else [numbers]), starts])
+  of_matrices = matrix_numbers(leaf)
+  integers = [jnp.stack([jnp.asarray(x, jnp.int32) for x in origin(leaf)[:2]])]
+  integers += [] if of_matrices is None else [of_matrices]
+  integers.append(jax.lax.bitcast_convert_type(leaf.starts, jnp.int32))
+  if leaf.in_stack and leaf.layer is not None:
+    first = leaf.layer.astype(jnp.int32) * np.int32(math.prod(leaf.shape[:-2]))
+    integers.append(first.reshape(1))
   scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaf.scalars])
+  return [jnp.concatenate(integers), leaf.steps, scalars]
+
+
+def operands(leaf: Leaf) -> list[jax.Array]:
+  """A leaf's arrays as a kernel takes them.
+
+  Returns:
+    Scales in float32, codes, gradient, and stored moments, with the scales of codes before them,
+    without factors.
+  """
   moments = [x for moment in leaf.moments for x in _arrays(moment)]
-  weight = leaf.weight
-  arrays = [weight.float_scale(), weight.qvalue, leaf.gradient, *moments]
-  return [integers, leaf.steps, scalars], arrays
+  return [leaf.weight.float_scale(), leaf.weight.qvalue, leaf.gradient, *moments]
 
 
 def kernel_keys(integers: Any, steps: Any, place: Stream) -> list[tuple[jax.Array, jax.Array]]:
@@ -289,36 +373,29 @@ def results(
   qvalue: jax.Array,
   moments: Sequence[jax.Array],
   largest: jax.Array | None,
+  skip: jax.Array | None,
 ) -> tuple[QuantizedArray, tuple[Any, ...]]:
   """New weight and moments from what a kernel made of `operands`' arrays, in any stacked shape.
 
   Args:
     leaf: the old.
-    scale: float32, of the weight.
-    qvalue: its codes; these and those of moments may be given as bytes.
+    scale: as in `with_new_scales`.
+    qvalue: the weight's codes; these and those of moments may be given as bytes, and of a stack.
     moments: the arrays they are stored in, without the read-only ones.
-    largest: the largest proposal of each matrix, which scales of scales follow.
+    largest: as in `with_new_scales`.
+    skip: as in `with_new_scales`.
   """
-  typed = lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape)
-  weight, format = leaf.weight, leaf.weight.format
-  tensor_scale = weight.tensor_scale
-  if tensor_scale is not None and largest is not None:
-    tensor_scale = matrix_scale(largest, format).reshape(tensor_scale.shape)
-  new = QuantizedArray(
-    typed(qvalue, weight.qvalue),
-    scale.reshape(weight.scale.shape).astype(format.scale_dtype),
-    format,
-    tensor_scale,
-  )
+  typed = lambda x, like: leaf.placed(like, jax.lax.bitcast_convert_type(x, like.dtype))
+  new = with_new_scales(leaf, typed(qvalue, leaf.weight.qvalue), scale, largest, skip)
   arrays = iter(moments)
   new_moments: list[Any] = []
   for old in leaf.moments:
     if isinstance(old, Factors):
       new_moments.append(old)
     elif is_quantized(old):
-      scale = next(arrays).reshape(old.scale.shape).astype(old.scale.dtype)
+      scale = leaf.placed(old.scale, next(arrays).astype(old.scale.dtype))
       old = dataclasses.replace(old, scale=scale, qvalue=typed(next(arrays), old.qvalue))
       new_moments.append(old)
     else:
-      new_moments.append(next(arrays).reshape(old.shape))
+      new_moments.append(leaf.placed(old, next(arrays)))
   return new, tuple(new_moments)

@@ -30,9 +30,11 @@ def split_of(leaf: Leaf, sharding: Any) -> Split | None:
   m = matrices(leaf)
   if m is None:
     return None
-  shape, granularity = leaf.weight.shape, leaf.weight.format.granularity
+  shape, granularity = leaf.shape, leaf.weight.format.granularity
   # A layer has the sharding of its stack, without the first axis.
   entries = [*sharding.spec, *[None] * (len(shape) + (leaf.layer is not None))]
+  if leaf.in_stack and entries[0]:  # A layer is not on every device.
+    return None
   entries = entries[leaf.layer is not None :][: len(shape)]
   if PartitionSpec.UNCONSTRAINED in entries:
     return None
@@ -77,19 +79,21 @@ def on_parts(
   Returns:
     As `step.definition`.
   """
-  shape, sharing = leaf.weight.shape, _sharing(leaf.weight, split)
+  shape, sharing = leaf.shape, _sharing(leaf.weight, split)
 
   def spec(x: Any) -> PartitionSpec:
     """The leaf's for arrays that have its axes: codes, scales, gradient and moments."""
-    if x.ndim != len(shape):
+    if x.ndim < len(shape):
       return PartitionSpec()
-    entries = zip(x.shape, split, strict=True)
-    return PartitionSpec(*((axes or None) if size > 1 else None for size, axes in entries))
+    layers = (None,) * (x.ndim - len(shape))  # Of a stack.
+    entries = zip(x.shape[len(layers) :], split, strict=True)
+    own = ((axes or None) if size > 1 else None for size, axes in entries)
+    return PartitionSpec(*layers, *own)
 
   def on_part(leaf: Leaf) -> tuple[QuantizedArray, Moments]:
     first = tuple(
       jax.lax.axis_index(axes) * np.int32(size) if axes else jnp.zeros([], jnp.int32)
-      for size, axes in zip(leaf.weight.shape, split, strict=True)
+      for size, axes in zip(leaf.shape, split, strict=True)
     )
     return take_step(step, rounding, leaf._replace(part=Part(first, shape, sharing, *split[-2:])))
 

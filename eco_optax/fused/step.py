@@ -218,24 +218,31 @@ def with_means(
   over_rows, over_columns = (leaf.part.rows, leaf.part.columns) if leaf.part else ((), ())
   over = lambda x, axes: jax.lax.pmean(x, axes) if axes else x
 
-  def factors(moment: Any) -> Any:
-    if not is_factored(moment):
+  def factors(own: Any, moment: Any) -> Any:
+    if not is_factored(own):
       return moment
-    return moment.factors(over(jnp.mean(moment.row, -2, keepdims=True), over_rows))
+    return own.factors(over(jnp.mean(own.row, -2, keepdims=True), over_rows))
 
-  given = leaf._replace(moments=tuple(map(factors, leaf.moments)))
-  weight, moments = take_step(step, rounding, given)
-  skip = step.skipped(leaf.scalars)
+  own, skip = leaf.alone, step.skipped(leaf.scalars)
+  given = own._replace(moments=tuple(map(factors, own.moments, own.moments)))
   proposed = _proposed_moments(step, rounding, given)
 
-  def means(old: Any, kept: Any, x: jax.Array) -> Any:
+  def means(old: Any, x: jax.Array) -> Any:
     if not is_factored(old):
-      return kept
+      return None
     new = factored(x)
     new = FactoredMoment(over(new.row, over_columns), over(new.column, over_rows))
     return new if skip is None else trees.select(skip, old, new)
 
-  return weight, tuple(map(means, leaf.moments, moments, proposed))
+  found = tuple(map(means, own.moments, proposed))
+  if leaf.in_stack:
+    # What reads a stack comes before what changes it in place: else a compiler copies the stack.
+    scalars, found = jax.lax.optimization_barrier((leaf.scalars, found))
+    moments = tuple(map(factors, own.moments, leaf.moments))
+    given = leaf._replace(scalars=scalars, moments=moments)
+  weight, moments = take_step(step, rounding, given)
+  put = lambda old, kept, new: kept if new is None else jax.tree.map(leaf.placed, old, new)
+  return weight, tuple(map(put, leaf.moments, moments, found))
 
 
 def _proposed_moments(step: Step, rounding: Rounding, leaf: Leaf) -> Moments:

@@ -462,17 +462,20 @@ def _update(plan: _Plan, *refs: Any) -> None:
 def _block(plan: _Plan, x: Any, is_whole: bool = False) -> pl.BlockSpec:
   """The part of an array that one program has: a panel or band, or all of a matrix."""
   if x.ndim == 4:  # Numbers of rows, by band.
-    return pl.BlockSpec((1, 1, *x.shape[2:]), lambda i, j: (i, j, 0, 0))
+    return pl.BlockSpec((1, 1, *x.shape[2:]), lambda i, j, integers: (i, j, 0, 0))
   if is_whole:
-    return pl.BlockSpec((1, *x.shape[1:]), lambda i, j: (i, 0, 0))
+    return pl.BlockSpec((1, *x.shape[1:]), lambda i, j, integers: (i, 0, 0))
+  in_stack = x.shape[0] != plan.m.stack
+  at = lambda i, integers: i + integers[integers.shape[0] - 1] if in_stack else i
   if plan.by_row:
-    return pl.BlockSpec((1, x.shape[1] // plan.grid[1], x.shape[2]), lambda i, j: (i, j, 0))
-  return pl.BlockSpec((1, x.shape[1], _LANES), lambda i, j: (i, 0, j))
+    shape = 1, x.shape[1] // plan.grid[1], x.shape[2]
+    return pl.BlockSpec(shape, lambda i, j, integers: (at(i, integers), j, 0))
+  return pl.BlockSpec((1, x.shape[1], _LANES), lambda i, j, integers: (at(i, integers), 0, j))
 
 
-def _moved(arrays: list[Any]) -> int:
-  """Bytes that the programs load and store: every array once."""
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+def _moved(plan: _Plan, arrays: list[Any]) -> int:
+  """Bytes that the programs load and store: every array once, and of a stack the leaf's part."""
+  return sum(math.prod(x.shape[1:]) * plan.m.stack * x.dtype.itemsize for x in arrays)
 
 
 def _call(
@@ -489,18 +492,21 @@ def _call(
   is_whole = lambda k: k % 2 == int(plan.by_row)
   return pl.pallas_call(
     functools.partial(kernel, plan),
-    grid=plan.grid,
-    in_specs=[
-      *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(numbers),
-      *(_block(plan, x, is_whole(k)) for k, x in enumerate(factors)),
-      *(_block(plan, x) for x in operands),
-    ],
-    out_specs=[_block(plan, x) for x in results],
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,  # Integers tell where in a stack a matrix lies.
+      grid=plan.grid,
+      in_specs=[
+        *[pl.BlockSpec(memory_space=pltpu.SMEM)] * (len(numbers) - 1),
+        *(_block(plan, x, is_whole(k)) for k, x in enumerate(factors)),
+        *(_block(plan, x) for x in operands),
+      ],
+      out_specs=[_block(plan, x) for x in results],
+    ),
     out_shape=results,
     input_output_aliases=in_place,
     # Arithmetic is not what a step waits for.
     cost_estimate=pl.CostEstimate(
-      flops=0, transcendentals=0, bytes_accessed=_moved([*factors, *operands, *results])
+      flops=0, transcendentals=0, bytes_accessed=_moved(plan, [*factors, *operands, *results])
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem() + 2**24
@@ -511,10 +517,18 @@ def _call(
 
 def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
   """A kernel's numbers, factors of moments, and the leaf's other arrays as stacks of matrices."""
-  numbers, (scale, *arrays) = leaf_lib.operands(leaf)
+  own = leaf.alone
+  scale, *arrays = leaf_lib.operands(own)
   if plan.by_row:
-    scale, *arrays = _with_bytes(leaf, [scale, *arrays])
-  stack = lambda x: x.reshape(plan.m.stack, -1, x.shape[-1])
+    scale, *arrays = _with_bytes(own, [scale, *arrays])
+  if leaf.in_stack:
+    # Scales are few, and some are laid out anew: those are the leaf's own.
+    whole = leaf_lib.operands(leaf)[1:]
+    arrays = [
+      x if is_scale else of_stack
+      for x, of_stack, is_scale in zip(arrays, whole, _are_scales(leaf), strict=True)
+    ]
+  stack = lambda x: x.reshape(math.prod(x.shape[:-2]), -1, x.shape[-1])
   of_rows = lambda x: x.reshape(*plan.grid, 1, plan.height)
   factors = []
   for x in leaf.moments:
@@ -525,10 +539,16 @@ def _operands(plan: _Plan, leaf: Leaf) -> tuple[list[jax.Array], list[jax.Array]
     # Scales of blocks are read 128 at a time.
     full = lambda x: jnp.pad(stack(x), ((0, 0), (0, 0), (0, -x.shape[-1] % _LANES)))
     scale = of_rows(scale) if plan.shared[0].columns == 0 else full(scale)
-    return numbers, factors, [scale, *map(full, arrays)]
+    return leaf_lib.numbers(leaf), factors, [scale, *map(full, arrays)]
   # Scales are few: one of each column for each of their rows.
   scale = jnp.repeat(stack(scale), plan.m.columns // scale.shape[-1], axis=-1)
-  return numbers, factors, [scale, *map(stack, arrays)]
+  return leaf_lib.numbers(leaf), factors, [scale, *map(stack, arrays)]
+
+
+def _are_scales(leaf: Leaf) -> list[bool]:
+  """Of `leaf.operands` behind the first: which are scales of moments."""
+  of = lambda x: [] if isinstance(x, Factors) else [True, False] if is_quantized(x) else [False]
+  return [False, False, *(flag for x in leaf.moments for flag in of(x))]
 
 
 def _with_bytes(leaf: Leaf, arrays: list[jax.Array]) -> list[jax.Array]:
@@ -560,11 +580,11 @@ def bytes_moved(step: Step, rounding: Rounding, leaf: Leaf) -> int:
   """
   plan = _plan(step, rounding, leaf)
   if plan is None:
-    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.weight.shape}")
+    raise ValueError(f"no kernel covers {leaf.weight.format} of shape {leaf.shape}")
   _, factors, operands = jax.eval_shape(functools.partial(_operands, plan), leaf)
   largest, results = _shapes(plan, operands)
   read = [largest, *factors, *operands]
-  return _moved([*read, *results]) + (_moved(read) if plan.finds else 0)
+  return _moved(plan, [*read, *results]) + (_moved(plan, read) if plan.finds else 0)
 
 
 def by_panels(
@@ -583,7 +603,7 @@ def by_panels(
   """
   plan = _plan(step, rounding, leaf)
   if plan is None:
-    return step_lib.by_layers(step, rounding, leaf)
+    return leaf_lib.on_layers(step_lib.by_layers)(step, rounding, leaf)
   numbers, factors, operands = _operands(plan, leaf)
   columns, results = _shapes(plan, operands)
   largest = jnp.zeros(columns.shape, jnp.float32)
@@ -600,7 +620,7 @@ def by_panels(
   )
   if plan.by_row:
     # Without what fills scales up.
-    scale_like, _, _, *likes = leaf_lib.operands(leaf)[1]
+    scale_like, _, _, *likes = leaf_lib.operands(leaf.alone)
     cut = lambda x, like: x if x.ndim == 4 else x[..., : like.shape[-1]]
     is_byte = lambda x, like: x.dtype == jnp.uint8 and like.dtype == jnp.float32
     typed = lambda x, like: (
@@ -611,7 +631,5 @@ def by_panels(
   else:
     scale = scale[..., :: plan.m.columns // leaf.weight.scale.shape[-1]]
   of_matrices = largest.reshape(plan.m.stack, -1)[:, :1]
-  new, new_moments = leaf_lib.results(leaf, scale, qvalue, moments, of_matrices)
-  if (skip := step.skipped(leaf.scalars)) is not None:
-    new = leaf_lib.with_old_scales(skip, new, leaf.weight)
-  return new, new_moments
+  skip = step.skipped(leaf.scalars)
+  return leaf_lib.results(leaf, scale, qvalue, moments, of_matrices, skip)

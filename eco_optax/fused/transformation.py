@@ -77,6 +77,7 @@ class FusedTransformation(PackedTransformation):
 
   takes_stored_moments = True
   skips = True
+  steps_in_stacks = True
 
 
 class _Done(NamedTuple):

@@ -401,7 +401,7 @@ def _can_fuse(config: ml_collections.ConfigDict) -> bool:
 
 
 def _behind_identity(
-  first: optax.GradientTransformation, tx: optax.GradientTransformation
+  first: optax.GradientTransformation, tx: PackedTransformation
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.chain(first, tx)`, which tells a transformation of `eco` all of the step.
 
@@ -422,8 +422,9 @@ def _behind_identity(
     updates, new_state = run(tx, updates, state[1], params, context, extra_args)
     return updates, (state[0], new_state)
 
-  whole = PackedTransformation(init, update)
-  whole.skips = True
+  takes_whole = lambda state, params, stored: tx.takes_whole(state[1], params, stored)
+  whole = PackedTransformation(init, update, takes_whole)
+  whole.skips, whole.steps_in_stacks = True, tx.steps_in_stacks
   return whole
 
 

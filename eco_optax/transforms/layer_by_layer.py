@@ -147,6 +147,7 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
       jax.tree.unflatten(treedef, [new_states[path] for path in states]),
     )
 
-  tx = PackedTransformation(init, update)
-  tx.skips = isinstance(inner, PackedTransformation)
+  tx = PackedTransformation(init, update, takes_whole)
+  if isinstance(inner, PackedTransformation):
+    tx.skips, tx.steps_in_stacks = True, inner.steps_in_stacks
   return tx

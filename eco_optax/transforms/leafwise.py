@@ -53,6 +53,14 @@ class Optimizer(NamedTuple):
       found[owner].append(path)
     return found
 
+  def in_stacks(self) -> set[str]:
+    """Paths of parameters whose stacks a step of one layer takes whole, and of their state."""
+    if not (is_packed_transformation(self.tx) and self.tx.steps_in_stacks):  # type: ignore[attr-defined]
+      return set()
+    paths = self.tx.takes_whole(self.state, self.params, False)  # type: ignore[attr-defined]
+    owned = self.owned()
+    return {*paths, *(x for path in paths for x in owned[path])}
+
   def step(
     self, grads: Leaves, weights: Leaves, states: Leaves, context: Context
   ) -> tuple[Leaves, Leaves]:

@@ -268,6 +268,6 @@ def low_bit_moments(
       return inner.takes_whole(state.inner, params, True)
 
     tx = PackedTransformation(init, update, takes_whole)
-    tx.skips = inner.skips
+    tx.skips, tx.steps_in_stacks = inner.skips, inner.steps_in_stacks
     return tx
   return PackedTransformation(init, update)

@@ -63,6 +63,10 @@ class PackedTransformation(optax.GradientTransformationExtraArgs):
   # in temporaries of one layer.
   takes_whole: Callable[[Any, Any, bool], Collection[str]]
 
+  # Whether a step of one layer, see `Context.layer`, may be given whole stacks of those leaves and
+  # of their state beside the gradient of the layer, which it then changes in place.
+  steps_in_stacks: bool = False
+
   def __new__(
     cls,
     init: Any,

@@ -31,6 +31,8 @@ CASES = [
   (eco.MXFP4, (64, 64), "float32", "stochastic"),
   (eco.NVFP4, (64, 64), "factored", "stochastic"),
   (eco.NVFP4, (64, 64), "float32", "stochastic"),
+  (eco.NVFP4, (2, 64, 64), "float8_e4m3fn", "stochastic"),
+  (eco.MXFP8, (1, 64, 64), "float8_e4m3fn", "stochastic"),
   (eco.FP8_BLOCK128, (256, 128), "float8_e5m2", "nearest"),
   (MX_ROWS, (32, 64), "float32", "stochastic"),
 ]
@@ -44,12 +46,18 @@ def main():
   """Exits with what is not equal."""
   differ = []
   for format, shape, moments, how in CASES:
-    layer = 5 if len(shape) > 2 else None
+    layer = 1 if len(shape) > 2 else None
     leaf = fused_leaves.make(ADAMW, format, shape, layer, jnp.bfloat16, moments)
     assert gpu.plan(ADAMW, how, leaf, tuning=SMALL), (format, shape, moments)
     wanted = fused_leaves.run(definition, ADAMW, how, leaf)
     if not fused_leaves.equal(fused_leaves.run(interpreted, ADAMW, how, leaf), wanted):
       differ.append(f"{format} {shape} {moments} {how}")
+    if layer:
+      stack = fused_leaves.in_stack(leaf)
+      assert gpu.plan(ADAMW, how, stack, tuning=SMALL), (format, shape, moments)
+      found = fused_leaves.middle(stack, fused_leaves.run(interpreted, ADAMW, how, stack))
+      if found is None or not fused_leaves.equal(found, wanted):
+        differ.append(f"{format} {shape} {moments} {how}, a layer of a stack")
   sys.exit("\n".join(differ) or None)
 
 
