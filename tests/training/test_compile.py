@@ -406,7 +406,7 @@ def test_no_stack_is_copied(tpu, topology, count, release):
 
 
 def elements(array):
-  """How many a shape in a program's text has; those of activations, which are bfloat16, are none."""
+  """How many a shape in a program's text has; activations, which are bfloat16, count as none."""
   if array.startswith("bf16"):
     return 0
   return math.prod(map(int, re.findall(r"\d+", array.partition("[")[2])))
