@@ -4,7 +4,7 @@ python scripts/train.py --config=configs/deepseek_moe_16b_one_gpu.py
   --workdir=runs/deepseek_moe_16b_one_gpu --config.init_from=deepseek-moe-16b-base
   --config.data.path=data/guanaco
 
-Machine: one GPU of 32 GB or more. The state takes 23.65 GiB and the step 28.91 GiB at the peak, as
+Machine: one GPU of 32 GB or more. The state takes 23.65 GiB and the step 28.65 GiB at the peak, as
 compiled for one H100 (results/one_gpu/deepseek_moe_16b_one_gpu.json).
 Result: not trained yet.
 

@@ -85,8 +85,8 @@ class _Loss(NamedTuple):
   parts: tuple[int, ...]
   split: set[Any]  # these variables.
   devices: DataParallel | None
-  # Paths of stacks of weights and states that a step of one layer is given whole.
-  in_stacks: Collection[str] = ()
+  # Paths of stacks that a step of one layer is given whole: of weights, and of states.
+  in_stacks: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
   def specs(self, variables: dict[Any, Any], layers: Collection[Any] = ()) -> _Specs:
     """How gradients of some variables, or of a layer of them, are split; by the names given."""
@@ -465,7 +465,8 @@ def _forward_of_scan(
       # The state of the layer is not read before its gradient is there.
       found, number = jax.lax.optimization_barrier((found, number))
       grads = {path: found[i] for path, i in number_of.items()}
-      whole = [pick(x, [path for path in x if path in loss.in_stacks]) for x in changing]
+      pairs = zip(changing, loss.in_stacks, strict=True)
+      whole = [pick(x, [path for path in x if path in own]) for x, own in pairs]
       own_states = {path: jax.tree.map(at, x) for path, x in changing[1].items()}
       seen = visit(grads, own_weights | whole[0], own_states | whole[1], number)
       write = lambda stack, x: x if x.ndim == stack.ndim else write_layer(stack, x, number)

@@ -21,6 +21,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 12) else "",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_backend_optimization_level=0",
+    # XLA checks its own program between its passes, for a tenth of its time.
+    "--xla_disable_hlo_passes=hlo-verifier",
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
   ]

@@ -14,7 +14,13 @@ from eco_optax import trees
 from eco_optax.quantized_array import dequantize, is_quantized, quantize_array
 from eco_optax.transforms import eager
 from eco_optax.transforms.factored import is_array
-from eco_optax.transforms.packed import Context, is_packed_transformation, run, unless_skipped
+from eco_optax.transforms.packed import (
+  Context,
+  PackedTransformation,
+  is_packed_transformation,
+  run,
+  unless_skipped,
+)
 
 Leaves = dict[str, Any]  # Leaves of a tree by path; a packed leaf or a factored moment is one.
 
@@ -53,13 +59,12 @@ class Optimizer(NamedTuple):
       found[owner].append(path)
     return found
 
-  def in_stacks(self) -> set[str]:
+  def in_stacks(self) -> tuple[frozenset[str], frozenset[str]]:
     """Paths of parameters whose stacks a step of one layer takes whole, and of their state."""
-    if not (is_packed_transformation(self.tx) and self.tx.steps_in_stacks):  # type: ignore[attr-defined]
-      return set()
-    paths = self.tx.takes_whole(self.state, self.params, False)  # type: ignore[attr-defined]
-    owned = self.owned()
-    return {*paths, *(x for path in paths for x in owned[path])}
+    if not (isinstance(self.tx, PackedTransformation) and self.tx.steps_in_stacks):
+      return frozenset(), frozenset()
+    owned, paths = self.owned(), self.tx.takes_whole(self.state, self.params, False)
+    return frozenset(paths), frozenset(x for path in paths for x in owned[path])
 
   def step(
     self, grads: Leaves, weights: Leaves, states: Leaves, context: Context
