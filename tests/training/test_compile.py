@@ -386,8 +386,17 @@ def test_all_of_the_state_is_donated(step):
   assert used["outputs"] - used["updated in place"] <= 8192
 
 
-@pytest.mark.parametrize("release", [False, True])
-@pytest.mark.parametrize(("topology", "count"), [("v5e:2x2", 1), ("h100:1", 1), ("h100:4", 4)])
+@pytest.mark.parametrize(
+  ("topology", "count", "release"),
+  [
+    *(
+      (*where, release)
+      for where in (("v5e:2x2", 1), ("h100:1", 1), ("h100:4", 4))
+      for release in (False, True)
+    ),
+    ("v5e:2x2", 4, True),  # An ordinary step of so many has a test of its own.
+  ],
+)
 def test_no_stack_is_copied(tpu, topology, count, release):
   try:
     devices = compile_lib.topology_devices(topology)
