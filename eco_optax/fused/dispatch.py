@@ -65,6 +65,9 @@ def take_step(
   Returns:
     The new weight and the new moments.
   """
+  if mesh.splits_layers(leaf, sharding):  # Devices take steps of parts of one layer.
+    take = lambda step, rounding, leaf: take_step(step, rounding, leaf, sharding, fused)
+    return on_layers(take)(step, rounding, leaf)
   implementation = on_one_device if wants_kernels(fused) else _without_kernels
   implementation = functools.partial(step_lib.with_means, implementation)
   split = mesh.split_of(leaf, sharding)

@@ -645,7 +645,8 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """The step of a leaf as planned."""
   first, p, own = leaf_lib.numbers(leaf), plan, leaf.alone
   in_place = p.schedule == "alone" and p.turns == 1  # A program reads scales that it writes.
-  # Scales that are neither read as they are stored nor changed in place are the leaf's own.
+  # A kernel takes a stack's scales if it changes them in place and as they are stored. Otherwise it
+  # takes those of the leaf alone.
   by_byte = p.format.scale_dtype.name == "float8_e8m0fnu"
   as_stored = by_byte or p.format.scale_dtype == jnp.float32
   weight = leaf.weight if in_place and as_stored else own.weight

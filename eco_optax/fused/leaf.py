@@ -63,7 +63,7 @@ class Leaf(NamedTuple):
 
   @property
   def in_stack(self) -> bool:
-    """Whether weight and moments are whole stacks, of which the step changes one layer in place."""
+    """Whether weight and moments are whole stacks. The step then changes one layer in place."""
     return self.weight.ndim > self.gradient.ndim
 
   @property

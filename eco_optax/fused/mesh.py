@@ -33,8 +33,6 @@ def split_of(leaf: Leaf, sharding: Any) -> Split | None:
   shape, granularity = leaf.shape, leaf.weight.format.granularity
   # A layer has the sharding of its stack, without the first axis.
   entries = [*sharding.spec, *[None] * (len(shape) + (leaf.layer is not None))]
-  if leaf.in_stack and entries[0]:  # A layer is not on every device.
-    return None
   entries = entries[leaf.layer is not None :][: len(shape)]
   if PartitionSpec.UNCONSTRAINED in entries:
     return None
@@ -47,6 +45,11 @@ def split_of(leaf: Leaf, sharding: Any) -> Split | None:
     if size % (unit * math.prod(sharding.mesh.shape[axis] for axis in axes)):
       return None
   return split
+
+
+def splits_layers(leaf: Leaf, sharding: Any) -> bool:
+  """Whether a leaf lies in a stack whose layers are on different devices."""
+  return leaf.in_stack and isinstance(sharding, NamedSharding) and any(tuple(sharding.spec)[:1])
 
 
 def _sharing(weight: QuantizedArray, split: Split) -> tuple[str, ...]:

@@ -22,8 +22,7 @@ def finished(rows):
   """All lines that a study asks for, one after another, with losses that are known."""
   for _ in range(4):
     for run in four_bits.runs(rows, 1000):
-      method = run.name.split(", ")[0]
-      label = next((x for x in LOST if x.startswith(method)), four_bits.FLOAT)
+      label = next((x for x in LOST if run.name.startswith(f"{x}, ")), four_bits.FLOAT)
       rate, seed = run.changes["optimizer.learning_rate"], run.changes["seed"]
       away = abs(math.log(rate / BEST.get(label, 2e-3)))
       if label == "master weights + SR":
@@ -34,10 +33,6 @@ def finished(rows):
         **({"rounded": ROUNDED} if run.measure else {}),
       }
   return rows
-
-
-def label_of(name):
-  return next((x for x in four_bits.METHODS if name.startswith(f"{x}, ")), four_bits.FLOAT)
 
 
 def test_the_better_of_two_rates_has_a_third_beyond_it():

@@ -93,7 +93,7 @@ def run(implementation, step, how, leaf):
 
 
 def in_stack(leaf):
-  """The leaf as the middle one of three layers, the others of which have its rows in reverse."""
+  """A stack of three layers with the leaf in the middle. The other two have its rows in reverse."""
   stack = lambda x: jnp.stack([x[..., ::-1, :], x, x[..., ::-1, :]])
   moments = tuple(x if isinstance(x, Factors) else jax.tree.map(stack, x) for x in leaf.moments)
   weight = jax.tree.map(stack, leaf.weight)

@@ -253,6 +253,21 @@ def test_a_sharded_leaf_takes_the_same_step(format, spec, told):
   assert np.sum(differ) <= 1
 
 
+@pytest.mark.parametrize("spec", [P(None, "x", "y"), P("x", None, "y")])
+def test_a_layer_of_a_split_stack_takes_the_same_step(spec):
+  """Also where layers are on different devices: the same codes, and other layers stay."""
+  leaf = fused_leaves.make(ADAMW, fused_leaves.ROWS["FP8 rows"], (64, 32), layer=1)
+  wanted, _ = jax.jit(lambda x: take_step(ADAMW, "stochastic", x))(leaf)
+  stack = fused_leaves.in_stack(leaf)
+  mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+  told = jax.jit(lambda x: take_step(ADAMW, "stochastic", x, NamedSharding(mesh, spec)))
+  results = told(jax.device_put(stack, NamedSharding(mesh, P())))
+  found = fused_leaves.middle(stack, [np.asarray(x) for x in jax.tree.leaves(results)])
+  assert found is not None
+  differ = found[0].view(np.uint8) != np.asarray(wanted.qvalue).view(np.uint8)
+  assert np.sum(differ) <= 1
+
+
 def test_a_cpu_holds_no_float32_copy():
   """Beside the codes once more, as bytes, temporaries are those of a chunk of rows."""
   shape = (4096, 4096)
