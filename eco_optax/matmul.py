@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from eco_optax import explicit_axes, rounding
 from eco_optax.formats import FP8_E5M2_TOKEN, Format, grid_bits
 from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array, seed_of
+from eco_optax.rounded_dot import rounded_dot
 
 _FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)}
 
@@ -163,6 +164,7 @@ def _forward(
 
 def _backward(how: _How, residuals: Any, dy: jax.Array) -> tuple:
   x, w, sink, stream = residuals
+  dw_dtype = w.dtype if not is_quantized(w) else jnp.float32 if sink is None else sink.dtype
 
   def products(
     x: jax.Array, w: Any, dy: jax.Array, stream: jax.Array | None
@@ -173,18 +175,17 @@ def _backward(how: _How, residuals: Any, dy: jax.Array) -> tuple:
       dx = _dot(dy, _dense(w, x.dtype), x.dtype, 1 - how.axis).astype(x.dtype)
     else:
       dx = _input_gradient(how.gradient, how.axis, dy, w, stream)
-    dims = (tuple(range(x.ndim - 1)),) * 2
+    tokens = (tuple(range(x.ndim - 1)),) * 2
     factors = (dy, values) if how.axis else (values, dy)
-    dw = jax.lax.dot_general(*factors, (dims, ((), ())), preferred_element_type=jnp.float32)
-    return dx, dw
+    return dx, rounded_dot(*factors, tokens, dw_dtype)
 
   like = x, w.qvalue if is_quantized(w) else w
   specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, like)
   dx, dw = explicit_axes.call(products, specs, x, w, dy, stream)
   if not is_quantized(w):
-    return dx, dw.astype(w.dtype), None, None
+    return dx, dw, None, None
   # Codes and scales have no gradient of their own: it leaves through the sink.
-  return dx, None, None if sink is None else dw.astype(sink.dtype), None
+  return dx, None, None if sink is None else dw, None
 
 
 _matmul.defvjp(_forward, _backward)

@@ -22,6 +22,7 @@ from eco_optax.fused import cpu, mesh, tpu
 from eco_optax.fused import step as step_lib
 from eco_optax.fused.leaf import Leaf, on_layers
 from eco_optax.fused.step import Moments, Step
+from eco_optax.lowering import is_alone
 from eco_optax.quantized_array import QuantizedArray, Rounding
 
 Implementation = Callable[[Step, Rounding, Leaf], tuple[QuantizedArray, Moments]]
@@ -136,13 +137,10 @@ def _lowering(implementation: Implementation) -> Any:
   """
 
   def lower(ctx: Any, *args: Any, **params: Any) -> Any:
-    axes = ctx.module_context.axis_context
-    devices, mesh = getattr(axes, "num_devices", None), getattr(axes, "mesh", None)
-    alone = devices == 1 or (mesh and set(axes.manual_axes) == set(mesh.axis_names))
     lower_as = lambda chosen: mlir.lower_fun(_flat(chosen), multiple_results=True)(
       ctx, *args, **params
     )
-    if not alone:
+    if not is_alone(ctx):
       return lower_as(_by_layers)
     try:
       with warnings.catch_warnings():
