@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eco_optax import formats
+from eco_optax.lowering import unlike_constant
 
 _UINT32 = np.uint32
 
@@ -252,9 +253,7 @@ def stream_key(seed: int | jax.Array, step: int | jax.Array, path: str) -> jax.A
   Returns:
     uint32 array of shape (2,).
   """
-  start = jnp.asarray(stream_start(seed, path))
-  # Behind a barrier, so that programs of leaves of one kind are the same, and compiled once.
-  return _stacked_key(jax.lax.optimization_barrier(start), step)
+  return _stacked_key(unlike_constant(stream_start(seed, path), step), step)
 
 
 def stream_start(seed: int | jax.Array, path: str) -> Any:

@@ -15,6 +15,7 @@ from eco_optax import trees
 from eco_optax.fused import dispatch, order
 from eco_optax.fused.leaf import Leaf, fits
 from eco_optax.fused.step import Step
+from eco_optax.lowering import unlike_constant
 from eco_optax.quantized_array import Rounding, is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.error_feedback import ErrorFeedbackState
@@ -195,7 +196,9 @@ def fuse(
         for path in layer:
           leaf = Leaf(
             by_decay[id(decays[path])],
-            jnp.array([rounding_lib.stream_start(seed, path), *starts.get(path, ())]),
+            unlike_constant(
+              [rounding_lib.stream_start(seed, path), *starts.get(path, ())], steps[0]
+            ),
             order.after(behind, steps),
             context.layer,
             weights[path],
