@@ -24,6 +24,12 @@ def is_alone(ctx: Any) -> bool:
   )
 
 
+def barrier(tree: Any) -> Any:
+  """`jax.lax.optimization_barrier` of what is traced. Of arrays that are there it makes copies."""
+  is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+  return jax.lax.optimization_barrier(tree) if is_traced else tree
+
+
 _unlike_constant_p = Primitive("eco_unlike_constant")
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eco_optax.fused.leaf import (
   Leaf,
@@ -34,6 +36,7 @@ from eco_optax.fused.step import (
   propose,
   settle,
 )
+from eco_optax.lowering import unlike_constant
 from eco_optax.quantized_array import (
   QuantizedArray,
   Rounding,
@@ -43,6 +46,11 @@ from eco_optax.quantized_array import (
 )
 from eco_optax.transforms.factored import Factors
 from eco_optax.transforms.stored_moments import pack_like, unpack
+
+# Leaves that are worth a loop, and weights in it at most: with their gradients and moments they are
+# copied into the loop's own arrays and out again.
+FEWEST_TURNS = 4
+_TURNS = 2**21
 
 Arrays = dict[str, jax.Array]  # The arrays of a weight or of a moment, by the name of their field.
 
@@ -86,10 +94,8 @@ def _with_arrays(like: Any, arrays: Arrays) -> Any:
   """A weight or moment stored like another in other arrays, which may be given as bits."""
   if isinstance(like, Factors):
     return like
-  typed: dict[str, Any] = {
-    name: x if x.dtype == old.dtype else jax.lax.bitcast_convert_type(x, old.dtype)
-    for (name, old), x in ((item, arrays[item[0]]) for item in _arrays(like).items())
-  }
+  old = _arrays(like)
+  typed: dict[str, Any] = _typed({name: arrays[name] for name in old}, old)
   return dataclasses.replace(like, **typed) if is_quantized(like) else typed["value"]
 
 
@@ -240,3 +246,53 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
   )
   new_moments = tuple(shaped(*pair) for pair in zip(leaf.moments, moments, strict=True))
   return shaped(leaf.results[0], weight | new_whole), new_moments
+
+
+def is_for_turns(leaf: Leaf) -> bool:
+  """Whether a leaf's step is best taken in a loop over leaves of its kind, see `by_turns`.
+
+  A step with moments in few bits is long to compile and short to copy. For 40 matrices of 256²,
+  FP8, a loop takes 1.1 s to compile instead of 4.3, and a step in it 4% more time. With float32
+  moments it would take 2.2 times as long.
+  """
+  small = leaf.layer is None and leaf.weight.ndim == 2 and leaf.weight.size <= _SMALL_MATRIX
+  return small and any(map(is_quantized, leaf.moments))
+
+
+def by_turns(
+  take_step: Callable[[Leaf], tuple[QuantizedArray, Moments]], leaves: list[Leaf]
+) -> list[tuple[QuantizedArray, Moments]]:
+  """`take_step` of many leaves of one kind, in a loop that is compiled for one.
+
+  Args:
+    take_step: of a leaf.
+    leaves: as in `dispatch.take_steps`.
+
+  Returns:
+    The results of each.
+  """
+  # In loops of one length, which are one program.
+  loops = -(-len(leaves) * leaves[0].weight.size // _TURNS)
+  length = -(-len(leaves) // loops)
+  if length < len(leaves):
+    parts = (leaves[i : i + length] for i in range(0, len(leaves), length))
+    return [new for part in parts for new in by_turns(take_step, part)]
+  like, results = leaves[0], leaves[0].results
+  own = lambda leaf: (leaf.starts, leaf.weight, leaf.gradient, leaf.moments)
+
+  def turn(raw: Any) -> Any:
+    starts, weight, gradient, moments = _typed(raw, own(like))
+    leaf = like._replace(starts=starts, weight=weight, gradient=gradient, moments=moments)
+    return jax.tree.map(_as_bits, take_step(leaf))
+
+  stacked = jax.tree.map(lambda *x: jnp.stack(list(map(_as_bits, x))), *map(own, leaves))
+  new = jax.lax.map(turn, stacked)
+  number = lambda i: unlike_constant(np.int32(i), like.steps[0])
+  at = lambda i: lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+  return [_typed(jax.tree.map(at(number(i)), new), results) for i in range(len(leaves))]
+
+
+def _typed(raw: Any, like: Any) -> Any:
+  """A tree of arrays given `_as_bits` in the dtypes of another."""
+  cast = lambda x, old: x if x.dtype == old.dtype else jax.lax.bitcast_convert_type(x, old.dtype)
+  return jax.tree.map(cast, raw, like)

@@ -8,6 +8,7 @@ matter of lowering: a traced program serves every platform.
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import warnings
@@ -80,42 +81,73 @@ def take_step(
 _by_layers = on_layers(step_lib.by_layers)
 _without_kernels = jax.jit(_by_layers, static_argnums=(0, 1))
 
-_take_step_p = Primitive("eco_fused_step")
-_take_step_p.multiple_results = True
+_take_steps_p = Primitive("eco_fused_steps")
+_take_steps_p.multiple_results = True
 
 
 def on_one_device(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """The step of a leaf, or of a device's part of it: one program for leaves of the same kind."""
-  flat, treedef = jax.tree.flatten(leaf)
+  return take_steps(step, rounding, [leaf])[0]
+
+
+def take_steps(step: Step, rounding: Rounding, leaves: list[Leaf]) -> list[tuple]:
+  """Steps of whole leaves of one kind: of many on a CPU by turns, see `cpu.by_turns`.
+
+  Args:
+    step: of the optimizer.
+    rounding: of the codes.
+    leaves: with the same scalars and steps taken, and other arrays of the same shapes and dtypes.
+
+  Returns:
+    The new weight and the new moments of each.
+  """
+  flat, treedef = jax.tree.flatten(leaves)
   results = _compiled(step=step, rounding=rounding, treedef=treedef)(*flat)
-  return jax.tree.unflatten(jax.tree.structure(leaf.results), results)
+  return jax.tree.unflatten(jax.tree.structure([leaf.results for leaf in leaves]), results)
+
+
+def kinds(
+  leaves: dict[str, Leaf], shardings: dict[str, Any], fused: bool | None
+) -> list[list[str]]:
+  """Paths of the leaves that `take_steps` takes together, by kind."""
+  found: dict[Any, list[str]] = collections.defaultdict(list)
+  for path, leaf in leaves.items() if wants_kernels(fused) else ():
+    if cpu.is_for_turns(leaf) and mesh.split_of(leaf, shardings.get(path)) is None:
+      arrays, treedef = jax.tree.flatten(leaf)
+      same = *map(id, leaf.scalars), id(leaf.steps)
+      found[same, treedef, *((x.shape, x.dtype) for x in arrays)].append(path)
+  return [paths for paths in found.values() if len(paths) >= cpu.FEWEST_TURNS]
 
 
 def _flat(implementation: Implementation) -> Any:
-  """An implementation as a function of flat operands."""
+  """An implementation as a function of the flat operands of one leaf or more."""
 
   def fn(*flat: jax.Array, step: Step, rounding: Rounding, treedef: Any) -> list[jax.Array]:
-    return jax.tree.leaves(implementation(step, rounding, jax.tree.unflatten(treedef, flat)))
+    leaves = jax.tree.unflatten(treedef, flat)
+    take = implementation
+    if len(leaves) > 1:
+      take = functools.partial(step_lib.with_means, on_one_device)
+    return jax.tree.leaves([take(step, rounding, leaf) for leaf in leaves])
 
   return fn
 
 
 @functools.cache
 def _compiled(**params: Any) -> Any:
-  return jax.jit(functools.partial(_take_step_p.bind, **params))
+  return jax.jit(functools.partial(_take_steps_p.bind, **params))
 
 
-@_take_step_p.def_impl
+@_take_steps_p.def_impl
 def _impl(*flat: jax.Array, **params: Any) -> list[jax.Array]:
   if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
     return _flat(_by_layers)(*flat, **params)
   return _compiled(**params)(*flat)
 
 
-@_take_step_p.def_abstract_eval
+@_take_steps_p.def_abstract_eval
 def _abstract_eval(*flat: Any, treedef: Any, **params: Any) -> list[Any]:
   del params
-  out = jax.tree.leaves(jax.tree.unflatten(treedef, flat).results)
+  out = jax.tree.leaves([leaf.results for leaf in jax.tree.unflatten(treedef, flat)])
   return [jax.core.ShapedArray(x.shape, x.dtype) for x in out]
 
 
@@ -126,37 +158,41 @@ def _batched(flat: Any, axes: Any, **params: Any) -> tuple[list[jax.Array], list
   return results, [0] * len(results)
 
 
-batching.primitive_batchers[_take_step_p] = _batched
+batching.primitive_batchers[_take_steps_p] = _batched
 
 
-def _lowering(implementation: Implementation) -> Any:
+def _lowering(implementation: Implementation, of_many: Any = None) -> Any:
   """The rule that lowers to an implementation on one device, and to `by_layers` on several.
 
   A kernel sees local indices and is not partitioned; the definition is, with the bits of global
   indices. Inside `jax.shard_map` over all axes of a mesh each device is by itself.
+
+  Args:
+    implementation: of a leaf's step.
+    of_many: (step, rounding, leaves) → results of each, where there is a way of its own.
   """
 
   def lower(ctx: Any, *args: Any, **params: Any) -> Any:
-    lower_as = lambda chosen: mlir.lower_fun(_flat(chosen), multiple_results=True)(
-      ctx, *args, **params
-    )
+    lower_as = lambda fn: mlir.lower_fun(fn, multiple_results=True)(ctx, *args, **params)
+    leaves = jax.tree.unflatten(params["treedef"], ctx.avals_in)
     if not is_alone(ctx):
-      return lower_as(_by_layers)
+      return lower_as(_flat(_by_layers))
+    if len(leaves) > 1 and of_many is not None:
+      return lower_as(of_many)
     try:
       with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        return lower_as(implementation)
+        return lower_as(_flat(implementation))
     except Exception as error:
       if implementation is _by_layers:
         raise
-      _warn_of_refusal(ctx, params, error)
-      return lower_as(_by_layers)
+      _warn_of_refusal(ctx, leaves[0], error)
+      return lower_as(_flat(_by_layers))
 
   return lower
 
 
-def _warn_of_refusal(ctx: Any, params: Any, error: Exception) -> None:
-  leaf: Leaf = jax.tree.unflatten(params["treedef"], ctx.avals_in)
+def _warn_of_refusal(ctx: Any, leaf: Leaf, error: Exception) -> None:
   platforms = "/".join(ctx.module_context.platforms)
   warnings.warn(
     f"no kernel for the step of {leaf.weight.format} of shape {leaf.shape} on {platforms}:"
@@ -167,13 +203,18 @@ def _warn_of_refusal(ctx: Any, params: Any, error: Exception) -> None:
   )
 
 
+def _by_turns(*flat: jax.Array, step: Step, rounding: Rounding, treedef: Any) -> list[jax.Array]:
+  take = functools.partial(step_lib.with_means, _by_layers, step, rounding)
+  return jax.tree.leaves(cpu.by_turns(take, jax.tree.unflatten(treedef, flat)))
+
+
 def _on_cuda(own: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   if gpu is None or not gpu.available():
     return _by_layers(own, rounding, leaf)
   return gpu.by_tiles(own, rounding, leaf, gpu.target())
 
 
-mlir.register_lowering(_take_step_p, _lowering(_by_layers))
-mlir.register_lowering(_take_step_p, _lowering(cpu.by_size), platform="cpu")
-mlir.register_lowering(_take_step_p, _lowering(tpu.by_panels), platform="tpu")
-mlir.register_lowering(_take_step_p, _lowering(_on_cuda), platform="cuda")
+mlir.register_lowering(_take_steps_p, _lowering(_by_layers))
+mlir.register_lowering(_take_steps_p, _lowering(cpu.by_size, _by_turns), platform="cpu")
+mlir.register_lowering(_take_steps_p, _lowering(tpu.by_panels), platform="tpu")
+mlir.register_lowering(_take_steps_p, _lowering(_on_cuda), platform="cuda")

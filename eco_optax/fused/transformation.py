@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -188,26 +189,28 @@ def fuse(
     step = optimizer.step._replace(skips=scale is not None)
     # Made once for all leaves of one decay.
     by_decay = {id(own): optimizer.scalars(node, count, factor, own) for own in decays.values()}
+    places = {path: getattr(x, "qvalue", x) for path, x in shardings.items()}
+
+    def leaf_at(path: str) -> Leaf:
+      own = jnp.array([rounding_lib.stream_start(seed, path), *starts.get(path, ())])
+      arrays = weights[path], gradients[path], moments[path]
+      scalars, own = by_decay[id(decays[path])], unlike_constant(own, steps[0])
+      return Leaf(scalars, own, steps, context.layer, *arrays)
+
+    leaves = {
+      path: leaf_at(path) for path in _fusable(weights, moments, context.moments is not None)
+    }
     done: dict[str, _Done] = {}
+    for paths in dispatch.kinds(leaves, places, fused):
+      new = dispatch.take_steps(step, rounding, [leaves.pop(path) for path in paths])
+      done.update(zip(paths, itertools.starmap(_Done, new), strict=True))
     ends = []
-    for stack in order.stacks(_fusable(weights, moments, context.moments is not None)):
+    for stack in order.stacks(leaves):
       behind: list[jax.Array] = []
       for layer in stack:
         for path in layer:
-          leaf = Leaf(
-            by_decay[id(decays[path])],
-            unlike_constant(
-              [rounding_lib.stream_start(seed, path), *starts.get(path, ())], steps[0]
-            ),
-            order.after(behind, steps),
-            context.layer,
-            weights[path],
-            gradients[path],
-            moments[path],
-          )
-          place = shardings.get(path)
-          place = place.qvalue if is_quantized(place) else place
-          done[path] = _Done(*dispatch.take_step(step, rounding, leaf, place, fused))
+          leaf = leaves[path]._replace(steps=order.after(behind, steps))
+          done[path] = _Done(*dispatch.take_step(step, rounding, leaf, places.get(path), fused))
         behind = [done[path].weight.scale for path in layer]
       ends += behind
     # Embeddings' gradients are there last, and whatever comes before them waits for the layers.

@@ -11,6 +11,7 @@ import optax
 
 from eco_optax import rounding as rounding_lib
 from eco_optax import trees
+from eco_optax.lowering import barrier
 from eco_optax.quantized_array import is_quantized
 from eco_optax.transforms import momentum as momentum_lib
 from eco_optax.transforms.factored import factored, is_array
@@ -117,7 +118,7 @@ class MomentStorage(NamedTuple):
 
       def store_one(x: jax.Array, layer: jax.Array | None) -> Any:
         if is_first:  # XLA would work out a constant's codes as it compiles, for minutes.
-          x = jax.lax.optimization_barrier(x)
+          x = barrier(x)
         if dtype == "factored":
           return factored(x)
         bits = rounding_lib.counter_bits(self.key(path), x.shape, layer)
@@ -228,7 +229,7 @@ def low_bit_moments(
       )
     stored = MomentStorage(mu, nu, step).store(state, params)
     # Nor does XLA simplify a first step in the same program by what it knows to be zero.
-    return LowBitMomentsState(step, jax.lax.optimization_barrier(stored))
+    return LowBitMomentsState(step, barrier(stored))
 
   def update(
     updates: Any, state: LowBitMomentsState, params: Any, context: Context, **extra_args: Any

@@ -539,9 +539,8 @@ def _try_out(
   done: dict[str, _Found] = {}
 
   def judge(before: Any, grads: Any, report: _Report) -> None:
-    moved = jax.device_get({path: jnp.any(u != 0) for path, u in report.updates.items()})
-    for path, has_moved in moved.items():
-      moves[path] += bool(has_moved)
+    for path, update in jax.device_get(report.updates).items():
+      moves[path] += bool(np.any(update != 0))
     if ready := [path for path in where.paths if moves[path] >= 3 and path not in done]:
       momentum = where.get(before)
       _, at_ten = step(grads, where.put(before, jax.tree.map(lambda m: 10 * m, momentum)))
@@ -552,7 +551,8 @@ def _try_out(
       reports = jax.device_get((report, at_ten, at_large))
       reports = tuple(r._replace(is_large=k > 0) for k, r in enumerate(reports))
       mixed = [path for path in ready if any(r.mixes(path) for r in reports)]
-      known = [path for path in ready if path in where.preconditioners(before)]
+      preconditioners = where.preconditioners(before)
+      known = [path for path in ready if path in preconditioners]
       faults: dict[str, str] = {}
       if paths := tuple(dict.fromkeys((*mixed, *known))):
         random = lambda: flat(draw(1.0))

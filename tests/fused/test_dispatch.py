@@ -59,15 +59,15 @@ def test_a_kernel_that_is_refused_gives_way_with_a_warning(monkeypatch):
   def bind(leaf):
     return dispatch.take_step(ADAMW, "nearest", leaf)
 
-  old = dispatch._lowering(dispatch.cpu.by_size)
-  mlir.register_lowering(dispatch._take_step_p, lower, platform="cpu")
+  old = dispatch._lowering(dispatch.cpu.by_size, dispatch._by_turns)
+  mlir.register_lowering(dispatch._take_steps_p, lower, platform="cpu")
   dispatch._compiled.cache_clear()
   jax.clear_caches()
   try:
     with pytest.warns(RuntimeWarning, match=r"float8_e4m3fn.*\(64, 48\) on cpu: NotImpl.*no lower"):
       found = jax.jit(bind)(leaf)
   finally:
-    mlir.register_lowering(dispatch._take_step_p, old, platform="cpu")
+    mlir.register_lowering(dispatch._take_steps_p, old, platform="cpu")
     dispatch._compiled.cache_clear()
     jax.clear_caches()
   with warnings.catch_warnings():
