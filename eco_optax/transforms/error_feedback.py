@@ -399,12 +399,11 @@ def build(
         # Without a step the debt stays.
         is_paid = usable[path] & injection.reached[path]
         error[path] = jnp.where(is_paid, error[path], last_error[path])
-      dtype = found[path].dtype
-      key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
-      bits = rounding_lib.counter_bits(key, weights[path].shape, context.layer)
-      stored[path] = rounding_lib.stochastic_cast(
-        step.momentum[path] + injection.added[path], dtype, bits
-      )
+      stored[path] = step.momentum[path] + injection.added[path]
+      if (dtype := found[path].dtype) != jnp.float32:
+        key = rounding_lib.stream_key(_INJECTION_SEED, state.step, path)
+        bits = rounding_lib.counter_bits(key, weights[path].shape, context.layer)
+        stored[path] = rounding_lib.stochastic_cast(stored[path], dtype, bits)
 
     new_state = ErrorFeedbackState(
       step=optax.safe_increment(state.step),
