@@ -198,6 +198,10 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
     if format.two_level and largest is not None:
       unit, largest = matrix_scale(largest, format), None
 
+    def old_chunk(stored: Any, i: jax.Array) -> tuple[Arrays, tuple[Arrays, ...], Arrays]:
+      part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
+      return *jax.tree.map(part, stored), {name: x[matrix] for name, x in whole.items()}
+
     def new_chunk(stored: Any, i: jax.Array) -> tuple[Arrays, tuple[Arrays, ...], Arrays]:
       plan, proposal, chunk = propose_chunk(stored, matrix, i)
       number = None if numbers is None else numbers[matrix]
@@ -216,23 +220,22 @@ def by_rows(step: Step, rounding: Rounding, leaf: Leaf) -> tuple[QuantizedArray,
       of_matrix = {name: new[name] for name in whole}
       if (skip := step.skipped(leaf.scalars)) is None:
         return own, new_moments, of_matrix
-      part = lambda x: jax.lax.dynamic_slice_in_dim(x, *place(x, matrix, i))
-      old_parts = *jax.tree.map(part, stored), {name: x[matrix] for name, x in whole.items()}
       keep = functools.partial(jnp.where, skip)
-      return jax.tree.map(keep, old_parts, (own, new_moments, of_matrix))
+      return jax.tree.map(keep, old_chunk(stored, i), (own, new_moments, of_matrix))
 
     # Each turn writes the chunk that the one before it computed, and then reads: the
-    # compiler does not copy an array that nothing else reads while it changes.
+    # compiler does not copy an array that nothing else reads while it changes. The first writes
+    # what is there.
     def turn(i: jax.Array, carry: Any) -> Any:
       stored, (*new, _) = carry
       put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
-        x, part, place(x, matrix, i - 1)[0], 0
+        x, part, place(x, matrix, jnp.maximum(i - 1, 0))[0], 0
       )
       stored = jax.tree.map(put, stored, tuple(new))
       return stored, new_chunk(stored, jnp.minimum(i, chunks - 1))
 
-    first = new_chunk(stored, jnp.zeros([], jnp.int32))
-    stored, (*_, of_matrix) = jax.lax.fori_loop(1, chunks + 1, turn, (stored, first))
+    first = old_chunk(stored, jnp.zeros([], jnp.int32))
+    stored, (*_, of_matrix) = jax.lax.fori_loop(0, chunks + 1, turn, (stored, first))
     return stored, {name: x.at[matrix].set(of_matrix[name]) for name, x in new_whole.items()}
 
   carry = (weight, moments), whole
