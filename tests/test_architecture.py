@@ -12,6 +12,8 @@ LEVELS = (
     "explicit_axes",
     "flax_state",
     "contraction",
+    "lowering",
+    "rounded_dot",
     "data_parallel",
     "formats",
     "rounding",
