@@ -163,6 +163,8 @@ def ways() -> dict[str, Way]:
   nearest, stochastic = (eco.quantize_params(rounding=r) for r in ("nearest", "stochastic"))  # type: ignore[arg-type]
   low = lambda tx, mu, nu: _way(eco.low_bit_moments(tx, mu, nu), pack(eco.FP8))
   fp8 = lambda tx: _way(tx, pack(eco.FP8))
+  # An output channel is a row, as in the harness and in checkpoints.
+  rows = lambda tx: _way(tx, pack(eco.Format("float8_e4m3fn", contraction_axis=-1)))
   bfloat16 = functools.partial(optax.tree.cast, dtype=jnp.bfloat16)
   f8: Any = "float8_e4m3fn"
   found = {
@@ -190,6 +192,11 @@ def ways() -> dict[str, Way]:
     "eco.adamw, SR, bfloat16 moments": low(eco.adamw(RATE), "bfloat16", "bfloat16"),
     "eco.adamw, SR, FP8 moments": low(eco.adamw(RATE), f8, f8),
     "eco.adamw, SR, INT8 and FP8 moments": low(eco.adamw(RATE), "int8", f8),
+    "eco.adamw, SR, kernels (out, in)": rows(eco.adamw(RATE)),
+    "eco.adamw, SR, (out, in), FP8 moments": rows(eco.low_bit_moments(eco.adamw(RATE), f8, f8)),
+    "eco.adamw, SR, (out, in), FP8 and factored moments": rows(
+      eco.low_bit_moments(eco.adamw(RATE), f8, "factored")
+    ),
     "eco.sgd, SR": fp8(eco.sgd(RATE)),
   }
   found |= {name: way._replace(is_eco=True) for name, way in ours.items()}
