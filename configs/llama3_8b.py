@@ -5,7 +5,7 @@ python scripts/train.py --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
 Machine: one GPU of 32 GB, or 4 TPU v5e chips. The state takes 15.21 GiB and the step 23.32 GiB at
 the peak, as compiled for one H100 (results/one_gpu/llama3_8b.json). A step of one sequence, by
---config.batch_size=1 --config.accumulation=1, takes 16.55 GiB, and with --config.format=INT4 13.27.
+--config.batch_size=1 --config.accumulation=1, takes 16.34 GiB, and with --config.format=INT4 13.06.
 Result: not trained yet.
 
 Codes and momentum are a byte each, and of second moments row and column means are kept; so for
