@@ -42,7 +42,7 @@ def unlike_constant(x: Any, step: Any) -> jax.Array:
 
   Args:
     x: a constant, of any shape and dtype.
-    step: int32 scalar, the number of steps taken; not negative.
+    step: integer scalar that is not known before the program runs, such as the steps taken.
 
   Returns:
     `x`.
@@ -64,8 +64,11 @@ def _unlike_constant_batched(args: Any, axes: Any) -> tuple[jax.Array, Any]:
 
 
 def _by_branch(x: jax.Array, step: jax.Array) -> jax.Array:
-  """A barrier is gone before fusions are made. A branch of two is not, and costs a CPU nothing."""
-  return jax.lax.cond(step >= 0, lambda: x, lambda: jnp.zeros_like(x))
+  """A barrier is gone before fusions are made. A branch is not, and costs a CPU nothing.
+
+  The other one is never taken, which the compiler does not find out.
+  """
+  return jax.lax.cond((step | 1) != 0, lambda: x, lambda: jnp.zeros_like(x))
 
 
 def _by_barrier(x: jax.Array, step: jax.Array) -> jax.Array:

@@ -27,20 +27,20 @@ def rounded_dot(a: jax.Array, b: jax.Array, contracting: Any, dtype: Any) -> jax
 
   Args:
     a: float array.
-    b: float array of a's dtype.
+    b: float array.
     contracting: axes of a and of b that are summed over, as two tuples.
-    dtype: of the result, float32 or of 16 bits.
+    dtype: of the result.
 
   Returns:
-    The remaining axes of a, then those of b. On GPUs and TPUs a program of one device, and each
-    device inside `jax.shard_map`, stores sums in `dtype` as they are made; otherwise parts are
-    added over devices in float32.
+    The remaining axes of a, then those of b. Where all are of one dtype of 16 bits, a program of
+    one GPU or TPU, and each device inside `jax.shard_map`, stores sums in it as they are made.
+    Otherwise they leave in float32, in which devices add their parts.
   """
-  contracting = tuple(map(tuple, contracting))
-  if jnp.dtype(dtype) == jnp.float32:
-    return _by_two(a, b, contracting=contracting, dtype=jnp.dtype(dtype))
+  how: Any = {"contracting": tuple(map(tuple, contracting)), "dtype": jnp.dtype(dtype)}
+  if how["dtype"].itemsize != 2 or {a.dtype, b.dtype} != {how["dtype"]}:
+    return _by_two(a, b, **how)
   a, b = explicit_axes.vary_like(a, b), explicit_axes.vary_like(b, a)
-  return _p.bind(a, b, contracting=contracting, dtype=jnp.dtype(dtype))
+  return _p.bind(a, b, **how)
 
 
 def _by_one(a: jax.Array, b: jax.Array, *, contracting: Any, dtype: Any) -> jax.Array:

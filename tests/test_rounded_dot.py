@@ -81,6 +81,18 @@ def test_only_a_device_by_itself_stores_sums_in_16_bits(platform):
   assert stored(parts, *split, platform=platform) == [alone]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_wider_factors_have_wider_sums(platform):
+  """JAX has no product whose result is narrower than its factors."""
+  wide, narrow = (jnp.ones((64, 16), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+  product = lambda a, b, dtype: lambda: rounded_dot(a, b, TOKENS, dtype)
+  assert stored(product(wide, wide, jnp.bfloat16), platform=platform) == ["f32"]
+  assert stored(product(narrow, narrow, jnp.float32), platform=platform) == ["f32"]
+  found = product(wide, wide, jnp.bfloat16)()
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, jnp.full((16, 16), 64, jnp.bfloat16))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_split_tokens_are_added_in_float32(kind):
   x, dy = factors()

@@ -169,7 +169,7 @@ def _lowering(implementation: Implementation, of_many: Any = None) -> Any:
 
   Args:
     implementation: of a leaf's step.
-    of_many: (step, rounding, leaves) → results of each, where there is a way of its own.
+    of_many: a function as `_flat` makes them, for a way of their own of several leaves.
   """
 
   def lower(ctx: Any, *args: Any, **params: Any) -> Any:

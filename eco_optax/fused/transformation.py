@@ -201,6 +201,7 @@ def fuse(
       path: leaf_at(path) for path in _fusable(weights, moments, context.moments is not None)
     }
     done: dict[str, _Done] = {}
+    # The many small ones have small gradients, and need not wait for layers behind theirs.
     for paths in dispatch.kinds(leaves, places, fused):
       new = dispatch.take_steps(step, rounding, [leaves.pop(path) for path in paths])
       done.update(zip(paths, itertools.starmap(_Done, new), strict=True))
