@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 
 def is_alone(ctx: Any) -> bool:
@@ -63,6 +63,10 @@ def _unlike_constant_batched(args: Any, axes: Any) -> tuple[jax.Array, Any]:
   return jax.lax.optimization_barrier(args[0]), axes[0]
 
 
+def _unlike_constant_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+  return _unlike_constant_p.bind(*primals), tangents[0]
+
+
 def _by_branch(x: jax.Array, step: jax.Array) -> jax.Array:
   """A barrier is gone before fusions are made. A branch is not, and costs a CPU nothing.
 
@@ -76,6 +80,7 @@ def _by_barrier(x: jax.Array, step: jax.Array) -> jax.Array:
   return jax.lax.optimization_barrier(x)  # type: ignore[no-any-return]
 
 
+ad.primitive_jvps[_unlike_constant_p] = _unlike_constant_jvp
 batching.primitive_batchers[_unlike_constant_p] = _unlike_constant_batched
 _lower = functools.partial(mlir.lower_fun, multiple_results=False)
 mlir.register_lowering(_unlike_constant_p, _lower(_by_barrier))

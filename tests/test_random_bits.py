@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -168,3 +169,36 @@ def test_a_restored_run_draws_the_same_bits():
   np.testing.assert_array_equal(np.asarray(a["w"].qvalue), np.asarray(b["w"].qvalue))
   c, _ = eco.quantize_params(seed=2).update(updates, restored, params)
   assert np.any(np.asarray(a["w"].qvalue) != np.asarray(c["w"].qvalue))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2**31 - 1, -1, -(2**31)])
+def test_programs_that_are_compiled_and_steps_one_by_one_draw_the_same_bits(step):
+  """Also where a counter has run over."""
+  step = jnp.int32(step)
+  wanted = rounding.element_bits(
+    rounding.key_at(rounding.stream_start(0, "w"), step),
+    rounding.mixed(jnp.arange(6, dtype=jnp.uint32).reshape(2, 3)),
+  )
+  np.testing.assert_array_equal(draw(step, (2, 3)), wanted)
+  with jax.disable_jit():
+    np.testing.assert_array_equal(draw(step, (2, 3)), wanted)
+  batched = jax.vmap(lambda step: draw(step, (2, 3)))(jnp.stack([step, step]))
+  np.testing.assert_array_equal(batched, jnp.stack([wanted, wanted]))
+
+
+def test_steps_can_be_differentiated_around_them():
+  """As where a learning rate is learned through the steps that it makes."""
+
+  def loss(rate):
+    tx = eco.chain(optax.sgd(rate), eco.quantize_params(eco.FP8))
+
+    def step(carry, _):
+      weights, state = carry
+      updates, state = tx.update({"w": jnp.ones((2, 2))}, state, weights)
+      return (optax.apply_updates(weights, updates), state), None
+
+    weights = {"w": jnp.ones((2, 2))}
+    (weights, _), _ = jax.lax.scan(step, (weights, tx.init(weights)), None, 3)
+    return jnp.sum(weights["w"])
+
+  assert np.isfinite(jax.grad(loss)(0.1))
