@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 def is_alone(ctx: Any) -> bool:
-  """Whether what is lowered runs on one device, or on each of a `jax.shard_map` by itself.
+  """Whether a device runs the program by itself: the only one, or each inside `jax.shard_map`.
 
   Args:
     ctx: the lowering rule's first argument, a `jax.interpreters.mlir.LoweringRuleContext`.

@@ -32,34 +32,34 @@ def rounded_dot(a: jax.Array, b: jax.Array, contracting: Any, dtype: Any) -> jax
     dtype: of the result.
 
   Returns:
-    The remaining axes of a, then those of b. Where all are of one dtype of 16 bits, a program of
-    one GPU or TPU, and each device inside `jax.shard_map`, stores sums in it as they are made.
-    Otherwise they leave in float32, in which devices add their parts.
+    The product, with the remaining axes of a and then the remaining axes of b. If a, b and the
+    product have the same dtype of 16 bits, a GPU or TPU by itself stores the sums in that dtype as
+    it makes them. Otherwise the sums are stored in float32 first, and devices add them in float32.
   """
   how: Any = {"contracting": tuple(map(tuple, contracting)), "dtype": jnp.dtype(dtype)}
   if how["dtype"].itemsize != 2 or {a.dtype, b.dtype} != {how["dtype"]}:
-    return _by_two(a, b, **how)
+    return _stored_twice(a, b, **how)
   a, b = explicit_axes.vary_like(a, b), explicit_axes.vary_like(b, a)
   return _p.bind(a, b, **how)
 
 
-def _by_one(a: jax.Array, b: jax.Array, *, contracting: Any, dtype: Any) -> jax.Array:
+def _stored_once(a: jax.Array, b: jax.Array, *, contracting: Any, dtype: Any) -> jax.Array:
   return jax.lax.dot_general(a, b, (contracting, ((), ())), preferred_element_type=dtype)
 
 
-def _by_two(a: jax.Array, b: jax.Array, *, contracting: Any, dtype: Any) -> jax.Array:
-  return _by_one(a, b, contracting=contracting, dtype=jnp.float32).astype(dtype)
+def _stored_twice(a: jax.Array, b: jax.Array, *, contracting: Any, dtype: Any) -> jax.Array:
+  return _stored_once(a, b, contracting=contracting, dtype=jnp.float32).astype(dtype)
 
 
 def _lower(ctx: Any, *args: Any, **params: Any) -> Any:
-  chosen = _by_one if is_alone(ctx) else _by_two
+  chosen = _stored_once if is_alone(ctx) else _stored_twice
   return mlir.lower_fun(functools.partial(chosen, **params), multiple_results=False)(ctx, *args)
 
 
 @_p.def_impl
 def _impl(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
   if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-    return _by_two(a, b, **params)
+    return _stored_twice(a, b, **params)
   return _compiled(**params)(a, b)
 
 
@@ -84,16 +84,16 @@ def _abstract_eval(a: Any, b: Any, *, contracting: Any, dtype: Any) -> Any:
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
   tangents = map(ad.instantiate_zeros, tangents)
-  return jax.jvp(functools.partial(_by_two, **params), primals, tuple(tangents))
+  return jax.jvp(functools.partial(_stored_twice, **params), primals, tuple(tangents))
 
 
 def _batched(args: Any, axes: Any, **params: Any) -> tuple[jax.Array, int]:
-  return jax.vmap(functools.partial(_by_two, **params), in_axes=axes)(*args), 0
+  return jax.vmap(functools.partial(_stored_twice, **params), in_axes=axes)(*args), 0
 
 
 ad.primitive_jvps[_p] = _jvp
 batching.primitive_batchers[_p] = _batched
 # Units of CPUs have no use of it, and some round partial sums.
-mlir.register_lowering(_p, mlir.lower_fun(_by_two, multiple_results=False))
+mlir.register_lowering(_p, mlir.lower_fun(_stored_twice, multiple_results=False))
 mlir.register_lowering(_p, _lower, platform="cuda")
 mlir.register_lowering(_p, _lower, platform="tpu")

@@ -47,8 +47,8 @@ from eco_optax.quantized_array import (
 from eco_optax.transforms.factored import Factors
 from eco_optax.transforms.stored_moments import pack_like, unpack
 
-# Leaves that are worth a loop, and weights in it at most: with their gradients and moments they are
-# copied into the loop's own arrays and out again.
+# A loop takes this many leaves at least, and this many weights at most. It copies the leaves, with
+# their gradients and moments, into arrays of its own, and copies the results out of them.
 FEWEST_TURNS = 4
 _TURNS = 2**21
 

@@ -645,8 +645,8 @@ def run(plan: _Plan, leaf: Leaf) -> tuple[QuantizedArray, Moments]:
   """The step of a leaf as planned."""
   first, p, own = leaf_lib.numbers(leaf), plan, leaf.alone
   in_place = p.schedule == "alone" and p.turns == 1  # A program reads scales that it writes.
-  # A kernel takes a stack's scales if it changes them in place and as they are stored. Otherwise it
-  # takes those of the leaf alone.
+  # A kernel that changes scales in place, in the dtype that they are stored in, takes the scales of
+  # the whole stack. Any other kernel takes the scales of the leaf alone.
   by_byte = p.format.scale_dtype.name == "float8_e8m0fnu"
   as_stored = by_byte or p.format.scale_dtype == jnp.float32
   weight = leaf.weight if in_place and as_stored else own.weight

@@ -41,7 +41,7 @@ def stepped(tx, params, scales=(1.0, jnp.inf, 0.5)):
   return params, state
 
 
-def equal(found, wanted):
+def assert_equal(found, wanted):
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -50,14 +50,14 @@ def equal(found, wanted):
 @pytest.mark.parametrize("format", [eco.FP8, eco.INT4, eco.NVFP4], ids=str)
 @pytest.mark.parametrize("nu", ["float8_e4m3fn", "factored"])
 def test_turns_are_the_steps_of_leaves_to_the_bit(monkeypatch, format, nu):
-  # In loops of three, three and two, each with a leaf of the largest number of its own bits.
+  # In loops of three, three and two leaves.
   monkeypatch.setattr(cpu, "_TURNS", 3 * 64 * 32)
   params = many(8, format)
   tx = lambda fused: eco.low_bit_moments(eco.adamw(1e-2, fused=fused), nu=nu)
   found = stepped(tx(True), params)
-  equal(found, stepped(tx(False), params))
+  assert_equal(found, stepped(tx(False), params))
   monkeypatch.setattr(cpu, "FEWEST_TURNS", 9)
-  equal(found, stepped(tx(True), params))
+  assert_equal(found, stepped(tx(True), params))
 
 
 def test_leaves_of_other_kinds_keep_to_themselves():
@@ -67,7 +67,7 @@ def test_leaves_of_other_kinds_keep_to_themselves():
   params["int4"] = eco.quantize(jnp.ones((64, 32)), eco.INT4)
   mask = lambda tree: {name: name != "layer_3" for name in tree}
   tx = lambda fused: eco.low_bit_moments(eco.adamw(1e-2, weight_decay=0.3, mask=mask, fused=fused))
-  equal(stepped(tx(True), params), stepped(tx(False), params))
+  assert_equal(stepped(tx(True), params), stepped(tx(False), params))
 
 
 def instructions(count, tx):
