@@ -47,20 +47,31 @@ def assert_equal(found, wanted):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.fixture
+def taken(monkeypatch):
+  """Numbers of leaves that steps are taken of by turns, and of the loops that these make."""
+  lengths, by_turns = [], cpu.by_turns
+  record = lambda take, leaves: lengths.append(len(leaves)) or by_turns(take, leaves)
+  monkeypatch.setattr(cpu, "by_turns", record)
+  return lengths
+
+
 @pytest.mark.parametrize("format", [eco.FP8, eco.INT4, eco.NVFP4], ids=str)
 @pytest.mark.parametrize("nu", ["float8_e4m3fn", "factored"])
-def test_turns_are_the_steps_of_leaves_to_the_bit(monkeypatch, format, nu):
+def test_turns_are_the_steps_of_leaves_to_the_bit(monkeypatch, taken, format, nu):
   # In loops of three, three and two leaves.
   monkeypatch.setattr(cpu, "_TURNS", 3 * 64 * 32)
   params = many(8, format)
   tx = lambda fused: eco.low_bit_moments(eco.adamw(1e-2, fused=fused), nu=nu)
   found = stepped(tx(True), params)
+  assert taken == [8, 3, 3, 2]
   assert_equal(found, stepped(tx(False), params))
   monkeypatch.setattr(cpu, "FEWEST_TURNS", 9)
   assert_equal(found, stepped(tx(True), params))
+  assert taken == [8, 3, 3, 2]
 
 
-def test_leaves_of_other_kinds_keep_to_themselves():
+def test_leaves_of_other_kinds_keep_to_themselves(taken):
   """Of another decay, shape or format, and fewer than are worth a loop."""
   params = many(5)
   params["wide"] = eco.quantize(jnp.ones((64, 96)), eco.FP8)
@@ -68,6 +79,7 @@ def test_leaves_of_other_kinds_keep_to_themselves():
   mask = lambda tree: {name: name != "layer_3" for name in tree}
   tx = lambda fused: eco.low_bit_moments(eco.adamw(1e-2, weight_decay=0.3, mask=mask, fused=fused))
   assert_equal(stepped(tx(True), params), stepped(tx(False), params))
+  assert taken == [4]
 
 
 def instructions(count, tx):
