@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -28,6 +29,13 @@ def barrier(tree: Any) -> Any:
   """`jax.lax.optimization_barrier` of what is traced. Of arrays that are there it makes copies."""
   is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
   return jax.lax.optimization_barrier(tree) if is_traced else tree
+
+
+def row_major(tree: Any) -> Any:
+  """What is traced, with the last axis of its arrays contiguous in memory, whatever reads them."""
+  own = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  is_traced = lambda x: isinstance(x, jax.core.Tracer)
+  return jax.tree.map(lambda x: own(x) if is_traced(x) else x, tree)
 
 
 _unlike_constant_p = Primitive("eco_unlike_constant")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eco_optax import explicit_axes, rounding
-from eco_optax.formats import FP8_E5M2_TOKEN, Format, grid_bits
+from eco_optax import explicit_axes, lowering, rounding
+from eco_optax.formats import FP8, FP8_E5M2_TOKEN, Format, grid_bits
 from eco_optax.quantized_array import QuantizedArray, is_quantized, quantize_array, seed_of
 from eco_optax.rounded_dot import rounded_dot
 
@@ -22,7 +22,18 @@ class _How(NamedTuple):
 
   activation: Format | None
   gradient: Format | None
+  kernel_gradient: Format | None
   axis: int = 0  # Of the kernel, that the product sums over: 1 of (out, in).
+
+
+class _Streams(NamedTuple):
+  """Of random bits, for the cotangents in either gradient; None rounds to nearest."""
+
+  inputs: jax.Array | None = None
+  kernel: jax.Array | None = None
+
+
+_STREAMS = ("cotangent", "cotangent of the kernel")  # Their names, in that order.
 
 
 def check_gradient_format(format: Format, weights: Format) -> None:
@@ -50,6 +61,18 @@ def check_gradient_format(format: Format, weights: Format) -> None:
     raise ValueError(
       f"gradient_format {format} multiplies float8 by the codes of weights, and float8 does not"
       f" have all the codes of {weights}: use eco_optax.FP8 or 4-bit weights, or no gradient_format"
+    )
+
+
+def check_kernel_gradient_format(format: Format) -> None:
+  """Raises `ValueError` if a format is not one of float8 codes with a scale per channel."""
+  if format.dtype not in _FLOAT8 or (format.granularity, format.contraction_axis) != (
+    "channel",
+    -2,
+  ):
+    raise ValueError(
+      f"kernel_gradient_format must be of float8 codes with one scale per channel, got {format}:"
+      f" use {FP8} (eco_optax.FP8) or eco_optax.FP8_E5M2"
     )
 
 
@@ -97,9 +120,12 @@ def _dot(values: jax.Array, kernel: jax.Array, dtype: Any, kernel_axis: int) -> 
     return product.astype(jnp.float32)
   if not kinds <= _FLOAT8:
     values, kernel = values.astype(dtype), kernel.astype(dtype)
-  # The range of float16 is too small for sums of codes.
-  sums = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-  return jax.lax.dot_general(values, kernel, dims, preferred_element_type=sums)
+  return jax.lax.dot_general(values, kernel, dims, preferred_element_type=_of_sums(dtype))
+
+
+def _of_sums(dtype: Any) -> Any:
+  """What sums of codes are stored in, where they are scaled to a dtype: float16 has no range."""
+  return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
 
 def _times(y: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -115,9 +141,9 @@ def _matmul(
   x: jax.Array,
   w: jax.Array | QuantizedArray,
   sink: jax.Array | None,
-  stream: jax.Array | None,
+  streams: _Streams,
 ) -> jax.Array:
-  del sink, stream  # Of use in the backward pass only.
+  del sink, streams  # Of use in the backward pass only.
   return _product(how, x, w)
 
 
@@ -136,6 +162,11 @@ def _dense(w: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
   return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
 
+def _rounded(x: jax.Array, format: Format, stream: jax.Array | None) -> QuantizedArray:
+  bits = None if stream is None else rounding.counter_bits(stream, x.shape)
+  return quantize_array(x, format, "nearest" if bits is None else "stochastic", bits)
+
+
 def _input_gradient(
   format: Format, axis: int, dy: jax.Array, w: QuantizedArray, stream: jax.Array | None
 ) -> jax.Array:
@@ -148,40 +179,59 @@ def _input_gradient(
   is_by_output = scale.shape[axis] == 1
   if is_by_output:
     y = _times(y, jnp.squeeze(scale, axis))
-  bits = None if stream is None else rounding.counter_bits(stream, y.shape)
-  packed = quantize_array(y, format, "nearest" if bits is None else "stochastic", bits)
+  packed = _rounded(y, format, stream)
   dx = _dot(packed.codes, _float8(w.codes), dy.dtype, 1 - axis)
   dx = _times(dx, packed.float_scale())
   return (dx if is_by_output else _times(dx, jnp.squeeze(scale, 1 - axis))).astype(dy.dtype)
 
 
+def _kernel_gradient(
+  how: _How, x: jax.Array, dy: jax.Array, dtype: Any, stream: jax.Array | None
+) -> jax.Array:
+  """`xᵀ @ dy`, or its transpose for a kernel of (out, in).
+
+  The sum runs over tokens, so that codes have one scale for each channel of either factor. That of
+  activations is made of what the layer before handed over, not of their codes per token: rounded
+  twice they would be further off.
+  """
+  if how.kernel_gradient is None:
+    values, x_scale = _factor(x, how.activation)  # Made again: cheaper than keeping them.
+    factors = _times(values, x_scale).astype(x.dtype), dy
+    tokens = (tuple(range(x.ndim - 1)),) * 2
+    return rounded_dot(*(factors[::-1] if how.axis else factors), tokens, dtype)
+  x, dy = (y.reshape(-1, y.shape[-1]) for y in (x, dy))
+  packed = quantize_array(x, FP8), _rounded(dy, how.kernel_gradient, stream)
+  # Float8 units of Hopper want tokens along rows. Left alone, XLA turns the float32 arrays that
+  # codes are made of; so held, it turns codes.
+  packed = lowering.barrier(lowering.row_major(packed))
+  first, second = packed[::-1] if how.axis else packed
+  dw = rounded_dot(first.codes, second.codes, ((0,), (0,)), _of_sums(dtype))
+  return _times(dw, first.float_scale().T * second.float_scale()).astype(dtype)
+
+
 def _forward(
-  how: _How, x: jax.Array, w: Any, sink: jax.Array | None, stream: jax.Array | None
+  how: _How, x: jax.Array, w: Any, sink: jax.Array | None, streams: _Streams
 ) -> tuple[jax.Array, Any]:
   # Without the sink, which a checkpoint would keep as an array of zeros.
-  return _product(how, x, w), (x, w, sink, stream)
+  return _product(how, x, w), (x, w, sink, streams)
 
 
 def _backward(how: _How, residuals: Any, dy: jax.Array) -> tuple:
-  x, w, sink, stream = residuals
+  x, w, sink, streams = residuals
   dw_dtype = w.dtype if not is_quantized(w) else jnp.float32 if sink is None else sink.dtype
 
   def products(
-    x: jax.Array, w: Any, dy: jax.Array, stream: jax.Array | None
+    x: jax.Array, w: Any, dy: jax.Array, streams: _Streams
   ) -> tuple[jax.Array, jax.Array]:
-    values, x_scale = _factor(x, how.activation)  # Made again: cheaper than keeping them.
-    values = _times(values, x_scale).astype(x.dtype)
     if how.gradient is None:
       dx = _dot(dy, _dense(w, x.dtype), x.dtype, 1 - how.axis).astype(x.dtype)
     else:
-      dx = _input_gradient(how.gradient, how.axis, dy, w, stream)
-    tokens = (tuple(range(x.ndim - 1)),) * 2
-    factors = (dy, values) if how.axis else (values, dy)
-    return dx, rounded_dot(*factors, tokens, dw_dtype)
+      dx = _input_gradient(how.gradient, how.axis, dy, w, streams.inputs)
+    return dx, _kernel_gradient(how, x, dy, dw_dtype, streams.kernel)
 
   like = x, w.qvalue if is_quantized(w) else w
   specs = lambda new: jax.tree.map(explicit_axes.spec_like, new, like)
-  dx, dw = explicit_axes.call(products, specs, x, w, dy, stream)
+  dx, dw = explicit_axes.call(products, specs, x, w, dy, streams)
   if not is_quantized(w):
     return dx, dw, None, None
   # Codes and scales have no gradient of their own: it leaves through the sink.
@@ -198,6 +248,7 @@ def matmul(
   gradient_format: Format | None = None,
   gradient_key: Any = None,
   transposed: bool = False,
+  kernel_gradient_format: Format | None = None,
 ) -> jax.Array:
   """`x @ w` for a packed or float kernel, with activations quantized on the way in.
 
@@ -210,7 +261,11 @@ def matmul(
 
   .. math:: dx = (codes(dy · scale_w) · codes(w)^T) · scale_{dy}
 
-  with one scale for each token's cotangent; the kernel's gradient is not touched by it.
+  with one scale for each token's cotangent. With a `kernel_gradient_format` so is the kernel's,
+
+  .. math:: dw = (codes(x)^T · codes(dy)) · scale_x · scale_{dy}
+
+  with one scale for each channel of x and of dy, over all tokens.
 
   Args:
     x: float activations of shape `(…, in)`.
@@ -223,17 +278,22 @@ def matmul(
       matrix, in float8 or 4 bits. None leaves them unchanged. NVIDIA's GPUs have no product of
       E5M2 by E5M2: for `eco.FP8_E5M2` weights take `eco.FP8_TOKEN`.
     gradient_key: a PRNG key or an integer, a new one for every step and layer: cotangents are then
-      rounded stochastically, and dx is its own mean without rounding. None rounds to nearest.
+      rounded stochastically, and dx and dw are on average what they are with the cotangents
+      unrounded. None rounds to nearest.
     transposed: whether w is stored `(out, in)`; the product is `x @ wᵀ`. Scales per output channel
       are then those of a format with `contraction_axis=-1`. Float8 units of Hopper read kernels so,
       and others as fast.
+    kernel_gradient_format: of the cotangents that the kernel's gradient is made of, `eco.FP8` or
+      `eco.FP8_E5M2`; activations are then rounded to `eco.FP8` for it. The kernel may be float.
+      Scales over tokens take one more pass over both factors, which only large products repay:
+      most recipes, and the paper's, leave this product in bfloat16. None does.
 
   Returns:
     Activations of shape `(…, out)` in x's dtype. A token whose cotangent has a NaN or an infinity
-    gets NaN throughout dx.
+    gets NaN throughout dx, and so does a channel of dw with a `kernel_gradient_format`.
 
   Raises:
-    ValueError: if the shapes do not match, the activation format does not fit x, or the gradient
+    ValueError: if the shapes do not match, the activation format does not fit x, or a gradient
       format is not one or not for this kernel.
 
   Example:
@@ -255,10 +315,13 @@ def matmul(
     raise ValueError(f"matmul takes (…, in) and {kernel}, got {x.shape} and {w.shape}")
   if activation_format is not None:
     activation_format.check(x.shape, "activations")
-  if gradient_format is None and gradient_key is not None:
+  if gradient_format is kernel_gradient_format is None and gradient_key is not None:
     raise ValueError(
-      "gradient_key is for the rounding of cotangents: pass gradient_format= too, or no key"
+      "gradient_key is for the rounding of cotangents: pass gradient_format= or"
+      " kernel_gradient_format= too, or no key"
     )
+  if kernel_gradient_format is not None:
+    check_kernel_gradient_format(kernel_gradient_format)
   if gradient_format is not None:
     if not isinstance(w, QuantizedArray):
       raise ValueError(
@@ -267,11 +330,13 @@ def matmul(
         " eco_optax.value_and_grad(…, dense=False), or pass no gradient_format"
       )
     check_gradient_format(gradient_format, w.format)
-  how, stream = _How(activation_format, gradient_format, int(transposed)), None
+  how = _How(activation_format, gradient_format, kernel_gradient_format, int(transposed))
+  streams = _Streams()
   if gradient_key is not None:
-    stream = rounding.stream_key(seed_of(gradient_key), 0, "cotangent")
+    seed = seed_of(gradient_key)
+    streams = _Streams(*(rounding.stream_key(seed, 0, name) for name in _STREAMS))
   vary = explicit_axes.vary_like
   if isinstance(w, QuantizedArray):
     sink = None if w.sink is None else vary(w.sink, x)
-    return _matmul(how, vary(x, w.qvalue), dataclasses.replace(w, sink=None), sink, stream)
-  return _matmul(how, vary(x, w), vary(w, x), None, stream)
+    return _matmul(how, vary(x, w.qvalue), dataclasses.replace(w, sink=None), sink, streams)
+  return _matmul(how, vary(x, w), vary(w, x), None, streams)

@@ -32,12 +32,13 @@ def rounded_dot(a: jax.Array, b: jax.Array, contracting: Any, dtype: Any) -> jax
     dtype: of the result.
 
   Returns:
-    The product, with the remaining axes of a and then the remaining axes of b. If a, b and the
-    product have the same dtype of 16 bits, a GPU or TPU by itself stores the sums in that dtype as
-    it makes them. Otherwise the sums are stored in float32 first, and devices add them in float32.
+    The product, with the remaining axes of a and then the remaining axes of b. If it is of 16 bits,
+    and a and b have its dtype or 8 bits, a GPU or TPU by itself stores the sums in that dtype as it
+    makes them. Otherwise the sums are stored in float32 first, and devices add them in float32.
   """
   how: Any = {"contracting": tuple(map(tuple, contracting)), "dtype": jnp.dtype(dtype)}
-  if how["dtype"].itemsize != 2 or {a.dtype, b.dtype} != {how["dtype"]}:
+  is_small = {a.dtype, b.dtype} == {how["dtype"]} or a.dtype.itemsize == b.dtype.itemsize == 1
+  if how["dtype"].itemsize != 2 or not is_small:
     return _stored_twice(a, b, **how)
   a, b = explicit_axes.vary_like(a, b), explicit_axes.vary_like(b, a)
   return _p.bind(a, b, **how)

@@ -799,6 +799,7 @@ def _training(config: str, batch: int, changes: dict[str, dict[str, Any]]) -> Ca
 # fuses more of it and copies none of it into stacks.
 _UNROLLED: dict[str, Any] = {"model.remat": "none", "model.unroll": 16}
 _FP8_BACKWARD: dict[str, Any] = {"method": "eco_sr", "gradient_format": "FP8_E5M2_TOKEN"}
+_FP8_KERNELS: dict[str, Any] = {"kernel_gradient_format": "FP8"}
 _LOW_MOMENTS: dict[str, Any] = {
   "method": "eco_sr",
   "moments.mu": "float8_e4m3fn",
@@ -809,6 +810,7 @@ _METHODS: dict[str, dict[str, Any]] = {
   "ECO + SR, FP8 backward": _FP8_BACKWARD | _UNROLLED,
   "ECO + SR": {"method": "eco_sr"} | _UNROLLED,
   "ECO + SR, FP8 moments": _LOW_MOMENTS | _UNROLLED,
+  "ECO + SR, FP8 backward, kernels too": _FP8_BACKWARD | _FP8_KERNELS | _UNROLLED,
   "BF16, loop over layers": {"method": "bf16_mw", "model.remat": "dots"},
   "ECO + SR, loop over layers": {"method": "eco_sr", "model.remat": "dots"},
 }

@@ -247,11 +247,89 @@ def test_cotangents_of_zeros_of_nan_and_of_extremes(cotangents, dtype, key):
     assert np.linalg.norm(dx[row] - wanted[row]) < 0.2 * np.linalg.norm(wanted[row])
 
 
-def test_stacks_of_kernels_have_the_gradients_of_each():
+KERNEL_COTANGENTS = {"e5m2": eco.FP8_E5M2, "e4m3": eco.FP8}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("cotangents", KERNEL_COTANGENTS)
+@pytest.mark.parametrize("weights", ["float", "fp8", "mxfp4"])
+def test_kernel_gradients_of_rounded_factors(weights, cotangents, transposed):
+  x, dense, dy = normal(0, 3, 5, 32), normal(1, 32, 64), normal(2, 3, 5, 64)
+  x *= np.exp(3 * normal(3, 32))  # Channels of unlike size.
+  dy *= np.exp(3 * normal(4, 64))
+  w = jnp.asarray(dense.T if transposed else dense)
+  if FORMATS[weights] is not None:
+    w = eco.quantize(w, FORMATS[weights])
+  format = KERNEL_COTANGENTS[cotangents]
+
+  def pull(format):
+    options = {"kernel_gradient_format": format, "transposed": transposed}
+    return pulled_back(jnp.asarray(x), w, jnp.asarray(dy), **options)
+
+  (y, dx, dw), (plain_y, plain_dx, plain_dw) = jax.jit(lambda: (pull(format), pull(None)))()
+  # What the option does not touch.
+  np.testing.assert_array_equal(y, plain_y)
+  np.testing.assert_array_equal(dx, plain_dx)
+
+  rounded, scale = float64_codes(x.reshape(15, 32).T, ml_dtypes.float8_e4m3fn)
+  cotangent, by_output = float64_codes(dy.reshape(15, 64).T, format.dtype)
+  wanted = rounded @ cotangent.T * scale * by_output.T
+  # Sums of 15 float32 products.
+  size = np.abs(rounded) @ np.abs(cotangent).T * scale * by_output.T
+  dw, plain_dw = (
+    np.asarray(d, np.float64).T if transposed else np.asarray(d) for d in (dw, plain_dw)
+  )
+  assert np.all(np.abs(dw - wanted) <= 2.0**-20 * size)
+  # Seen, and no more than half a step of each factor: 2⁻³ of it in E5M2.
+  error = np.linalg.norm((dw - plain_dw) / (scale * by_output.T))
+  assert 2.0**-8 < error / np.linalg.norm(plain_dw / (scale * by_output.T)) < 2.0**-3
+
+
+def test_stochastic_kernel_gradients_are_unbiased():
+  """In the cotangents: activations of one are the same in every format."""
+  draws, dy = 2048, normal(0, 1, 16)
+  w = jnp.zeros((4, 16))
+
+  def one(key):
+    options = {"gradient_key": key, "kernel_gradient_format": eco.FP8_E5M2}
+    return jax.grad(lambda w: jnp.sum(eco.matmul(jnp.ones((4, 4)), w, **options) * spread))(w)
+
+  spread = jnp.asarray(dy * np.array([[1.0], [0.3], [0.11], [0.05]], np.float32))
+  dw = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(draws, dtype=jnp.uint32)), np.float64)
+  wanted = np.broadcast_to(np.asarray(spread, np.float64).sum(0), (4, 16))
+  # Each sum has an error of its own, whose mean over draws has the deviation of one over √draws.
+  deviation = dw.std(0) / np.sqrt(draws)
+  assert np.all(deviation > 0)
+  assert np.all(np.abs(dw.mean(0) - wanted) < 5.5 * deviation + 2.0**-20 * np.abs(wanted))
+  # All four channels of activations meet the same cotangents; the input's gradient has its own.
+  np.testing.assert_array_equal(dw[:, :1], dw[:, 1:2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kernel_gradients_of_zeros_of_nan_and_of_large_sums(dtype):
+  x, dy = np.ones((512, 8), np.float32), np.ones((512, 16), np.float32)
+  dy[:, 0], dy[3, 1], dy[5, 2] = 0, np.nan, np.inf
+  w = eco.quantize(jnp.ones((8, 16)), eco.FP8)
+  loss = lambda p: jnp.sum(
+    eco.matmul(jnp.asarray(x, dtype), p["w"], kernel_gradient_format=eco.FP8)
+    * jnp.asarray(dy, dtype)
+  )
+  grads = eco.value_and_grad(loss, dense=False, gradient_dtype=dtype)({"w": w})[1]["w"]
+  assert grads.dtype == dtype
+  grads = np.asarray(grads, np.float64)
+  assert np.all(grads[:, 0] == 0)
+  assert np.all(np.isnan(grads[:, 1:3]))
+  # The codes' sums, 512 × 448², are beyond float16; the gradient is not.
+  np.testing.assert_allclose(grads[:, 3:], 512, rtol=2**-8)
+
+
+@pytest.mark.parametrize("kernel_gradient", [None, eco.FP8])
+def test_stacks_of_kernels_have_the_gradients_of_each(kernel_gradient):
   kernels = eco.quantize(jnp.asarray(normal(0, 3, 16, 16)), eco.FP8)
   x, dy = jnp.asarray(normal(1, 3, 4, 16)), jnp.asarray(normal(2, 3, 4, 16))
   formats = eco.FP8_TOKEN, eco.FP8_E5M2_TOKEN
-  one = lambda x, w, dy: pulled_back(x, w, dy, *formats)
+  options = {"kernel_gradient_format": kernel_gradient}
+  one = lambda x, w, dy: pulled_back(x, w, dy, *formats, **options)
   alone = [jax.jit(one)(*(jax.tree.map(lambda y, i=i: y[i], (x, kernels, dy)))) for i in range(3)]
   wanted = jax.tree.map(lambda *y: np.stack(y), *alone)
   for found in (
@@ -280,17 +358,23 @@ def test_gradient_formats_that_do_not_fit_are_named(kernel, format, message):
     eco.matmul(jnp.ones((2, 128)), w, gradient_format=format)
 
 
+@pytest.mark.parametrize("format", [eco.FP8_TOKEN, eco.INT8, eco.MXFP8])
+def test_kernel_gradient_formats_that_do_not_fit_are_named(format):
+  with pytest.raises(ValueError, match=r"one scale per channel, got Format.*use Format.*FP8_E5M2"):
+    eco.matmul(jnp.ones((2, 8)), jnp.ones((8, 4)), kernel_gradient_format=format)
+
+
 def test_a_key_without_a_gradient_format_is_refused():
-  with pytest.raises(ValueError, match="pass gradient_format= too"):
+  with pytest.raises(ValueError, match=r"pass gradient_format= or kernel_gradient_format= too"):
     eco.matmul(jnp.ones((2, 8)), eco.quantize(jnp.ones((8, 4)), eco.FP8), gradient_key=0)
 
 
-def lowered(device=None):
+def lowered(device=None, **options):
   """A product and its gradients, 256 tokens and bfloat16, in programs that are not run."""
   shapes = (256, 512), (512, 1024), (256, 1024)
   x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
   args = x, jax.eval_shape(lambda w: eco.quantize(w, eco.FP8), w), dy
-  pull = jax.jit(lambda *a: pulled_back(*a, eco.FP8_TOKEN, eco.FP8_E5M2_TOKEN))
+  pull = jax.jit(lambda *a: pulled_back(*a, eco.FP8_TOKEN, eco.FP8_E5M2_TOKEN, **options))
   if device is None:
     return pull.lower(*args)
   from eco_optax.training import compile as compile_lib
@@ -313,31 +397,46 @@ def test_products_are_of_codes_and_leave_in_the_activations_dtype():
   ]
 
 
-def test_an_h100_multiplies_codes_and_stores_no_float32():
+@pytest.mark.parametrize("kernel_gradient", [None, eco.FP8, eco.FP8_E5M2])
+def test_an_h100_multiplies_codes_and_stores_no_float32(kernel_gradient):
   if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     pytest.skip("compiling for a GPU takes JAX's CUDA plugin")
   from eco_optax.training import compile as compile_lib
 
   (h100,) = compile_lib.topology_devices("h100:1")
   # Without a GPU the compiler cannot time cuBLAS against its own kernels, and takes the latter.
-  text = lowered(h100).compile({"xla_gpu_enable_triton_gemm": False}).as_text()
+  program = lowered(h100, kernel_gradient_format=kernel_gradient)
+  text = program.compile({"xla_gpu_enable_triton_gemm": False}).as_text()
   products = re.findall(r"= \(?(\w+)\[([\d,]+)\].* custom-call\(.*cublas\$lt\$matmul\$f8", text)
-  assert {("bf16", "256,1024"), ("bf16", "256,512")} == set(products), text
+  wanted = {("bf16", "256,1024"), ("bf16", "256,512")}
+  # The gradient leaves the step in float32 here.
+  wanted |= {("f32", "512,1024")} if kernel_gradient else set()
+  assert wanted == set(products), text
   entry = text[text.index("\nENTRY") :]
-  assert not re.findall(r"= \(?f32\[256,(?:512|1024)\]", entry), entry
+  turned = r"256,(?:512|1024)|(?:512|1024),256"
+  assert not re.findall(rf"= \(?(?:f32|s32)\[(?:{turned})\]", entry), entry
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("key", [None, 3])
 def test_gradients_of_split_tokens_are_those_of_whole_ones(kind, key):
-  """Random bits too, which are told by a cotangent's place among all."""
+  """Scales too, which are maxima over all tokens, and random bits, which are told by a place."""
   x, w = jnp.asarray(normal(0, 8, 32)), eco.quantize(jnp.asarray(normal(1, 32, 16)), eco.FP8)
+  options = {"gradient_key": key, "kernel_gradient_format": eco.FP8}
   formats = eco.FP8_TOKEN, eco.FP8_E5M2_TOKEN
-  loss = lambda x, w: jnp.sum(eco.matmul(x, w, *formats, gradient_key=key) ** 2)
-  gradient = jax.jit(jax.grad(loss))
+
+  def loss(params, x):
+    return jnp.sum(eco.matmul(x, params["w"], *formats, **options) ** 2)
+
+  @jax.jit
+  def gradients(x, w):
+    by_kernel = eco.value_and_grad(loss, dense=False)({"w": w}, x)[1]["w"]
+    return jax.grad(loss, 1)({"w": w}, x), by_kernel
+
   mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(kind,))
   with jax.set_mesh(mesh):
     put = lambda y, *spec: jax.device_put(y, NamedSharding(mesh, PartitionSpec(*spec)))
-    found = gradient(put(x, "data", None), jax.tree.map(put, w))
-  assert found.sharding.spec[0] == "data"
-  np.testing.assert_allclose(found, gradient(x, w), rtol=1e-5, atol=1e-5)
+    found = gradients(put(x, "data", None), jax.tree.map(put, w))
+  assert found[0].sharding.spec[0] == "data"
+  for own, whole in zip(found, gradients(x, w), strict=True):
+    np.testing.assert_allclose(own, whole, rtol=1e-5, atol=1e-4)

@@ -19,6 +19,9 @@ from eco_optax.transforms.stored_moments import DTYPES, SECOND_DTYPES
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
 FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
 FORMATS["INT4_GROUP32"] = eco.Format("int4", (32, 1))  # As served: 32 inputs share a scale.
+# INT4 with the scales of MXFP4, and MXFP4 with those of INT4 in groups.
+FORMATS["INT4_GROUP32_POWER_OF_TWO"] = eco.Format("int4", (32, 1), "float8_e8m0fnu")
+FORMATS["FP4_GROUP32"] = eco.Format("float4_e2m1fn", (32, 1))
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -38,11 +41,13 @@ def defaults() -> config_dict.ConfigDict:
   # Of the cotangents that the gradients of their inputs are made of, FP8_E5M2_TOKEN or FP8_TOKEN,
   # see eco_optax.matmul; "none" multiplies in `dtype`, as the paper's runs do.
   config.gradient_format = "none"
+  # The same for the gradients of quantized weights, FP8 or FP8_E5M2.
+  config.kernel_gradient_format = "none"
 
   model = {
     field.name: None if field.default is dataclasses.MISSING else field.default
     for field in dataclasses.fields(TransformerConfig)
-    if field.name not in ("activation_format", "gradient_format", "dtype")
+    if not field.name.endswith("_format") and field.name != "dtype"
   }
   model |= {name: 0 for name in ("layers", "width", "heads", "vocabulary")}
   model["capacity_factor"] = config_dict.placeholder(float)
@@ -177,6 +182,7 @@ RANGES: dict[str, _Check] = {
   "format": _one_of(*sorted(FORMATS)),
   "activation_format": _one_of("none", *sorted(FORMATS)),
   "gradient_format": _one_of("none", "FP8_E5M2_TOKEN", "FP8_TOKEN"),
+  "kernel_gradient_format": _one_of("none", "FP8", "FP8_E5M2"),
   "kept_format": _one_of("none", "FP8_TOKEN"),
   "model.layers": _positive,
   "model.width": _positive,
@@ -365,10 +371,11 @@ def formats(config: config_dict.ConfigDict) -> tuple[eco.Format | None, eco.Form
 def model(config: config_dict.ConfigDict) -> TransformerConfig:
   """The model of a run; the BF16 baseline computes in bfloat16 whatever the others do."""
   weights, activation_format = formats(config)
-  gradient_format = FORMATS.get(config.gradient_format) if weights else None
+  format_of = lambda name: FORMATS.get(name) if weights else None
   return TransformerConfig(
     **config.model,
     dtype=config.dtype if weights else "bfloat16",
     activation_format=activation_format,
-    gradient_format=gradient_format,
+    gradient_format=format_of(config.gradient_format),
+    kernel_gradient_format=format_of(config.kernel_gradient_format),
   )

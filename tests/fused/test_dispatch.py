@@ -1,7 +1,5 @@
 """Steps without kernels: where they are not wanted, and where a backend has none after all."""
 
-import warnings
-
 import fused_leaves
 import jax
 import jax.numpy as jnp
@@ -48,32 +46,75 @@ def test_the_environment_variable_is_0_or_1(monkeypatch):
     tx.update(grads, tx.init(params), params)
 
 
-def test_a_kernel_that_is_refused_gives_way_with_a_warning(monkeypatch):
-  def refuses(*_):
-    raise NotImplementedError("no lowering of this")
+def no_lowering(*_):
+  raise NotImplementedError("no lowering of this")
 
-  leaf = fused_leaves.make(ADAMW, eco.FP8, (64, 48), None, jnp.bfloat16)
-  wanted = jax.jit(lambda leaf: step.definition(ADAMW, "nearest", leaf))(leaf)
-  lower = dispatch._lowering(refuses)
 
-  def bind(leaf):
-    return dispatch.take_step(ADAMW, "nearest", leaf)
+def no_compilation(own, rounding, leaf):
+  """Lowers to a call that the compiler of CPUs does not know."""
+  del own, rounding
+  flat, treedef = jax.tree.flatten(leaf.results)
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+  return jax.tree.unflatten(treedef, jax.ffi.ffi_call("no_such_kernel", shapes)(leaf.gradient))
 
-  old = dispatch._lowering(dispatch.cpu.by_size, dispatch._by_turns)
-  mlir.register_lowering(dispatch._take_steps_p, lower, platform="cpu")
-  dispatch._compiled.cache_clear()
-  jax.clear_caches()
-  try:
-    with pytest.warns(RuntimeWarning, match=r"float8_e4m3fn.*\(64, 48\) on cpu: NotImpl.*no lower"):
-      found = jax.jit(bind)(leaf)
-  finally:
-    mlir.register_lowering(dispatch._take_steps_p, old, platform="cpu")
+
+@pytest.fixture
+def lowers_to(monkeypatch):
+  """Puts another implementation of steps on CPUs in its place for a test."""
+
+  def put(lower):
+    mlir.register_lowering(dispatch._take_steps_p, lower, platform="cpu")
     dispatch._compiled.cache_clear()
     jax.clear_caches()
-  with warnings.catch_warnings():
-    warnings.simplefilter("error")
-    jax.jit(bind)(leaf)
+
+  yield lambda implementation: put(dispatch._lowering(implementation, kernels_on="cpu"))
+  put(dispatch._lowering(dispatch.cpu.by_size, dispatch._by_turns))
+
+
+@pytest.mark.parametrize(
+  ("implementation", "words"),
+  [(no_lowering, "NotImpl.*no lowering"), (no_compilation, "JaxRuntimeError.*no_such_kernel")],
+)
+def test_a_kernel_that_is_refused_gives_way_with_a_warning(implementation, words, lowers_to):
+  leaf = fused_leaves.make(ADAMW, eco.FP8, (64, 48), None, jnp.bfloat16)
+  wanted = jax.jit(lambda leaf: step.definition(ADAMW, "nearest", leaf))(leaf)
+  take_step = jax.jit(lambda leaf: dispatch.take_step(ADAMW, "nearest", leaf))
+  lowers_to(implementation)
+  with pytest.warns(RuntimeWarning, match=rf"float8_e4m3fn.*\(64, 48\) on cpu: {words}") as warned:
+    found = take_step(leaf)
+  assert len(warned) == 1
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(
       np.asarray(a).astype(np.float32), np.asarray(b).astype(np.float32), rtol=1e-6, atol=1e-12
     )
+
+
+@pytest.fixture
+def lowered(lowers_to):
+  """Shapes of leaves whose steps were lowered, each by what may be a kernel."""
+  shapes = []
+
+  def by_size(own, rounding, leaf):
+    shapes.append(leaf.shape)
+    return dispatch.cpu.by_size(own, rounding, leaf)
+
+  lowers_to(by_size)
+  return shapes
+
+
+def test_kernels_are_tried_once(lowered):
+  leaf = fused_leaves.make(ADAMW, eco.FP8, (64, 48), None, jnp.bfloat16)
+  for factor in (2.0, 3.0):  # Two programs, of which the first tries the kernel.
+    jax.jit(
+      lambda leaf, c=factor: c * dispatch.take_step(ADAMW, "nearest", leaf)[0].dequantize()
+    ).lower(leaf)
+  assert len(lowered) == 3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="no programs for devices of a name")
+def test_kernels_for_a_device_that_is_absent_are_not_tried(lowered):
+  leaf = fused_leaves.make(ADAMW, eco.FP8, (96, 48), None, jnp.bfloat16)
+  absent = jax.sharding.AbstractDevice(device_kind="absent", num_cores=None, platform="cpu")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=absent)):
+    jax.jit(lambda leaf: dispatch.take_step(ADAMW, "nearest", leaf)).lower(leaf)
+  assert len(lowered) == 1

@@ -312,8 +312,8 @@ def test_clip_comes_before_the_momentum():
   ("changes", "message"),
   [
     ({"method": "eco"}, "method must be one of bf16_mw, .*, got 'eco'"),
-    ({"format": "FP9"}, "format must be one of FP8, .*, got 'FP9'"),
-    ({"activation_format": "FP9"}, "activation_format must be one of none, FP8"),
+    ({"format": "FP9"}, "format must be one of FP4_GROUP32, FP8, .*, got 'FP9'"),
+    ({"activation_format": "FP9"}, "activation_format must be one of none, FP4_GROUP32, FP8"),
     ({"gradient_format": "FP8"}, "gradient_format must be one of none, FP8_E5M2_TOKEN, FP8_TOKEN"),
     (
       {"gradient_format": "FP8_TOKEN", "format": "MXFP8"},

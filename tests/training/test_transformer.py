@@ -520,6 +520,17 @@ def test_gradients_of_inputs_are_products_of_float8_codes(family, count, again):
   assert found["float32", "float32"] == plain["float32", "float32"] - count
 
 
+@pytest.mark.parametrize(("family", "count"), [("llama", 7), ("deepseek", 7 + 4 + 3 + 3)])
+def test_gradients_of_kernels_are_products_of_float8_codes(family, count):
+  config, params = model(family, packed=True, kernel_gradient_format=eco.FP8_E5M2)
+  loss = lambda p: transformer.loss(config, p, TOKENS)[0]
+  jaxpr = jax.make_jaxpr(eco.value_and_grad(loss, dense=False))(params)
+  dots = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+  factors = [tuple(v.aval.dtype.name for v in e.invars) for e in dots]
+  # Kernels are (out, in), and so is cotangents × activations.
+  assert factors.count(("float8_e5m2", "float8_e4m3fn")) == count
+
+
 def test_activations_in_float8_are_close_to_those_in_float32():
   config, params = model("llama", packed=True, activation_format=eco.FP8_TOKEN)
   logits = logits_of(config, params, TOKENS)

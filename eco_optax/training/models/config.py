@@ -72,7 +72,9 @@ class TransformerConfig:
   # logits of one at a time, and `release` the gradient.
   vocabulary_parts: int = 1
   activation_format: eco.Format | None = None  # Of the inputs of quantized linear layers.
-  gradient_format: eco.Format | None = None  # Of their outputs' cotangents, see eco.matmul.
+  # Of their outputs' cotangents in the gradients of inputs, and of kernels, see eco.matmul.
+  gradient_format: eco.Format | None = None
+  kernel_gradient_format: eco.Format | None = None
   dtype: str = "float32"  # Of activations; norms, rotary, router, softmax and logits are float32.
   # Layers that one turn of the loop over a stack has. With all in one turn a GPU's step copies no
   # activations into stacks; one of 16 layers takes five times as long to compile.

@@ -62,13 +62,16 @@ class Linear(nnx.Module):
     drawn = scale * jax.random.normal(rngs.params(), (*experts, inputs, outputs))
     self.kernel = nnx.Param(jnp.swapaxes(drawn, -1, -2))
     self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-    self.formats = config.activation_format, config.gradient_format
+    self.formats = {
+      name: getattr(config, name)
+      for name in ("activation_format", "gradient_format", "kernel_gradient_format")
+    }
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Shape (…, inputs) to (…, outputs), by one kernel."""
     kernel = self.kernel.get_value()
-    formats = self.formats if isinstance(kernel, eco.QuantizedArray) else ()
-    y = eco.matmul(x, kernel, *formats, transposed=True)
+    formats: dict = self.formats if isinstance(kernel, eco.QuantizedArray) else {}
+    y = eco.matmul(x, kernel, transposed=True, **formats)
     if self.bias is None:
       return y
     bias = self.bias.get_value().astype(y.dtype)
