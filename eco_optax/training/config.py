@@ -17,9 +17,10 @@ from eco_optax.training.models.config import TransformerConfig
 from eco_optax.transforms.stored_moments import DTYPES, SECOND_DTYPES
 
 FORMATS = {name: x for name, x in vars(eco).items() if isinstance(x, eco.Format)}
-FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
 FORMATS["INT4_GROUP32"] = eco.Format("int4", (32, 1))  # As served: 32 inputs share a scale.
-# INT4 with the scales of MXFP4, and MXFP4 with those of INT4 in groups.
+# The same codes with the other kind of scales; MXFP4 and MXFP8 have powers of two.
+FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
+FORMATS["INT4_POWER_OF_TWO"] = eco.Format("int4", "tensor", power_of_two=True)
 FORMATS["INT4_GROUP32_POWER_OF_TWO"] = eco.Format("int4", (32, 1), "float8_e8m0fnu")
 FORMATS["FP4_GROUP32"] = eco.Format("float4_e2m1fn", (32, 1))
 _DTYPES = ("float32", "bfloat16")

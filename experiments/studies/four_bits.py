@@ -56,8 +56,14 @@ METHODS = {label: methods.METHODS[label] for label in _LABELS}
 # It tells the cost of the rounding from the cost of memory, at the rate of the method without.
 _TUNED_AS = {"master weights + SR": "ECO + SR, schedule-aware"}
 _BATCHES = 64  # To round trained weights on.
-# What of MXFP4 suits ECO to nearest, its codes or its scales: formats that share one of the two.
-_RELATED = ("INT4_GROUP32_POWER_OF_TWO", "FP4_GROUP32")
+# Formats that differ in their scales alone: float32 ones, and powers of two.
+SCALES = {
+  "FP4, 32 inputs": ("FP4_GROUP32", "MXFP4"),
+  "INT4, 32 inputs": ("INT4_GROUP32", "INT4_GROUP32_POWER_OF_TWO"),
+  "INT4, whole matrix": ("INT4", "INT4_POWER_OF_TWO"),
+  "FP8, output channel": ("FP8", "FP8_POWER_OF_TWO"),
+}
+_SCALED = ("ECO + RTN, schedule-aware", BASELINE, "ECO + SR, schedule-aware")
 _DECAYS = (0.3, 1.0)  # Of float32 weights, beside 0.1: whether coarse weights regularize.
 
 
@@ -116,18 +122,23 @@ def runs(rows: Rows, steps: int) -> list[Run]:
     for cell in _cells():
       if (rate := best(rows, *cell)) is not None:
         keys.append((*cell, rate, seed))
-  return [*(_run(*key, steps) for key in dict.fromkeys(keys)), *_causes(steps)]
+  keys += _scaled()
+  return [*(_run(*key, steps) for key in dict.fromkeys(keys)), *_decays(steps)]
 
 
-def _causes(steps: int) -> list[Run]:
-  """At the first rate, what may explain that ECO to nearest is ahead of float32 in MXFP4."""
-  related = [_run("ECO + RTN, schedule-aware", format, _FIRST[0], 0, steps) for format in _RELATED]
-  float_run = _run(FLOAT, "none", _FIRST[0], 0, steps)
-  decayed = [
-    Run(_decayed(decay, _FIRST[0]), float_run.changes | {"optimizer.weight_decay": decay})
-    for decay in _DECAYS
-  ]
-  return related + decayed
+def _scaled() -> list[tuple[str, str, float, int]]:
+  """Runs that tell codes from scales: method, format, rate and seed."""
+  formats = [format for formats in zip(*SCALES.values(), strict=True) for format in formats]
+  keys = [(method, format, 0) for method in _SCALED for format in formats]
+  for seed in SEEDS[1:]:
+    keys += [(FLOAT, "none", seed), *((_SCALED[0], format, seed) for format in formats)]
+  return [(method, format, _FIRST[0], seed) for method, format, seed in keys]
+
+
+def _decays(steps: int) -> list[Run]:
+  run = _run(FLOAT, "none", _FIRST[0], 0, steps)
+  changed = lambda decay: run.changes | {"optimizer.weight_decay": decay}
+  return [Run(_decayed(decay, _FIRST[0]), changed(decay)) for decay in _DECAYS]
 
 
 def _run(method: str, format: str, rate: float, seed: int, steps: int) -> Run:
@@ -209,6 +220,18 @@ def table(rows: Rows) -> str:
       loss, gap = sweep.compared(rows, mine, names(rows, FLOAT, "none"))
       beside = sweep.compared(rows, mine, names(rows, BASELINE, format))[1]
       out.append(f"| {' | '.join([*cells, loss, gap, beside])} |")
+  head = [f"lr {_FIRST[0]:g}: codes", "scales", *_SCALED]
+  out += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  mean_loss = lambda names: sweep.compared(rows, names, names)[0]
+  at_first = lambda method, format: [_name(method, format, _FIRST[0], seed) for seed in SEEDS]
+  for codes, formats in SCALES.items():
+    for scales, format in zip(("float32", "powers of two"), formats, strict=True):
+      losses = [mean_loss(at_first(method, format)) for method in _SCALED]
+      out.append(f"| {' | '.join([codes, scales, *losses])} |")
+  out += ["", f"| {FLOAT}, lr {_FIRST[0]:g}, weight decay | loss |", "|---|---|"]
+  out.append(f"| 0.1 | {mean_loss(at_first(FLOAT, 'none'))} |")
+  for decay in _DECAYS:
+    out.append(f"| {decay:g} | {mean_loss([_decayed(decay, _FIRST[0])])} |")
   measured = [rows[name]["rounded"] for name in names(rows, FLOAT, "none") if name in rows]
   head = ["float32 weights, rounded after training"]
   for rounding in ("nearest", "stochastic"):

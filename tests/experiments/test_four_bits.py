@@ -36,7 +36,9 @@ def finished(rows):
 
 
 def test_the_better_of_two_rates_has_a_third_beyond_it():
-  causes = 4
+  # Three methods in eight formats, of which two were there, two more seeds of one of them and of
+  # float32 weights, and two decays.
+  causes = 3 * (8 - 2) + 2 * (8 + 1) + 2
   assert len(four_bits.runs({}, 1000)) == 2 * (1 + 5 * 3) + causes
   rows = finished({})
   best = {label: four_bits.best(rows, label, "MXFP4") for label in four_bits.METHODS}
@@ -63,6 +65,11 @@ def test_the_table_pairs_seeds(tmp_path):
     gap = 0.01 * (i - 1)
     assert row.endswith(f"± 0.0577 | +{0.01 * i:.4f} ± 0.0000 | +{gap:.4f} ± 0.0000 |"), row
   assert "| INT4 | 2.00% | +0.0300 | 2.00% | +0.0300 |" in text
+  # At 6e-3, beside a best of 2e-3; seeds are 0.1 apart.
+  lost = 0.01 * (list(four_bits.METHODS).index("ECO + RTN, schedule-aware") + 1)
+  mean = 2.1 + lost + 0.01 * math.log(3)
+  assert f"| FP4, 32 inputs | powers of two | {mean:.4f} ± 0.0577 |" in text
+  assert f"| 0.1 | {2.1 + 0.01 * math.log(3):.4f} ± 0.0577 |" in text
   assert "| MXFP4 | – | – | – | – |" in four_bits.table({})
   four_bits.plot(rows, tmp_path)
   assert (tmp_path / "four_bits.png").stat().st_size > 10_000
