@@ -464,12 +464,30 @@ def _round_scale(scale: jax.Array, format: Format, rounding: Rounding) -> jax.Ar
   return jnp.where(jnp.isnan(scale), scale, nearest)
 
 
+def _nearest_top(format: Format) -> np.float32:
+  """The largest magnitude that still comes back as the largest code: half a step beyond it."""
+  return np.float32(format.max) + np.float32(grid_top_step(format.dtype) / 2)
+
+
+def _power_of_two_scale(largest: jax.Array, top: np.float32) -> jax.Array:
+  """The smallest power of two that is no less than largest / top, where both are normal."""
+  # The exponent of their quotient, rounded up: bits of floats are in order, and their difference
+  # exceeds whole exponents as far as the mantissas do.
+  over = jax.lax.bitcast_convert_type(largest, jnp.int32) - top.view(np.int32)
+  exponent = jnp.clip(((over + np.int32(0x7FFFFF)) >> 23) + 127, 1, 254)
+  return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
 def matrix_scale(whole: jax.Array, format: Format, division: Division = IEEE) -> jax.Array:
   """The `tensor_scale` of a two-level format, from its matrix's largest magnitude."""
-  most = np.float32(format.max * grid_max(format.scale_dtype))
   # The product of both scales must not be flushed to zero either.
   floor = _SMALLEST_NORMAL / _smallest_block_scale(format)
-  scale = jnp.maximum(division.divide(whole, most), floor)
+  if format.power_of_two:
+    # To nearest the largest scale of a block is then 2⁷, and E4M3 has 2⁸ for stochastic rounding.
+    scale = _power_of_two_scale(whole, _nearest_top(format)) * np.float32(2.0**-7)
+  else:
+    scale = division.divide(whole, np.float32(format.max * grid_max(format.scale_dtype)))
+  scale = jnp.maximum(scale, floor)
   return jnp.where(jnp.isfinite(whole), scale, np.float32(np.nan))
 
 
@@ -495,16 +513,17 @@ def group_scale(
   """
   top = np.float32(format.max)
   if format.power_of_two:
-    # The smallest power of two at which rounding cannot pass the largest code: to nearest, half a
-    # step beyond it still comes back. With that limit a stored group finds its own scale again.
+    # The smallest power of two at which rounding cannot pass the largest code. With that limit a
+    # stored group finds its own scale again.
     if rounding == "nearest":
-      top += np.float32(grid_top_step(format.dtype) / 2)
-    # The exponent of their quotient, rounded up: bits of floats are in order, and their difference
-    # exceeds whole exponents as far as the mantissas do.
-    over = jax.lax.bitcast_convert_type(largest, jnp.int32) - top.view(np.int32)
-    exponent = jnp.clip(((over + np.int32(0x7FFFFF)) >> 23) + 127, 1, 254)
-    scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
-    scale = jnp.minimum(scale, _largest_scale(format))
+      top = _nearest_top(format)
+    most = _largest_scale(format)
+    if unit is None:
+      scale = jnp.minimum(_power_of_two_scale(largest, top), most)
+    else:
+      scale = _power_of_two_scale(division.divide(largest, unit), top)
+      scale = jnp.maximum(scale, _smallest_block_scale(format))
+      scale = jnp.minimum(scale, division.divide(most, unit))
   elif unit is not None:
     # Among subnormal scales a stored block would not find its own scale again.
     scale = jnp.maximum(division.divide(largest, unit * top), _smallest_block_scale(format))

@@ -28,7 +28,11 @@ VARIANTS = {
   for j, granularity in enumerate(_GRANULARITIES)
   for scale in [_SCALES[(i + j) % len(_SCALES)]]
 }
-FORMATS = PRESETS | VARIANTS
+# NVFP4's layout with powers of two on both levels.
+TWO_LEVELS = {
+  f"{dtype}-two levels": eco.Format(dtype, (16, 1), "float8_e4m3fn", True) for dtype in DTYPES
+}
+FORMATS = PRESETS | VARIANTS | TWO_LEVELS
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -87,6 +91,20 @@ def test_a_power_of_two_scale_is_the_smallest_that_does_not_overflow(dtype):
   wanted = np.array([candidates[m / candidates < top + step / 2].min() for m in largest])
   np.testing.assert_array_equal(np.asarray(packed.scale)[0], wanted)
   np.testing.assert_array_equal(codes_of(packed), oracle.nearest(x / wanted, dtype))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_levels_of_powers_of_two_store_what_one_does(dtype, rounding):
+  """Where magnitudes of blocks are within 2^13 of each other, which is E4M3's range of powers."""
+  x = jnp.asarray(normal((64, 96)) * np.exp(2 * normal((64, 96), 1)))
+  two, one = (
+    quantize(x, eco.Format(dtype, (16, 1), scale_dtype, True), rounding)
+    for scale_dtype in ("float8_e4m3fn", "float32")
+  )
+  np.testing.assert_array_equal(np.asarray(two.float_scale()), np.asarray(one.scale))
+  np.testing.assert_array_equal(codes_of(two), codes_of(one))
+  assert np.frexp(two.tensor_scale)[0] == 0.5
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -195,9 +213,9 @@ EDGES = {
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, "float4_e2m1fn-two levels"])
 def test_extreme_values_come_back_finite_and_right(name, edge, rounding):
-  format, x = PRESETS[name], EDGES[edge]
+  format, x = FORMATS[name], EDGES[edge]
   value = np.asarray(quantize(jnp.asarray(x), format, rounding).dequantize(), np.float64)
   assert np.all(np.isfinite(value))
   x = x.astype(np.float64)
@@ -208,12 +226,15 @@ def test_extreme_values_come_back_finite_and_right(name, edge, rounding):
   # wider relative to the weight where a tiny group cannot reach the top of the grid. Powers of two
   # double it. NVFP4 adds the rounding of its E4M3 block scales, 1/16.
   gap = np.maximum(largest * np.max(np.diff(table)) / top, np.abs(x) / 2)
-  gap = gap * (2 if format.power_of_two else 1) + largest / 16 * format.two_level
-  # Scales stay above 2^-126, and NVFP4's block scales above 2^-6/448 of the matrix's largest: the
-  # grid's lowest step is lost there. Subnormal results are flushed on CPU.
+  gap = gap * (2 if format.power_of_two else 1)
+  gap += largest / 16 * (format.two_level and not format.power_of_two)
+  # Scales stay above 2^-126, and NVFP4's block scales above 2^-6/448 of the matrix's largest, or of
+  # 2^-6/2^7 and up to twice as much among powers of two: the grid's lowest step is lost there.
+  # Subnormal results are flushed on CPU.
   floor = np.maximum(lowest * 2.0**-126, 2.0**-126)
   if format.two_level:
-    floor = top * np.maximum(floor, np.abs(x).max() / top * 2.0**-6 / 448)
+    most = 64 if format.power_of_two else 448
+    floor = top * np.maximum(floor, np.abs(x).max() / top * 2.0**-6 / most)
   assert np.all(np.abs(value - x) <= np.maximum(gap * (1 + 1e-6), floor))
   np.testing.assert_array_equal(value[x == 0], 0)
 

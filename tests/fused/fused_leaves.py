@@ -38,6 +38,7 @@ ROWS = {
   "INT4 rows": Format("int4", contraction_axis=-1),
   "MXFP8 rows": Format("float8_e4m3fn", (1, 32), "float8_e8m0fnu"),
   "NVFP4 rows": Format("float4_e2m1fn", (1, 16), "float8_e4m3fn"),
+  "two levels, powers of two": Format("float4_e2m1fn", (1, 16), "float8_e4m3fn", True),
 }
 
 
@@ -172,6 +173,7 @@ CASES = {  # Step, format and how moments are stored; how else than stochastical
   ("adamw", "INT4 rows", "int8"): (),
   ("adamw", "MXFP8 rows", "float8_e4m3fn"): ("nearest",),
   ("adamw", "NVFP4 rows", "float32"): (),
+  ("adamw", "two levels, powers of two", "float32"): ("nearest",),
 }
 
 

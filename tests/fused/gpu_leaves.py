@@ -35,6 +35,7 @@ CASES = [
   (eco.MXFP8, (1, 64, 64), "float8_e4m3fn", "stochastic"),
   (eco.FP8_BLOCK128, (256, 128), "float8_e5m2", "nearest"),
   (MX_ROWS, (32, 64), "float32", "stochastic"),
+  (fused_leaves.ROWS["two levels, powers of two"], (64, 64), "float32", "nearest"),
 ]
 
 
