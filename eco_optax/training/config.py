@@ -22,6 +22,7 @@ FORMATS["INT4_GROUP32"] = eco.Format("int4", (32, 1))  # As served: 32 inputs sh
 FORMATS["FP8_POWER_OF_TWO"] = eco.Format("float8_e4m3fn", "channel", power_of_two=True)
 FORMATS["INT4_POWER_OF_TWO"] = eco.Format("int4", "tensor", power_of_two=True)
 FORMATS["INT4_GROUP32_POWER_OF_TWO"] = eco.Format("int4", (32, 1), "float8_e8m0fnu")
+FORMATS["NVFP4_POWER_OF_TWO"] = eco.Format("float4_e2m1fn", (16, 1), "float8_e4m3fn", True)
 FORMATS["FP4_GROUP32"] = eco.Format("float4_e2m1fn", (32, 1))
 _DTYPES = ("float32", "bfloat16")
 

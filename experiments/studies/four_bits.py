@@ -56,9 +56,10 @@ METHODS = {label: methods.METHODS[label] for label in _LABELS}
 # It tells the cost of the rounding from the cost of memory, at the rate of the method without.
 _TUNED_AS = {"master weights + SR": "ECO + SR, schedule-aware"}
 _BATCHES = 64  # To round trained weights on.
-# Formats that differ in their scales alone: float32 ones, and powers of two.
+# Formats that differ in their scales alone: of any size, in float32 or E4M3, and powers of two.
 SCALES = {
   "FP4, 32 inputs": ("FP4_GROUP32", "MXFP4"),
+  "FP4, 16 inputs": ("NVFP4", "NVFP4_POWER_OF_TWO"),
   "INT4, 32 inputs": ("INT4_GROUP32", "INT4_GROUP32_POWER_OF_TWO"),
   "INT4, whole matrix": ("INT4", "INT4_POWER_OF_TWO"),
   "FP8, output channel": ("FP8", "FP8_POWER_OF_TWO"),
@@ -225,7 +226,7 @@ def table(rows: Rows) -> str:
   mean_loss = lambda names: sweep.compared(rows, names, names)[0]
   at_first = lambda method, format: [_name(method, format, _FIRST[0], seed) for seed in SEEDS]
   for codes, formats in SCALES.items():
-    for scales, format in zip(("float32", "powers of two"), formats, strict=True):
+    for scales, format in zip(("of any size", "powers of two"), formats, strict=True):
       losses = [mean_loss(at_first(method, format)) for method in _SCALED]
       out.append(f"| {' | '.join([codes, scales, *losses])} |")
   out += ["", f"| {FLOAT}, lr {_FIRST[0]:g}, weight decay | loss |", "|---|---|"]

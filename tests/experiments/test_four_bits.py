@@ -36,9 +36,9 @@ def finished(rows):
 
 
 def test_the_better_of_two_rates_has_a_third_beyond_it():
-  # Three methods in eight formats, of which two were there, two more seeds of one of them and of
+  # Three methods in ten formats, of which three were there, two more seeds of one of them and of
   # float32 weights, and two decays.
-  causes = 3 * (8 - 2) + 2 * (8 + 1) + 2
+  causes = 3 * (10 - 3) + 2 * (10 + 1) + 2
   assert len(four_bits.runs({}, 1000)) == 2 * (1 + 5 * 3) + causes
   rows = finished({})
   best = {label: four_bits.best(rows, label, "MXFP4") for label in four_bits.METHODS}
