@@ -37,8 +37,8 @@ def finished(rows):
 
 def test_the_better_of_two_rates_has_a_third_beyond_it():
   # Three methods in ten formats, of which three were there, two more seeds of one of them and of
-  # float32 weights, and two decays.
-  causes = 3 * (10 - 3) + 2 * (10 + 1) + 2
+  # float32 weights, and three decays.
+  causes = 3 * (10 - 3) + 2 * (10 + 1) + 3
   assert len(four_bits.runs({}, 1000)) == 2 * (1 + 5 * 3) + causes
   rows = finished({})
   best = {label: four_bits.best(rows, label, "MXFP4") for label in four_bits.METHODS}
