@@ -13,6 +13,7 @@ import optax
 
 from eco_optax import trees
 from eco_optax.quantized_array import is_quantized
+from eco_optax.transforms import alike as alike_lib
 from eco_optax.transforms import eager, linearity
 from eco_optax.transforms.factored import is_array
 from eco_optax.transforms.linearity import Leaves, Preconditioner
@@ -363,14 +364,13 @@ def _probe(
   where = Momentum({path: shape for path, (shape, _) in shapes.items()}, paths)
   generator = np.random.default_rng(0)
 
-  def draw(scale: float) -> Any:
-    leaves = [
-      jnp.asarray(scale * generator.standard_normal(shape), dtype)
-      for shape, dtype in shapes.values()
-    ]
-    return jax.tree.unflatten(treedef, leaves)
+  def draw(like: Any, scale: float) -> Any:
+    normal = lambda x: (scale * generator.standard_normal(x.shape)).astype(x.dtype)
+    return jax.device_put(jax.tree.map(normal, like))
 
-  state = inner.init(draw(1.0))
+  dense = [jax.ShapeDtypeStruct(*spec) for spec in shapes.values()]
+  params = draw(jax.tree.unflatten(treedef, dense), 1.0)
+  state = inner.init(params)
   found = where.get(state)
   for path in paths:
     if path not in found:
@@ -383,9 +383,13 @@ def _probe(
         f"{trees.leaf_name(path)}: the optimizer stores its momentum in few bits: put"
         " eco_optax.low_bit_moments around eco_optax.error_feedback_to_momentum, not inside"
       )
-  reports, failure = eager.with_made_up_arguments(
-    lambda extra_args: _try_out(inner, where, draw, extra_args)
-  )
+
+  def try_out(extra_args: dict[str, Any]) -> tuple[dict[str, tuple[str, ...]], dict[str, _Found]]:
+    one = alike_lib.one_of_each(inner, params, state, paths, extra_args)
+    own = Momentum(where.shapes, tuple(one.alike))
+    return one.alike, _try_out(one, own, lambda scale: draw(one.params, scale), extra_args)
+
+  tried, failure = eager.with_made_up_arguments(try_out)
   if isinstance(failure, jax.errors.UnexpectedTracerError):
     raise ValueError(
       f"{trees.leaf_name(paths[0])}: the optimizer has a traced value in it, such as a learning"
@@ -397,11 +401,12 @@ def _probe(
   # An argument of the user's own cannot be made up: then the rule is taken on trust.
   if eager.is_missing_argument(failure):
     return Suits()
-  if reports is None:
+  if tried is None:
     raise ValueError(
       f"{trees.leaf_name(paths[0])}: the optimizer cannot be tried on a miniature of the"
       f" parameters to see what its update does with momentum ({failure}). {remedy}"
     ) from failure
+  alike, reports = tried
   # A leaf that never moves, as a frozen one, has no errors to be paid back.
   for path, leaf in reports.items():
     message = leaf.fault or _refusal(path, leaf.usual) or _refusal(path, leaf.at_large)
@@ -411,10 +416,10 @@ def _probe(
       raise ValueError(f"{trees.leaf_name(path)}: {message}. {remedy}")
   # After a learning rate, u = −m̃ and J = −B (B² with Nesterov): J does not scale with the rate. Of
   # an update that mixes elements it is taken to do so.
-  return Suits(
-    early=tuple(path for path, leaf in reports.items() if not leaf.mixes and leaf.is_early(path)),
-    solved=tuple(path for path, leaf in reports.items() if leaf.mixes and not leaf.knows),
-  )
+  early = [path for path, leaf in reports.items() if not leaf.mixes and leaf.is_early(path)]
+  solved = [path for path, leaf in reports.items() if leaf.mixes and not leaf.knows]
+  all_of = lambda firsts: tuple(path for first in firsts for path in alike[first])
+  return Suits(early=all_of(early), solved=all_of(solved))
 
 
 def _nonlinearity(j: np.ndarray, j_at_ten: np.ndarray, j_at_large: np.ndarray) -> str | None:
@@ -483,13 +488,14 @@ class _Found(NamedTuple):
 
 
 def _try_out(
-  inner: optax.GradientTransformationExtraArgs, where: Momentum, draw: Any, extra_args: Any
+  one: alike_lib.OneOfEach, where: Momentum, draw: Any, extra_args: Any
 ) -> dict[str, _Found]:
   """What was found out by path; no path that the optimizer never moves."""
-  weights = draw(1.0)
-  state = inner.init(weights)
+  weights, state = one.params, one.state
+  inner = optax.GradientTransformationExtraArgs(lambda params: state, one.update)
+  # By NumPy: operations of JAX one by one would each be compiled.
   one = {
-    path: jnp.zeros(m.size, m.dtype).at[m.size // 2].set(1).reshape(m.shape)
+    path: jnp.asarray((np.arange(m.size) == m.size // 2).reshape(m.shape), m.dtype)
     for path, m in where.get(state).items()
   }
 
@@ -543,7 +549,8 @@ def _try_out(
       moves[path] += bool(np.any(update != 0))
     if ready := [path for path in where.paths if moves[path] >= 3 and path not in done]:
       momentum = where.get(before)
-      _, at_ten = step(grads, where.put(before, jax.tree.map(lambda m: 10 * m, momentum)))
+      tenfold = {path: (10 * np.asarray(m)).astype(m.dtype) for path, m in momentum.items()}
+      _, at_ten = step(grads, where.put(before, jax.tree.map(jnp.asarray, tenfold)))
       # A norm that is clipped, or a trust ratio that is bounded, shows at large momenta only.
       noise = flat(draw(1e4))
       large = {path: noise[path].astype(m.dtype) for path, m in momentum.items()}
