@@ -523,7 +523,7 @@ def group_scale(
     else:
       scale = _power_of_two_scale(division.divide(largest, unit), top)
       scale = jnp.maximum(scale, _smallest_block_scale(format))
-      scale = jnp.minimum(scale, division.divide(most, unit))
+      scale = jnp.minimum(scale, division.divide(jnp.asarray(most), unit))
   elif unit is not None:
     # Among subnormal scales a stored block would not find its own scale again.
     scale = jnp.maximum(division.divide(largest, unit * top), _smallest_block_scale(format))

@@ -53,7 +53,8 @@ def one_of_each(
     lambda grads, state, params: inner.update(grads, state, params, **extra_args),
     return_shape=True,
   )(params, state, params)
-  if jax.tree.structure(results) != jax.tree.structure((params, state)):
+  found: Any = jax.tree.structure(results)
+  if found != jax.tree.structure((params, state)):
     # Whose each result is cannot be told.
     return OneOfEach({path: (path,) for path in paths}, inner.update, params, state)
   weights = _by_path(params)
@@ -86,7 +87,7 @@ def _kinds(
 
 def _sign(traced: ClosedJaxpr, owners: list[str | None]) -> list[tuple[str | None, Any]]:
   """Of each output whose it is, and what it is a function of: equal ones are equally computed."""
-  jaxpr, interned = traced.jaxpr, {}
+  jaxpr, interned = traced.jaxpr, dict[Any, int]()
 
   def intern(*key: Any) -> int:
     return interned.setdefault(key, len(interned))
@@ -109,23 +110,22 @@ def _sign(traced: ClosedJaxpr, owners: list[str | None]) -> list[tuple[str | Non
   for number, eqn in enumerate(jaxpr.eqns):
     found = [look_up(atom) for atom in eqn.invars]
     those = {owner for owner, _ in found if owner is not _SHARED}
-    owner = those.pop() if len(those) == 1 else _SHARED
-    key: tuple = (eqn.primitive, _key(eqn.params), *(signature for _, signature in found))
-    if owner is _SHARED and any(owner is not _SHARED for owner, _ in found):
-      key = (number,)  # Signatures do not say of which leaves it is made.
+    owner = next(iter(those)) if len(those) == 1 else _SHARED
+    key: tuple = (eqn.primitive, *eqn.params.items(), *(signature for _, signature in found))
+    # Signatures do not say of which leaves it is made; and some parameters cannot be compared.
+    if len(those) > 1 or not _is_hashable(key):
+      key = (number,)
     for k, var in enumerate(eqn.outvars):
       of[var] = owner, intern("result", k, *key)
   return [look_up(atom) for atom in jaxpr.outvars]
 
 
-def _key(params: dict[str, Any]) -> Any:
-  """Of an operation's parameters; functions in them are told by their text where they must be."""
-  key = tuple(params.items())
+def _is_hashable(x: Any) -> bool:
   try:
-    hash(key)
+    hash(x)
   except TypeError:
-    return repr(key)
-  return key
+    return False
+  return True
 
 
 def _pruned(

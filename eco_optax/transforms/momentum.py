@@ -385,9 +385,10 @@ def _probe(
       )
 
   def try_out(extra_args: dict[str, Any]) -> tuple[dict[str, tuple[str, ...]], dict[str, _Found]]:
-    one = alike_lib.one_of_each(inner, params, state, paths, extra_args)
-    own = Momentum(where.shapes, tuple(one.alike))
-    return one.alike, _try_out(one, own, lambda scale: draw(one.params, scale), extra_args)
+    firsts = alike_lib.one_of_each(inner, params, state, paths, extra_args)
+    own = Momentum(where.shapes, tuple(firsts.alike))
+    drawn = lambda scale: draw(firsts.params, scale)
+    return firsts.alike, _try_out(firsts, own, drawn, extra_args)
 
   tried, failure = eager.with_made_up_arguments(try_out)
   if isinstance(failure, jax.errors.UnexpectedTracerError):
@@ -488,11 +489,11 @@ class _Found(NamedTuple):
 
 
 def _try_out(
-  one: alike_lib.OneOfEach, where: Momentum, draw: Any, extra_args: Any
+  firsts: alike_lib.OneOfEach, where: Momentum, draw: Any, extra_args: Any
 ) -> dict[str, _Found]:
   """What was found out by path; no path that the optimizer never moves."""
-  weights, state = one.params, one.state
-  inner = optax.GradientTransformationExtraArgs(lambda params: state, one.update)
+  weights, state = firsts.params, firsts.state
+  inner = optax.GradientTransformationExtraArgs(lambda params: state, firsts.update)
   # By NumPy: operations of JAX one by one would each be compiled.
   one = {
     path: jnp.asarray((np.arange(m.size) == m.size // 2).reshape(m.shape), m.dtype)
