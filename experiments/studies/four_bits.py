@@ -206,50 +206,104 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   return {"rounded": found}
 
 
-def table(rows: Rows) -> str:
-  """What came out, in Markdown; differences are paired by seed, with their standard errors."""
-  out = []
-  for format in FORMATS:
-    head = [f"trained in {format}", "bytes", *(f"lr {rate:g}" for rate in LADDER), "at its best"]
-    head += [f"against {FLOAT}", f"against {BASELINE}"]
-    out += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method, own in [(FLOAT, "none"), *((method, format) for method in METHODS)]:
-      at_rates = [_name(method, own, rate, 0) for rate in LADDER]
-      cells = [method, sweep.used_bytes(rows, at_rates)]
-      cells += [sweep.compared(rows, [name], [name])[0] for name in at_rates]
-      mine = names(rows, method, own)
-      loss, gap = sweep.compared(rows, mine, names(rows, FLOAT, "none"))
-      beside = sweep.compared(rows, mine, names(rows, BASELINE, format))[1]
-      out.append(f"| {' | '.join([*cells, loss, gap, beside])} |")
-  head = [f"lr {_FIRST[0]:g}: codes", "scales", *_SCALED]
-  out += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  mean_loss = lambda names: sweep.compared(rows, names, names)[0]
-  at_first = lambda method, format: [_name(method, format, _FIRST[0], seed) for seed in SEEDS]
-  for codes, formats in SCALES.items():
-    for scales, format in zip(("of any size", "powers of two"), formats, strict=True):
-      losses = [mean_loss(at_first(method, format)) for method in _SCALED]
-      out.append(f"| {' | '.join([codes, scales, *losses])} |")
-  out += ["", f"| {FLOAT}, lr {_FIRST[0]:g}, weight decay | loss |", "|---|---|"]
-  out.append(f"| 0.1 | {mean_loss(at_first(FLOAT, 'none'))} |")
-  for decay in _DECAYS:
-    out.append(f"| {decay:g} | {mean_loss([_decayed(decay, _FIRST[0])])} |")
+def _lines(head: list[str], rows: list[list[str]]) -> str:
+  """A table in Markdown."""
+  line = lambda cells: f"| {' | '.join(cells)} |\n"
+  return line(head) + "|---" * len(head) + "|\n" + "".join(map(line, rows))
+
+
+def _mean_loss(rows: Rows, names: list[str]) -> str:
+  return sweep.compared(rows, names, names)[0]
+
+
+def _at_first(method: str, format: str) -> list[str]:
+  """The names of runs at the first rate, one per seed."""
+  return [_name(method, format, _FIRST[0], seed) for seed in SEEDS]
+
+
+def _of_format(rows: Rows, format: str) -> str:
+  """Each method in a format; differences are paired by seed, with their standard errors."""
+  head = [f"trained in {format}", "bytes", *(f"lr {rate:g}" for rate in LADDER), "at its best"]
+  lines = []
+  for method, own in [(FLOAT, "none"), *((method, format) for method in METHODS)]:
+    at_rates = [_name(method, own, rate, 0) for rate in LADDER]
+    cells = [method, sweep.used_bytes(rows, at_rates)]
+    cells += [_mean_loss(rows, [name]) for name in at_rates]
+    mine = names(rows, method, own)
+    loss, gap = sweep.compared(rows, mine, names(rows, FLOAT, "none"))
+    beside = sweep.compared(rows, mine, names(rows, BASELINE, format))[1]
+    lines.append([*cells, loss, gap, beside])
+  return _lines([*head, f"against {FLOAT}", f"against {BASELINE}"], lines)
+
+
+def scales_table(rows: Rows) -> str:
+  """What scales do, in Markdown: mean losses of the seeds that have finished."""
+  lines = [
+    [codes, scales, *(_mean_loss(rows, _at_first(method, format)) for method in _SCALED)]
+    for codes, formats in SCALES.items()
+    for scales, format in zip(("of any size", "powers of two"), formats, strict=True)
+  ]
+  empty = ["–"] * (len(_SCALED) - 1)
+  lines.append([FLOAT, "–", _mean_loss(rows, _at_first(FLOAT, "none")), *empty])
+  return _lines([f"lr {_FIRST[0]:g}: codes", "scales", *_SCALED], lines)
+
+
+def _decays_table(rows: Rows) -> str:
+  own = {0.1: _at_first(FLOAT, "none")[:1]} | {
+    decay: [_decayed(decay, _FIRST[0])] for decay in _DECAYS
+  }
+  lines = [[f"{decay:g}", _mean_loss(rows, own[decay])] for decay in sorted(own)]
+  return _lines([f"{FLOAT}, lr {_FIRST[0]:g}, seed 0: weight decay", "loss"], lines)
+
+
+def _rounded_table(rows: Rows) -> str:
   measured = [rows[name]["rounded"] for name in names(rows, FLOAT, "none") if name in rows]
   head = ["float32 weights, rounded after training"]
   for rounding in ("nearest", "stochastic"):
     head += [f"{rounding}: squared error", f"{rounding}: loss added"]
-  out += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  lines = []
   for format in ("INT4", *FORMATS):
     cells = [format]
     for rounding in ("nearest", "stochastic"):
       for key, digits in (("error", ".2%"), ("added", "+.4f")):
         values = [row[format][rounding][key] for row in measured]
         cells.append(f"{sum(values) / len(values):{digits}}" if values else "–")
-    out.append(f"| {' | '.join(cells)} |")
-  return "\n".join(out[1:]) + "\n"
+    lines.append(cells)
+  return _lines(head, lines)
+
+
+def table(rows: Rows) -> str:
+  """What came out, in Markdown."""
+  parts = [_of_format(rows, format) for format in FORMATS]
+  return "\n".join([*parts, scales_table(rows), _decays_table(rows), _rounded_table(rows)])
+
+
+def plot_scales(rows: Rows, folder: pathlib.Path) -> None:
+  """Draws what scales do to ECO with rounding to nearest (scales.png)."""
+  plt = figures.pyplot()
+  figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
+  found = lambda method, format: [
+    x for x in sweep.losses(rows, _at_first(method, format)) if x is not None
+  ]
+  style = {"of any size": ("o", "tab:red"), "powers of two": ("s", "tab:blue")}
+  for y, formats in enumerate(SCALES.values()):
+    for (scales, (marker, color)), format in zip(style.items(), formats, strict=True):
+      losses = found(_SCALED[0], format)
+      label = f"ECO to nearest, scales {scales}" if y == 0 else None
+      ax.plot(losses, [y] * len(losses), marker, color=color, alpha=0.8, ls="", label=label)
+  for i, loss in enumerate(found(FLOAT, "none")):
+    ax.axvline(loss, color="black", lw=0.8, label=None if i else FLOAT)
+  ax.set_yticks(range(len(SCALES)), SCALES)
+  ax.invert_yaxis()
+  ax.set(xlabel="validation loss (nats per token)", xscale="log")
+  ax.grid(axis="x", alpha=0.3)
+  figures.legend(ax, fontsize=8)
+  figures.save(figure, folder / "scales.png")
 
 
 def plot(rows: Rows, folder: pathlib.Path) -> None:
-  """Draws each method's difference to weights that are not rounded (four_bits.png)."""
+  """Draws scales.png, and each method's difference to weights not rounded (four_bits.png)."""
+  plot_scales(rows, folder)
   plt = figures.pyplot()
   figure, axes = plt.subplots(1, len(FORMATS), figsize=(14, 4.4), layout="constrained", sharex=True)
   for ax, format in zip(axes, FORMATS, strict=True):

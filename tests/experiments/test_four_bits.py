@@ -69,10 +69,12 @@ def test_the_table_pairs_seeds(tmp_path):
   lost = 0.01 * (list(four_bits.METHODS).index("ECO + RTN, schedule-aware") + 1)
   mean = 2.1 + lost + 0.01 * math.log(3)
   assert f"| FP4, 32 inputs | powers of two | {mean:.4f} ± 0.0577 |" in text
-  assert f"| 0.1 | {2.1 + 0.01 * math.log(3):.4f} ± 0.0577 |" in text
+  assert f"| {four_bits.FLOAT} | – | {2.1 + 0.01 * math.log(3):.4f} ± 0.0577 | – | – |" in text
+  assert f"| 0.1 | {2 + 0.01 * math.log(3):.4f} |" in text
   assert "| MXFP4 | – | – | – | – |" in four_bits.table({})
   four_bits.plot(rows, tmp_path)
-  assert (tmp_path / "four_bits.png").stat().st_size > 10_000
+  for name in ("four_bits.png", "scales.png"):
+    assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_errors_are_those_of_the_rounded_leaves():
