@@ -135,6 +135,15 @@ def test_what_layouts_of_kernels_copy_is_that_of_the_compiled_steps():
     assert f"{by_way[0][key] / 2**20:.0f}" == f"{by_way[1][key] / 2**20:.0f}"
 
 
+def test_the_page_says_what_scales_do_to_rounding_to_nearest():
+  from experiments.studies import four_bits, sweep
+
+  results = ROOT / "results" / "four_bits"
+  rows = sweep.read(results / "runs.jsonl")
+  assert four_bits.table(rows) == (results / "table.md").read_text()
+  assert four_bits.scales_table(rows).strip() in (DOCS / "rounding.md").read_text()
+
+
 def test_the_page_says_how_often_the_adviser_was_right():
   from experiments.studies import advice
 

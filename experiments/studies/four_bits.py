@@ -65,15 +65,21 @@ SCALES = {
   "FP8, output channel": ("FP8", "FP8_POWER_OF_TWO"),
 }
 _SCALED = ("ECO + RTN, schedule-aware", BASELINE, "ECO + SR, schedule-aware")
-_DECAYS = (0.0, 0.03, 0.3)  # Of float32 weights, beside 0.1: whether decay is what differs.
+# Of float32 weights, beside a decay of 0.1 and b1 0.9: what could be a coarse grid's advantage.
+CONTROLS: dict[str, dict[str, Any]] = {
+  "weight decay 0": {"optimizer.weight_decay": 0.0},
+  "weight decay 0.3": {"optimizer.weight_decay": 0.3},
+  "b1 0.8": {"optimizer.b1": 0.8},
+  "b1 0.97": {"optimizer.b1": 0.97},
+}
 
 
 def _name(method: str, format: str, rate: float, seed: int) -> str:
   return f"{method}, {format}, lr {rate:g}, seed {seed}"
 
 
-def _decayed(decay: float, rate: float) -> str:
-  return f"{FLOAT}, none, weight decay {decay:g}, lr {rate:g}, seed 0"
+def _control(label: str) -> str:
+  return f"{FLOAT}, none, {label}, lr {_FIRST[0]:g}, seed 0"
 
 
 def _cells() -> list[tuple[str, str]]:
@@ -124,7 +130,7 @@ def runs(rows: Rows, steps: int) -> list[Run]:
       if (rate := best(rows, *cell)) is not None:
         keys.append((*cell, rate, seed))
   keys += _scaled()
-  return [*(_run(*key, steps) for key in dict.fromkeys(keys)), *_decays(steps)]
+  return [*(_run(*key, steps) for key in dict.fromkeys(keys)), *_controls(steps)]
 
 
 def _scaled() -> list[tuple[str, str, float, int]]:
@@ -136,10 +142,9 @@ def _scaled() -> list[tuple[str, str, float, int]]:
   return [(method, format, _FIRST[0], seed) for method, format, seed in keys]
 
 
-def _decays(steps: int) -> list[Run]:
+def _controls(steps: int) -> list[Run]:
   run = _run(FLOAT, "none", _FIRST[0], 0, steps)
-  changed = lambda decay: run.changes | {"optimizer.weight_decay": decay}
-  return [Run(_decayed(decay, _FIRST[0]), changed(decay)) for decay in _DECAYS]
+  return [Run(_control(label), run.changes | changes) for label, changes in CONTROLS.items()]
 
 
 def _run(method: str, format: str, rate: float, seed: int, steps: int) -> Run:
@@ -248,12 +253,11 @@ def scales_table(rows: Rows) -> str:
   return _lines([f"lr {_FIRST[0]:g}: codes", "scales", *_SCALED], lines)
 
 
-def _decays_table(rows: Rows) -> str:
-  own = {0.1: _at_first(FLOAT, "none")[:1]} | {
-    decay: [_decayed(decay, _FIRST[0])] for decay in _DECAYS
-  }
-  lines = [[f"{decay:g}", _mean_loss(rows, own[decay])] for decay in sorted(own)]
-  return _lines([f"{FLOAT}, lr {_FIRST[0]:g}, seed 0: weight decay", "loss"], lines)
+def _controls_table(rows: Rows) -> str:
+  own = {"weight decay 0.1, b1 0.9": _name(FLOAT, "none", _FIRST[0], 0)}
+  own |= {label: _control(label) for label in CONTROLS}
+  lines = [[label, _mean_loss(rows, [name])] for label, name in own.items()]
+  return _lines([f"{FLOAT}, lr {_FIRST[0]:g}, seed 0", "loss"], lines)
 
 
 def _rounded_table(rows: Rows) -> str:
@@ -275,29 +279,33 @@ def _rounded_table(rows: Rows) -> str:
 def table(rows: Rows) -> str:
   """What came out, in Markdown."""
   parts = [_of_format(rows, format) for format in FORMATS]
-  return "\n".join([*parts, scales_table(rows), _decays_table(rows), _rounded_table(rows)])
+  return "\n".join([*parts, scales_table(rows), _controls_table(rows), _rounded_table(rows)])
 
 
 def plot_scales(rows: Rows, folder: pathlib.Path) -> None:
-  """Draws what scales do to ECO with rounding to nearest (scales.png)."""
+  """Draws what scales do to ECO with rounding to nearest (scales.png).
+
+  INT4 with one scale for a matrix is left out, whose losses are beyond the others' by far.
+  """
   plt = figures.pyplot()
-  figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
+  figure, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
   found = lambda method, format: [
     x for x in sweep.losses(rows, _at_first(method, format)) if x is not None
   ]
+  shown = {codes: formats for codes, formats in SCALES.items() if "INT4" not in formats}
   style = {"of any size": ("o", "tab:red"), "powers of two": ("s", "tab:blue")}
-  for y, formats in enumerate(SCALES.values()):
+  for y, formats in enumerate(shown.values()):
     for (scales, (marker, color)), format in zip(style.items(), formats, strict=True):
       losses = found(_SCALED[0], format)
-      label = f"ECO to nearest, scales {scales}" if y == 0 else None
+      label = None if y else f"ECO to nearest, scales {scales}"
       ax.plot(losses, [y] * len(losses), marker, color=color, alpha=0.8, ls="", label=label)
   for i, loss in enumerate(found(FLOAT, "none")):
     ax.axvline(loss, color="black", lw=0.8, label=None if i else FLOAT)
-  ax.set_yticks(range(len(SCALES)), SCALES)
-  ax.invert_yaxis()
-  ax.set(xlabel="validation loss (nats per token)", xscale="log")
+  ax.set_yticks(range(len(shown)), shown)
+  ax.set_ylim(len(shown) - 0.5, -0.5)
+  ax.set_xlabel("validation loss (nats per token), one mark for each seed")
   ax.grid(axis="x", alpha=0.3)
-  figures.legend(ax, fontsize=8)
+  figures.legend(ax, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
   figures.save(figure, folder / "scales.png")
 
 

@@ -37,8 +37,8 @@ def finished(rows):
 
 def test_the_better_of_two_rates_has_a_third_beyond_it():
   # Three methods in ten formats, of which three were there, two more seeds of one of them and of
-  # float32 weights, and three decays.
-  causes = 3 * (10 - 3) + 2 * (10 + 1) + 3
+  # float32 weights, and four controls.
+  causes = 3 * (10 - 3) + 2 * (10 + 1) + 4
   assert len(four_bits.runs({}, 1000)) == 2 * (1 + 5 * 3) + causes
   rows = finished({})
   best = {label: four_bits.best(rows, label, "MXFP4") for label in four_bits.METHODS}
@@ -70,7 +70,7 @@ def test_the_table_pairs_seeds(tmp_path):
   mean = 2.1 + lost + 0.01 * math.log(3)
   assert f"| FP4, 32 inputs | powers of two | {mean:.4f} ± 0.0577 |" in text
   assert f"| {four_bits.FLOAT} | – | {2.1 + 0.01 * math.log(3):.4f} ± 0.0577 | – | – |" in text
-  assert f"| 0.1 | {2 + 0.01 * math.log(3):.4f} |" in text
+  assert f"| weight decay 0.1, b1 0.9 | {2 + 0.01 * math.log(3):.4f} |" in text
   assert "| MXFP4 | – | – | – | – |" in four_bits.table({})
   four_bits.plot(rows, tmp_path)
   for name in ("four_bits.png", "scales.png"):
