@@ -1,11 +1,13 @@
 """Test-wide settings: eight host devices, strict promotion, fixed flags before JAX starts."""
 
+import atexit
 import contextlib
 import ctypes
 import gc
 import importlib.util
 import os
-import pathlib
+import shutil
+import tempfile
 
 import jaxlib.version
 
@@ -32,14 +34,13 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 # Threads of torch and of NumPy's products wait for each other where arrays are small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Programs that several tests and their subprocesses compile are compiled once. They are kept: the
-# next run takes two thirds of the time, and `make clean` forgets them.
+# Programs that several tests and their subprocesses compile are compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  folder = pathlib.Path(__file__).parents[1] / "build" / "compiled_by_tests"
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="eco_optax_tests_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
   # A limit comes with a lock, so that nobody reads what another process is still writing.
   os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import optax
