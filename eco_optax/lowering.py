@@ -13,7 +13,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 def is_alone(ctx: Any) -> bool:
-  """Whether a device runs the program by itself: the only one, or each inside `jax.shard_map`.
+  """Whether one device runs the program, or each runs its own part inside `jax.shard_map`.
 
   Args:
     ctx: the lowering rule's first argument, a `jax.interpreters.mlir.LoweringRuleContext`.

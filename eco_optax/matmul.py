@@ -36,6 +36,12 @@ class _Streams(NamedTuple):
 _STREAMS = ("cotangent", "cotangent of the kernel")  # Their names, in that order.
 
 
+def _is_float8_over(format: Format, axis: int) -> bool:
+  """Whether a format has float8 codes, and one scale for all of them along an axis."""
+  by = format.granularity, format.contraction_axis
+  return format.dtype in _FLOAT8 and by == ("channel", axis)
+
+
 def check_gradient_format(format: Format, weights: Format) -> None:
   """Raises `ValueError` if cotangents in a format cannot be multiplied by the codes of weights.
 
@@ -43,10 +49,7 @@ def check_gradient_format(format: Format, weights: Format) -> None:
     format: of the cotangents.
     weights: of the kernel.
   """
-  if format.dtype not in _FLOAT8 or (format.granularity, format.contraction_axis) != (
-    "channel",
-    -1,
-  ):
+  if not _is_float8_over(format, -1):
     raise ValueError(
       f"gradient_format must be of float8 codes with one scale per token, got {format}: use"
       f" {FP8_E5M2_TOKEN} (eco_optax.FP8_E5M2_TOKEN) or eco_optax.FP8_TOKEN"
@@ -66,10 +69,7 @@ def check_gradient_format(format: Format, weights: Format) -> None:
 
 def check_kernel_gradient_format(format: Format) -> None:
   """Raises `ValueError` if a format is not one of float8 codes with a scale per channel."""
-  if format.dtype not in _FLOAT8 or (format.granularity, format.contraction_axis) != (
-    "channel",
-    -2,
-  ):
+  if not _is_float8_over(format, -2):
     raise ValueError(
       f"kernel_gradient_format must be of float8 codes with one scale per channel, got {format}:"
       f" use {FP8} (eco_optax.FP8) or eco_optax.FP8_E5M2"
@@ -190,9 +190,9 @@ def _kernel_gradient(
 ) -> jax.Array:
   """`xᵀ @ dy`, or its transpose for a kernel of (out, in).
 
-  The sum runs over tokens, so that codes have one scale for each channel of either factor. That of
-  activations is made of what the layer before handed over, not of their codes per token: rounded
-  twice they would be further off.
+  The sum runs over tokens, so each factor has one scale for each of its channels. Activations are
+  rounded from the floats that the layer was given, not from their codes per token: a second
+  rounding would add its error to that of the first.
   """
   if how.kernel_gradient is None:
     values, x_scale = _factor(x, how.activation)  # Made again: cheaper than keeping them.

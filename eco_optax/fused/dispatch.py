@@ -205,11 +205,11 @@ def _is_for_devices_here() -> bool:
 def _compile_alone(
   implementation: Implementation, platform: str, avals: tuple[Any, ...], **params: Any
 ) -> None:
-  """Compiles a leaf's kernel by itself, for a device of this process if it has such a one.
+  """Compiles a leaf's kernel alone, for a device of the platform if this process has one.
 
-  Most of what a kernel may ask too much of, such as on-chip memory, the compiler finds out when it
-  has the whole program and no other way to go. Alone, a kernel of float32 moments takes half a
-  second of CPU time for an H100 and a v5p, one of 8-bit moments a second.
+  A kernel may need too much of a device, such as on-chip memory. The compiler would say so when it
+  has the whole program, and then the step could not be lowered another way. A kernel of float32
+  moments takes half a second of CPU time for an H100 or a v5p, one of 8-bit moments a second.
 
   Args:
     implementation: of a leaf's step.

@@ -1,6 +1,6 @@
-"""Leaves that an optimizer treats alike, of which a check need try but one.
+"""Which leaves an optimizer treats alike, so that a check can try one leaf of each kind.
 
-An optimizer is traced once. Two leaves are alike if what becomes of them is the same function of
+The optimizer is traced once. Two leaves are alike if what becomes of them is the same function of
 their own gradient, parameter and state and of what all leaves share, operation by operation.
 """
 
@@ -25,7 +25,7 @@ _SHARED = None  # The owner of what belongs to no leaf, or depends on several.
 class OneOfEach(NamedTuple):
   """The first leaf of each kind, and an optimizer of these and of what their steps depend on."""
 
-  alike: dict[str, tuple[str, ...]]  # Paths of all leaves of a kind, by that of the first.
+  alike: dict[str, tuple[str, ...]]  # Path of a kind's first leaf → paths of all its leaves.
   # Its update takes gradients, states and parameters from which `params` and `state` have left out
   # what is not needed.
   update: Callable[..., tuple[Any, Any]]
@@ -68,6 +68,7 @@ def one_of_each(
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
+  """The arrays of a tree one by one, as a trace takes them, also those of a factored moment."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {trees.path_name(path): leaf for path, leaf in leaves}
 
@@ -97,7 +98,7 @@ def _sign(traced: ClosedJaxpr, owners: list[str | None]) -> list[tuple[str | Non
     of[var] = _SHARED, intern("constant", i)
   roles: dict[str | None, int] = {}
   for i, (var, owner) in enumerate(zip(jaxpr.invars, owners, strict=True)):
-    # A leaf's operands are in the same order as those of another.
+    # All leaves have their operands in the same order.
     role = roles[owner] = roles.get(owner, -1) + 1
     of[var] = owner, intern("input", i if owner is _SHARED else role, owner is _SHARED, var.aval)
 
@@ -112,7 +113,8 @@ def _sign(traced: ClosedJaxpr, owners: list[str | None]) -> list[tuple[str | Non
     those = {owner for owner, _ in found if owner is not _SHARED}
     owner = next(iter(those)) if len(those) == 1 else _SHARED
     key: tuple = (eqn.primitive, *eqn.params.items(), *(signature for _, signature in found))
-    # Signatures do not say of which leaves it is made; and some parameters cannot be compared.
+    # A signature does not name leaves, so a result of several leaves equals no other. Neither does
+    # a result of an operation whose parameters cannot be compared.
     if len(those) > 1 or not _is_hashable(key):
       key = (number,)
     for k, var in enumerate(eqn.outvars):

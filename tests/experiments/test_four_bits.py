@@ -36,8 +36,8 @@ def finished(rows):
 
 
 def test_the_better_of_two_rates_has_a_third_beyond_it():
-  # Three methods in ten formats, of which three were there, two more seeds of one of them and of
-  # float32 weights, and four controls.
+  # Three methods run in ten formats; three of these formats are in the first list. One method and
+  # float32 weights run with two more seeds. There are four controls.
   causes = 3 * (10 - 3) + 2 * (10 + 1) + 4
   assert len(four_bits.runs({}, 1000)) == 2 * (1 + 5 * 3) + causes
   rows = finished({})

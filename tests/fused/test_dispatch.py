@@ -104,7 +104,7 @@ def lowered(lowers_to):
 
 def test_kernels_are_tried_once(lowered):
   leaf = fused_leaves.make(ADAMW, eco.FP8, (64, 48), None, jnp.bfloat16)
-  for factor in (2.0, 3.0):  # Two programs, of which the first tries the kernel.
+  for factor in (2.0, 3.0):  # Each makes a program. Only the first program tries the kernel.
     jax.jit(
       lambda leaf, c=factor: c * dispatch.take_step(ADAMW, "nearest", leaf)[0].dequantize()
     ).lower(leaf)
